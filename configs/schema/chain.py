@@ -1,0 +1,78 @@
+"""Schema of a chain: what its stages share once, one section per stage, and preparation steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from configs.schema.common import NAME_PATTERN, Split, Strict
+from configs.schema.evaluation import EvalSettings
+from configs.schema.ppo import PPOStage
+from configs.schema.supervised import DPOStage, RewardStage, SFTStage
+
+SHARED = ("registry", "seed", "template", "max_length", "split", "machine", "processes", "attn_implementation")
+STAGES = ("sft", "reward", "dpo", "ppo")
+
+
+class Prepare(Strict):
+    """A step that writes files a later stage reads: a Python function run in a process of its own."""
+
+    run: str = Field(pattern=r"^[\w.]+:\w+$", description="package.module:function; it is called with the keys of `with`.")
+    arguments: dict[str, Any] = Field(default_factory=dict, alias="with", description="Keyword arguments of the function.")
+    writes: list[Path] = Field(min_length=1, description="Files it must have written; the step is skipped while they and its inputs are unchanged.")
+    before: Literal["sft", "reward", "dpo", "ppo", "eval"] = Field(default="sft", description="The stage that needs the files.")
+
+
+class Chain(Strict):
+    """A chain from a base model to aligned policies."""
+
+    name: str = Field(pattern=NAME_PATTERN, description="Every stage publishes under this name.")
+    base: str = Field(description="The base model: a Hugging Face folder or name.")
+    output: Path | None = Field(default=None, description="Working folder; null is runs/NAME.")
+    assets: Path | None = Field(default=None, description="A folder that paths may refer to as ${assets}.")
+    registry: Path | None = Field(default=None, description="The checkpoint registry; null is OUTPUT/registry.")
+    seed: int = Field(default=0, description="Seed of every stage.")
+    template: str = Field(default="auto", description="Chat template of every stage.")
+    max_length: int = Field(default=1024, ge=1, description="Tokens of the longest row, in every stage.")
+    split: Split = Field(default_factory=Split, description="The split of prompts that every stage shares.")
+    machine: str = Field(default="auto", description="Machine file of every stage.")
+    processes: int | None = Field(default=None, ge=1, description="Number of processes of every stage; null is the machine file's.")
+    attn_implementation: str | None = Field(default=None, description="Attention kernel of every stage.")
+    prepare: dict[str, Prepare] = Field(default_factory=dict, description="Steps that write files, by name, in order.")
+    sft: SFTStage | None = Field(default=None, description="Supervised fine-tuning.")
+    reward: RewardStage | None = Field(default=None, description="The reward model.")
+    dpo: DPOStage | None = Field(default=None, description="Direct preference optimisation, from the SFT model.")
+    ppo: PPOStage | None = Field(default=None, description="PPO, from the SFT model.")
+    eval: EvalSettings | None = Field(default=None, description="The evaluation at the end, on prompts no stage has seen.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_sections(cls, data: Any) -> Any:
+        return fill_sections(data) if isinstance(data, dict) else data
+
+    @model_validator(mode="after")
+    def _has_a_stage(self) -> Chain:
+        if not any(getattr(self, stage) for stage in STAGES):
+            raise ValueError(f"the chain has no stage; give at least one of {', '.join(STAGES)}")
+        return self
+
+
+def fill_sections(data: dict[str, Any]) -> dict[str, Any]:
+    """Give each stage's section what the chain says once, where the section does not say otherwise."""
+    data = dict(data)
+    name = data.get("name")
+    output = data.setdefault("output", f"runs/{name}")
+    data.setdefault("registry", f"{output}/registry")
+    shared = {key: data[key] for key in SHARED if data.get(key) is not None}
+    for stage in STAGES:
+        section = data.get(stage)
+        if not isinstance(section, dict):
+            continue
+        parent = data.get("base") if stage == "sft" or not data.get("sft") else f"sft/{name}"
+        filled = {**shared, "name": name, "output": f"{output}/{stage}", "init_from": parent}
+        if stage == "ppo" and isinstance(data.get("reward"), dict):
+            filled["scorers"] = [{"kind": "model", "checkpoint": f"reward/{name}"}]
+        data[stage] = {**filled, **section}
+    return data

@@ -1,0 +1,97 @@
+"""Schema of PPO: the rows of the specification's table, each a field."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from configs.schema.common import Lora, PositiveInt, Sources, StageConfig, Strict
+from configs.schema.scorers import ScorerSpec
+
+
+class AdaptiveKL(Strict):
+    """Controller of kl_coef (Ziegler et al. 2019, arXiv:1909.08593)."""
+
+    target: float = Field(default=6.0, gt=0, description="KL to the reference summed over a completion, nats.")
+    horizon: int = Field(default=10_000, ge=1, description="Samples over which the controller acts.")
+
+
+class Sampling(Strict):
+    """How completions are sampled."""
+
+    max_new_tokens: PositiveInt = Field(default=64, description="Tokens of the longest completion.")
+    temperature: float = Field(default=1.0, gt=0, description="Divides the logits when sampling and in every log-prob pass.")
+    stop_at_eos: bool = Field(default=True, description="Stop at any EOS id of the model; false samples max_new_tokens always.")
+    generate_batch_size: PositiveInt = Field(default=64, description="Prompts of one process per generation batch.")
+
+
+class PPOTrain(Strict):
+    """How PPO is optimised."""
+
+    iterations: PositiveInt = Field(default=100, description="Rollouts, each followed by its updates.")
+    rollout_batch_size: PositiveInt = Field(default=128, description="Completions per iteration, over all processes.")
+    num_ppo_epochs: PositiveInt = Field(default=4, description="Passes over a rollout.")
+    num_minibatches: PositiveInt = Field(default=1, description="Optimizer steps per pass.")
+    micro_batch_size: PositiveInt = Field(default=16, description="Completions of one process per forward pass.")
+    learning_rate: float = Field(default=3e-6, gt=0, description="Peak learning rate of the policy.")
+    value_learning_rate: float | None = Field(default=None, gt=0, description="Learning rate of the value function; null is learning_rate.")
+    schedule: Literal["linear", "constant"] = Field(default="linear", description="linear falls to 0 at the last iteration.")
+    adam_epsilon: float = Field(default=1e-5, gt=0, description="Epsilon of AdamW.")
+    weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay of AdamW.")
+    max_grad_norm: float | None = Field(default=1.0, gt=0, description="Gradients are scaled down to this norm; null leaves them.")
+    value_warmup_iterations: int = Field(default=0, ge=0, description="First iterations in which only the value function learns.")
+    precision: Literal["auto", "fp32", "bf16"] = Field(default="auto", description="Arithmetic: auto is bf16 on a GPU that has it.")
+    gradient_checkpointing: bool = Field(default=False, description="Recompute activations in the backward pass.")
+    save_every: PositiveInt = Field(default=10, description="Iterations between resumable saves.")
+
+
+class PPOStage(StageConfig):
+    """Proximal policy optimisation against a scorer, tied to a reference by KL."""
+
+    prompts: Sources = Field(description="Prompts that completions are sampled for.")
+    reference: str | None = Field(default=None, description="Frozen model of the KL penalty; null is init_from.")
+    scorers: list[ScorerSpec] = Field(min_length=1, description="What scores a completion; several are summed by weight.")
+    lora: Lora | None = Field(default=None, description="Adapters on one shared backbone; null is full training.")
+    value_function: Literal["auto", "adapter", "copy", "head"] = Field(
+        default="auto",
+        description="adapter: its own on the shared backbone (needs lora); copy: a full model, from the reward model where it fits; head: on the policy's trunk. "
+        "auto: adapter with lora, else copy.",
+    )
+    value_init: str | None = Field(
+        default=None, description="Checkpoint that a value copy starts from; null is the reward model among the scorers, else the policy."
+    )
+    sampling: Sampling = Field(default_factory=Sampling, description="How completions are sampled.")
+    train: PPOTrain = Field(default_factory=PPOTrain, description="How the policy is optimised.")
+    kl_coef: float = Field(default=0.05, ge=0, description="Weight of the KL penalty per token, per nat; where an adaptive controller starts.")
+    adaptive_kl: AdaptiveKL | None = Field(default=None, description="Adapts kl_coef towards a target KL once per rollout; null keeps it.")
+    missing_eos: Literal["replace", "subtract", "scale", "none"] = Field(
+        default="replace", description="What happens to the score of a completion that was cut off, after centring."
+    )
+    missing_eos_penalty: float = Field(default=1.0, ge=0, description="replace: the score becomes minus this; subtract: less this; scale: times this.")
+    reward_at: Literal["last_token", "post_eos"] = Field(default="last_token", description="Where the score lands; post_eos is one position later.")
+    center_scores: bool = Field(default=True, description="Subtract the reward model's mean score on the demonstrations.")
+    scale_scores: bool = Field(default=False, description="Divide by the standard deviation of those scores too.")
+    score_clip: float | None = Field(default=10.0, gt=0, description="Centred scores are clipped at plus or minus this.")
+    gamma: float = Field(default=1.0, gt=0, le=1, description="Discount per token.")
+    gae_lambda: float = Field(default=0.95, ge=0, le=1, description="Lambda of generalised advantage estimation.")
+    bootstrap_cut_off: bool = Field(default=True, description="A completion that was cut off continues at the value of its last position.")
+    whiten_advantages: bool = Field(default=True, description="Zero mean and unit variance over real tokens of all processes.")
+    whiten_rewards: bool = Field(default=False, description="Unit variance of per-token rewards, mean kept.")
+    clip_range: float = Field(default=0.2, gt=0, description="Policy ratio is clipped to 1 - this … 1 + this.")
+    clip_range_high: float | None = Field(default=None, gt=0, description="Upper clip where it differs; null is clip_range.")
+    dual_clip: float | None = Field(default=None, gt=1, description="Lower bound of the loss at negative advantages, times the advantage; null is off.")
+    value_clip_range: float = Field(default=0.2, gt=0, description="Values are clipped to this distance from those of the rollout.")
+    vf_coef: float = Field(default=0.1, ge=0, description="Weight of the value loss.")
+
+    @model_validator(mode="after")
+    def _relations(self) -> PPOStage:
+        if self.value_function == "adapter" and self.lora is None:
+            raise ValueError("value_function: adapter needs a `lora:` section; use copy or head for full training")
+        if self.lora is not None and self.value_function in ("copy", "head"):
+            raise ValueError(f"value_function: {self.value_function} is for full training; with `lora:` use adapter (or auto)")
+        if self.lora is not None and self.lora.dropout:
+            raise ValueError(f"lora.dropout is {self.lora.dropout}; PPO recomputes what the rollout stored and needs 0")
+        if self.train.rollout_batch_size % self.train.num_minibatches:
+            raise ValueError(f"train.rollout_batch_size {self.train.rollout_batch_size} is not a multiple of train.num_minibatches {self.train.num_minibatches}")
+        return self

@@ -1,0 +1,50 @@
+"""Schemas of the stages that TRL trains: SFT, the reward model, DPO."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from configs.schema.common import Lora, Sources, StageConfig, Train
+
+
+class TRLStage(StageConfig):
+    """A stage behind a TRL trainer."""
+
+    train: Train = Field(default_factory=Train, description="How the stage is optimised.")
+    lora: Lora | None = Field(default=None, description="Train adapters instead of all weights; null is full training.")
+    trainer: dict[str, Any] = Field(
+        default_factory=dict, description="Any further argument of the stage's TRL config class, under its own name."
+    )
+
+
+class SFTStage(TRLStage):
+    """Supervised fine-tuning on demonstrations."""
+
+    data: Sources = Field(description="Demonstrations.")
+    loss_on: Literal["all", "last"] = Field(default="all", description="Assistant turns that the loss covers: all of them or the last.")
+    packing: bool = Field(default=False, description="Put several rows into one sequence; refused where attention would leak between them.")
+
+
+class RewardStage(TRLStage):
+    """A reward model (Bradley-Terry) on preference pairs."""
+
+    data: Sources = Field(description="Preference pairs.")
+    center_coefficient: float = Field(
+        default=0.01, ge=0, description="Weight of (score of chosen + score of rejected)^2, which keeps scores near 0 (arXiv:2312.09244)."
+    )
+    use_margin: bool = Field(default=True, description="Subtract a pair's `margin`, where it has one, inside the loss.")
+    demonstrations: Sources | None = Field(
+        default=None, description="Rows whose mean score PPO subtracts; null takes the chosen completions of the training pairs."
+    )
+
+
+class DPOStage(TRLStage):
+    """Direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290)."""
+
+    data: Sources = Field(description="Preference pairs.")
+    reference: str | None = Field(default=None, description="Frozen model that beta ties the policy to; null is init_from.")
+    beta: float = Field(default=0.1, gt=0, description="Strength of the tie to the reference, per nat.")
+    loss_type: str = Field(default="sigmoid", description="Loss as TRL names it: sigmoid, ipo, hinge, robust, …")
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5, description="Assumed share of flipped labels.")
