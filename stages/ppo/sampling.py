@@ -1,0 +1,118 @@
+"""Sampling completions so that one does not depend on which others share its batch, its process, or its machine.
+
+Every completion has a seed of its own; its uniforms are drawn from that seed alone and turned into tokens by the inverse
+of the cumulative distribution. A run on two processes therefore samples what a run on one does, and a resumed iteration
+samples what the interrupted one did. No generation config is consulted: no top-k, no top-p, no forgotten default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from configs.schema import Sampling
+
+
+class Sample(NamedTuple):
+    """One completion: the sampled ids, their log-probs in nats at the sampling temperature, and whether an EOS ended it."""
+
+    completion_ids: list[int]
+    logprobs: list[float]
+    finished: bool
+
+
+def completion_seed(seed: int, iteration: int, index: int) -> int:
+    """The seed of completion `index` of an iteration: distinct for distinct arguments, the same on any process."""
+    return ((seed * 1_000_003 + iteration) * 1_000_003 + index) % 2**63
+
+
+def left_pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Left-pad ids: ids [B, P] and mask [B, P], True on real tokens."""
+    width = max((len(row) for row in rows), default=0)
+    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    mask = torch.zeros((len(rows), width), dtype=torch.bool)
+    for i, row in enumerate(rows):
+        if row:
+            ids[i, width - len(row) :] = torch.tensor(row, dtype=torch.long)
+            mask[i, width - len(row) :] = True
+    return ids.to(device), mask.to(device)
+
+
+def _uniforms(seeds: Sequence[int], length: int) -> Tensor:
+    """[B, length] uniforms in [0, 1), each row from its own seed."""
+    rows = [torch.rand(length, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds]
+    return torch.stack(rows)
+
+
+def _pick(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens [B] at the given quantiles of softmax(logits [B, V]), and their log-probs [B]."""
+    logprobs = torch.log_softmax(logits.float(), dim=-1)
+    cumulative = logprobs.double().exp().cumsum(dim=-1)
+    threshold = uniforms.unsqueeze(1) * cumulative[:, -1:]
+    tokens = torch.searchsorted(cumulative, threshold, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
+    return tokens, logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1)
+
+
+@torch.no_grad()
+def sample(
+    model: PreTrainedModel, prompt_ids: Sequence[Sequence[int]], *, sampling: Sampling, eos_ids: Sequence[int], pad_id: int,
+    seeds: Sequence[int],
+) -> list[Sample]:  # fmt: skip
+    """Sample one completion for each prompt, in order. `prompt_ids` are unpadded; `seeds` has one entry per prompt.
+
+    With `sampling.stop_at_eos` false an EOS is a token like any other, every completion has `max_new_tokens` tokens and
+    counts as finished.
+    """
+    assert len(prompt_ids) == len(seeds), "one seed per prompt"
+    if model.training:
+        raise AssertionError("sampling needs the model in eval mode: dropout would make log-probs irreproducible")
+    order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
+    results: list[Sample | None] = [None] * len(prompt_ids)
+    for start in range(0, len(order), sampling.generate_batch_size):
+        batch = order[start : start + sampling.generate_batch_size]
+        completions = _sample_batch(model, [prompt_ids[i] for i in batch], sampling, set(eos_ids), pad_id, [seeds[i] for i in batch])
+        for i, completion in zip(batch, completions, strict=True):
+            results[i] = completion
+    return [result for result in results if result is not None]
+
+
+def _sample_batch(
+    model: PreTrainedModel, prompts: list[Sequence[int]], sampling: Sampling, eos_ids: set[int], pad_id: int, seeds: list[int]
+) -> list[Sample]:
+    """One batch with a key-value cache; rows that have ended leave the batch when half of it has."""
+    device = next(model.parameters()).device
+    ids, mask = left_pad(prompts, pad_id, device)
+    uniforms = _uniforms(seeds, sampling.max_new_tokens).to(device)
+    eos = torch.tensor(sorted(eos_ids), device=device, dtype=torch.long)
+    tokens = torch.full((len(prompts), sampling.max_new_tokens), pad_id, device=device)
+    logprobs = torch.zeros((len(prompts), sampling.max_new_tokens), device=device)
+    lengths = torch.full((len(prompts),), sampling.max_new_tokens, device=device)
+    ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    alive = torch.arange(len(prompts), device=device)
+    cache, attention, inputs = DynamicCache(config=model.config), mask.long(), ids
+    positions = (attention.cumsum(dim=1) - 1).clamp(min=0)
+    for step in range(sampling.max_new_tokens):
+        out = model(
+            input_ids=inputs, attention_mask=attention, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
+        picked, picked_logprobs = _pick(out.logits[:, -1] / sampling.temperature, uniforms[alive, step])
+        tokens[alive, step], logprobs[alive, step] = picked, picked_logprobs
+        if sampling.stop_at_eos:
+            now = torch.isin(picked, eos) & ~ended[alive]
+            ended[alive[now]], lengths[alive[now]] = True, step + 1
+            running = ~ended[alive]
+            if not running.any():
+                break
+            if running.sum() <= len(alive) // 2:
+                keep = running.nonzero(as_tuple=True)[0]
+                cache.batch_select_indices(keep)
+                alive, attention, positions, picked = alive[keep], attention[keep], positions[keep], picked[keep]
+        inputs, positions = picked.unsqueeze(1), positions[:, -1:] + 1
+        attention = torch.cat([attention, attention.new_ones(len(alive), 1)], dim=1)
+    sizes, rows, scores = lengths.tolist(), tokens.tolist(), logprobs.tolist()
+    finished = ended.tolist() if sampling.stop_at_eos else [True] * len(prompts)
+    return [Sample(row[:n], score[:n], end) for row, score, n, end in zip(rows, scores, sizes, finished, strict=True)]
