@@ -1,0 +1,267 @@
+"""Where every model is loaded and written: origins, policies, scorers, adapters, and what a published folder holds."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from configs.errors import UserError
+from configs.schema import Lora
+from stages.registry import Checkpoint, Parent, Registry
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PUBLISHED = re.compile(r"^(sft|reward|dpo|ppo)/[a-z0-9][a-z0-9._-]*(@.+)?$")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a model comes from: a checkpoint of the registry, or a Hugging Face folder or name."""
+
+    asked: str
+    checkpoint: Checkpoint | None
+    registry: Registry | None
+
+    @property
+    def folder(self) -> str:
+        """What `from_pretrained` is given."""
+        return str(self.checkpoint.model_dir) if self.checkpoint else self.asked
+
+    @property
+    def identity(self) -> str:
+        """The checkpoint's id, or the outside model's path or name."""
+        return self.checkpoint.id if self.checkpoint else self.asked
+
+    def parent(self, role: str) -> Parent:
+        """The lineage entry of this origin."""
+        return Parent.of(self.checkpoint, role) if self.checkpoint else Parent.external(self.asked, role)
+
+
+def find(asked: str, registry_root: Path, stages: tuple[str, ...] | None = None) -> Origin:
+    """Find a model by registry name, folder or hub name.
+
+    Raises:
+        UserError: a registry name that does not resolve, or a checkpoint of another stage than `stages`.
+    """
+    if Path(asked).is_dir():
+        if not (Path(asked) / "config.json").is_file() and not (Path(asked) / "adapter_config.json").is_file():
+            raise UserError(f"{asked} is a folder without config.json; expected a Hugging Face model folder")
+        return Origin(asked, None, None)
+    if PUBLISHED.match(asked):
+        registry = Registry(registry_root, create=False)
+        return Origin(asked, registry.resolve(asked, stage=stages), registry)
+    if asked.startswith((".", "/", "~")) or asked.count("/") > 1:
+        raise UserError(f"model {asked!r}: no such folder; give a Hugging Face folder, a registry name such as sft/demo, or a hub name")
+    return Origin(asked, None, None)
+
+
+def is_adapter(origin: Origin) -> bool:
+    """Whether the model folder holds an adapter rather than whole weights."""
+    return (Path(origin.folder) / "adapter_config.json").is_file()
+
+
+def adapter_base(origin: Origin) -> Origin:
+    """The origin of the weights under an adapter checkpoint.
+
+    Raises:
+        UserError: the folder does not say which base it belongs to, or an outside base has changed since.
+    """
+    from stages.registry import contract
+
+    if origin.checkpoint is None:
+        from peft import PeftConfig
+
+        base = PeftConfig.from_pretrained(origin.folder).base_model_name_or_path
+        if not base:
+            raise UserError(f"{origin.folder}: adapter_config.json names no base model")
+        return Origin(base, None, None)
+    facts = origin.checkpoint.info("stage_info")["adapter"]
+    if facts.get("base_id"):
+        assert origin.registry is not None
+        base_checkpoint = origin.registry.resolve(facts["base_id"])
+        contract.check_base_under_adapter(origin.checkpoint, base_checkpoint.id)
+        return Origin(facts["base"], base_checkpoint, origin.registry)
+    return Origin(facts["base"], None, None)
+
+
+def adapter_facts(origin: Origin) -> dict[str, Any]:
+    """What an adapter checkpoint records about its base: stage_info["adapter"]."""
+    parent = origin.parent("base")
+    return {"base": origin.asked, "base_id": origin.checkpoint.id if origin.checkpoint else None, "base_digest": parent.digest}
+
+
+def weights_dtype(precision: str, *, frozen: bool = False) -> torch.dtype:
+    """float32 for weights that are trained (bf16 is an autocast over them); frozen ones may be stored in bf16."""
+    return torch.bfloat16 if frozen and uses_bf16(precision) else torch.float32
+
+
+def uses_bf16(precision: str) -> bool:
+    """Whether arithmetic is bf16.
+
+    Raises:
+        UserError: bf16 was asked for on a GPU that lacks it.
+    """
+    if precision == "fp32":
+        return False
+    supported = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    if precision == "bf16" and torch.cuda.is_available() and not supported:
+        raise UserError("precision: bf16, but this GPU has no bf16 arithmetic; use precision: fp32")
+    return supported or precision == "bf16"
+
+
+def _from_pretrained(cls: Any, folder: str, **kwargs: Any) -> Any:
+    """`from_pretrained` with errors a person can act on."""
+    try:
+        return cls.from_pretrained(folder, trust_remote_code=False, **kwargs)
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"cannot load {folder!r}: {first}") from error
+
+
+def load_tokenizer(origin: Origin) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies with the model (for a published adapter too)."""
+    from transformers import AutoTokenizer
+
+    return _from_pretrained(AutoTokenizer, origin.folder)
+
+
+def load_policy(origin: Origin, *, dtype: torch.dtype = torch.float32, attn_implementation: str | None = None) -> PreTrainedModel:
+    """A causal language model in eval mode with dropout off; an adapter is merged into its base, however deep."""
+    from transformers import AutoModelForCausalLM
+
+    if is_adapter(origin):
+        from peft import PeftModel
+
+        base = load_policy(adapter_base(origin), dtype=dtype, attn_implementation=attn_implementation)
+        resize_to(base, adapter_vocabulary(origin))
+        model = PeftModel.from_pretrained(base, origin.folder).merge_and_unload()
+    else:
+        model = _from_pretrained(AutoModelForCausalLM, origin.folder, dtype=dtype, attn_implementation=attn_implementation)
+    return without_dropout(model)
+
+
+def adapter_vocabulary(origin: Origin) -> int | None:
+    """The vocabulary size an adapter was trained at, where its checkpoint says so."""
+    return origin.checkpoint.info("stage_info")["adapter"].get("vocabulary") if origin.checkpoint else None
+
+
+def resize_to(model: PreTrainedModel, vocabulary: int | None) -> None:
+    """Grow the embeddings to at least `vocabulary` rows (a pad token may have been added)."""
+    if vocabulary and model.get_input_embeddings().weight.shape[0] < vocabulary:
+        model.resize_token_embeddings(vocabulary)
+
+
+def scorer_from_policy(policy: PreTrainedModel, *, pad_id: int, seed: int) -> PreTrainedModel:
+    """A sequence-classification model with one output on the policy's own trunk (shared, not copied).
+
+    The head starts with standard deviation 1/sqrt(d + 1) (N+ implementation details, arXiv:2403.17031).
+
+    Raises:
+        UserError: the architecture has no sequence-classification class, or its head is not named `score`.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    config = type(policy.config).from_dict(policy.config.to_dict() | {"num_labels": 1, "pad_token_id": pad_id})
+    try:
+        with torch.device("meta"):
+            scorer = AutoModelForSequenceClassification.from_config(config)
+    except ValueError as error:
+        raise UserError(f"{type(policy).__name__} has no sequence-classification model in transformers, so it can't be a reward model") from error
+    head = getattr(scorer, "score", None)
+    if not isinstance(head, nn.Linear):
+        raise UserError(f"{type(scorer).__name__} has no linear head named `score`; it can't be a reward model here")
+    trunk = policy.base_model
+    setattr(scorer, scorer.base_model_prefix, trunk)
+    scorer.score = scalar_head(head.in_features, seed=seed, bias=head.bias is not None).to(policy.device)
+    scorer.config = config
+    return without_dropout(scorer)
+
+
+def scalar_head(width: int, *, seed: int, bias: bool = True, zero: bool = False) -> nn.Linear:
+    """A linear layer [d] -> 1 with standard deviation 1/sqrt(d + 1), or zeros."""
+    head = nn.Linear(width, 1, bias=bias)
+    with torch.no_grad():
+        head.weight.normal_(0.0, (width + 1) ** -0.5, generator=torch.Generator().manual_seed(seed))
+        if zero:
+            head.weight.zero_()
+        if bias:
+            head.bias.zero_()
+    return head
+
+
+def load_scorer(origin: Origin, *, dtype: torch.dtype = torch.float32, attn_implementation: str | None = None) -> PreTrainedModel:
+    """A published reward model: sequence classification with one output, eval mode, dropout off; an adapter is merged."""
+    from transformers import AutoModelForSequenceClassification
+
+    if is_adapter(origin):
+        from peft import PeftModel
+
+        policy = load_policy(adapter_base(origin), dtype=dtype, attn_implementation=attn_implementation)
+        resize_to(policy, adapter_vocabulary(origin))
+        base = scorer_from_policy(policy, pad_id=pad_id_of(origin), seed=0)
+        model = PeftModel.from_pretrained(base, origin.folder).merge_and_unload()
+    else:
+        model = _from_pretrained(
+            AutoModelForSequenceClassification, origin.folder, dtype=dtype, attn_implementation=attn_implementation, num_labels=1
+        )
+    return without_dropout(model)
+
+
+def pad_id_of(origin: Origin) -> int:
+    """The pad id a checkpoint was published with."""
+    assert origin.checkpoint is not None
+    return int(origin.checkpoint.info("tokenizer")["pad_id"])
+
+
+def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
+    """Set every dropout to 0, in modules and config, and switch to eval mode."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+    for key in vars(model.config):
+        if key.endswith(("dropout", "pdrop")) and isinstance(getattr(model.config, key), float):
+            setattr(model.config, key, 0.0)
+    model.eval()
+    return model
+
+
+def assert_no_dropout(model: nn.Module) -> None:
+    """Raise where a dropout is left: PPO's update must recompute exactly what the rollout stored."""
+    left = [name for name, module in model.named_modules() if isinstance(module, nn.Dropout) and module.p > 0]
+    assert not left, f"dropout is on in {left[:3]}"
+
+
+def lora_config(lora: Lora, task: str) -> Any:
+    """The peft config of a `lora:` section; `task` is CAUSAL_LM or SEQ_CLS (which saves the score head with the adapter)."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.target_modules, task_type=task, bias="none"
+    )
+
+
+def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, *, eos_ids: list[int], base: Origin | None = None) -> None:
+    """Write a plain Hugging Face folder: safetensors, tokenizer with its chat template, and a generation config that
+    stops at every EOS id and restricts sampling in no way. `base` is what lies under an adapter."""
+    from transformers import GenerationConfig
+
+    pad_id = tokenizer.pad_token_id
+    if base is not None:
+        for config in model.peft_config.values():
+            config.base_model_name_or_path = base.folder
+    else:
+        model.config.pad_token_id = pad_id
+        if getattr(model, "generation_config", None) is not None:
+            model.generation_config = GenerationConfig(
+                bos_token_id=tokenizer.bos_token_id, eos_token_id=eos_ids if len(eos_ids) > 1 else eos_ids[0], pad_token_id=pad_id
+            )
+    model.save_pretrained(folder, safe_serialization=True)
+    tokenizer.save_pretrained(folder)
