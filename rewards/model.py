@@ -1,0 +1,153 @@
+"""The trained reward model as a scorer.
+
+The score is read at the last token of the completion (EOS where it was produced), found by the attention mask. Hugging Face's
+own pooling looks for the last token that is not the pad id, which misreads rows whose real tokens include that id.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from configs.errors import UserError
+from rewards.protocol import Text, Turn, text_of, turns_of
+
+
+class Tokens(Protocol):
+    """How a reward model's text becomes ids: its own tokenizer and template."""
+
+    def prompt_ids(self, messages: tuple[Turn, ...]) -> list[int]:
+        """Ids of a prompt, ending where the completion begins."""
+        ...
+
+    def completion_ids(self, text: str) -> list[int]:
+        """Ids of a completion, ending with EOS and nothing after it."""
+        ...
+
+
+def backbone_and_head(model: nn.Module, head: nn.Module | None = None) -> tuple[nn.Module, nn.Module]:
+    """The transformer under a sequence classifier (possibly with adapters), and its head with one output.
+
+    `head` given: it belongs to the model, such as a value or reward head on a shared backbone. Raises UserError for a model
+    without a head of one output.
+    """
+    inner: Any = getattr(model, "module", model)
+    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    backbone = getattr(inner, getattr(inner, "base_model_prefix", ""), inner)
+    found = head if head is not None else getattr(inner, "score", getattr(inner, "classifier", None))
+    if found is None:
+        raise UserError(f"{type(inner).__name__} has no score head; expected a sequence classification model with one label")
+    labels = getattr(getattr(inner, "config", None), "num_labels", 1)
+    if head is None and labels != 1:
+        raise UserError(f"{type(inner).__name__} has {labels} labels; a reward model has 1")
+    return backbone, found
+
+
+def last_token_scores(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, head: nn.Module | None = None) -> Tensor:
+    """Score of each row at its last real token.
+
+    input_ids [B, L], attention_mask [B, L] (1 counts; padding on either side). Returns [B] in fp32.
+    """
+    backbone, found = backbone_and_head(model, head)
+    position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+    arguments = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+    if "position_ids" in inspect.signature(backbone.forward).parameters:
+        arguments["position_ids"] = position_ids
+    hidden = backbone(**arguments).last_hidden_state  # [B, L, H]
+    columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    last = (columns * attention_mask.long()).argmax(-1)
+    pooled = hidden[torch.arange(hidden.shape[0], device=hidden.device), last]  # [B, H]
+    weight = next(found.parameters(), None)
+    return found(pooled if weight is None else pooled.to(weight.dtype)).squeeze(-1).float()
+
+
+@contextmanager
+def dropout_off(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode, and back afterwards to the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    left = [type(module).__name__ for module in model.modules() if module.training]
+    assert not left, f"scoring with dropout: {left[:3]} stay in training mode after eval()"
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class RewardModelScorer:
+    """Scores completions with a sequence classification model of one label. Scores are raw: neither centred nor scaled.
+
+    tokens: the model's own formatter, for the text path. token_key: names tokenizer and template, equal for a policy whose ids
+    the model can read. mean, std: of its scores on the demonstrations, over `n` of them. batch_size: rows per forward pass.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokens: Tokens,
+        *,
+        name: str = "reward",
+        pad_id: int,
+        eos_ids: Sequence[int],
+        token_key: str | None = None,
+        mean: float = 0.0,
+        std: float = 1.0,
+        batch_size: int = 32,
+        head: nn.Module | None = None,
+    ) -> None:
+        if pad_id in set(eos_ids):
+            raise UserError(f"reward model {name}: its pad token is its EOS ({pad_id}); train it with a pad token of its own")
+        backbone_and_head(model, head)
+        self.name, self.model, self.tokens, self.head = name, model, tokens, head
+        self.pad_id, self.eos_ids, self.token_key = pad_id, frozenset(eos_ids), token_key
+        self.mean, self.std, self.batch_size = mean, std, batch_size
+        config = getattr(model, "config", None)
+        self.max_length: int | None = getattr(config, "max_position_embeddings", None)
+
+    def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[float]:
+        """Scores of text, rendered with the model's own template.
+
+        The column `finished` (list of bool), where it is given, says which completions ended with EOS; the others are scored at
+        their last token, without an EOS they never produced.
+        """
+        finished = columns.get("finished") or [True] * len(completions)
+        completion_ids = [self._completion_ids(text_of(c), f) for c, f in zip(completions, finished, strict=True)]
+        return self.score_ids([self.tokens.prompt_ids(turns_of(p)) for p in prompts], completion_ids).tolist()
+
+    def _completion_ids(self, text: str, finished: bool) -> list[int]:
+        ids = list(self.tokens.completion_ids(text))
+        return ids[:-1] if not finished and ids and ids[-1] in self.eos_ids else ids
+
+    def score_ids(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> Tensor:
+        """Scores [B] (fp32, on the model's device) at the last token of each completion; rows carry no padding.
+
+        An empty completion is scored at the end of its prompt. Raises UserError for a row longer than the model can read.
+        """
+        rows = [[*prompt, *completion] for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
+        device = next(self.model.parameters()).device
+        scores = torch.empty(len(rows), device=device)
+        longest = max(map(len, rows), default=0)
+        if self.max_length is not None and longest > self.max_length:
+            raise UserError(f"reward model {self.name}: a row has {longest} tokens, the model reads {self.max_length}; shorten prompts or completions")
+        assert all(rows), "a row without any token cannot be scored"
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        with dropout_off(self.model), torch.no_grad():
+            for start in range(0, len(order), self.batch_size):
+                chosen = order[start : start + self.batch_size]
+                ids, mask = _pad_right([rows[i] for i in chosen], self.pad_id, device)
+                scores[chosen] = last_token_scores(self.model, ids, mask, self.head)
+        return scores
+
+
+def _pad_right(rows: list[list[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows as ids [B, L] and their mask [B, L]."""
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [pad_id] * (width - len(row)) for row in rows], device=device)
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
+    return ids, mask
