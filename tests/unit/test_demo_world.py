@@ -1,0 +1,98 @@
+"""The demo's world: what the gold rubric counts, how noisy the labels are, and what no shortcut can guess."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+
+import pytest
+
+from launch.demo import wording, world
+
+MESSAGE = "Hi. My order is #417 and the kettle is cracked. Please help."
+RIGHT = "I am sorry about that. I see the kettle in order #417. We will send a replacement today."
+
+
+def cases(count: int, seed: int = 3) -> list[world.Case]:
+    return world.draw_cases(random.Random(seed), count)
+
+
+def test_gold_by_hand() -> None:
+    # Weights: order 0.2, item 0.2, remedy 0.3, polite 0.2, concise 0.1.
+    answers = {
+        RIGHT: 1.0,
+        RIGHT.replace("417", "418"): 0.8,  # another order: order 0
+        RIGHT.replace("in order #417", "in our system"): 0.86,  # no order: order 0.3
+        RIGHT.replace("kettle", "lamp"): 0.8,
+        RIGHT.replace("send a replacement", "refund the second payment"): 0.7,
+        RIGHT + " You get a refund today.": 0.85,  # a second remedy: half
+        RIGHT.replace("I am sorry about that. ", ""): 0.9,  # no courtesy: polite 0.5
+        RIGHT + " Do not bother us.": 0.8,  # rude although courteous
+        "": 0.0,
+    }
+    assert world.gold([MESSAGE] * len(answers), list(answers)) == pytest.approx(list(answers.values()))
+
+
+def test_gold_counts_words_and_repetition() -> None:
+    rambling = RIGHT + " one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
+    # 18 + 14 = 32 words, 28 are free: concise = 2 - 32/28.
+    assert len(rambling.split()) == 32
+    assert world.gold([MESSAGE], [rambling]) == pytest.approx([0.9 + 0.1 * (2 - 32 / 28)])
+    assert world.rubric({}, "so so so so so")["concise"] == pytest.approx(1 / 4)
+
+
+def test_gold_reads_columns_before_the_message() -> None:
+    columns = {"order": ["418"], "item": ["kettle"], "problem": ["broken"]}
+    assert world.gold([MESSAGE], [RIGHT], **columns) == pytest.approx([0.8])
+    chat = [{"role": "user", "content": MESSAGE}]
+    assert world.gold([chat], [[{"role": "assistant", "content": RIGHT}]]) == pytest.approx([1.0])
+
+
+def test_every_message_is_read_back() -> None:
+    for case in cases(1000):
+        assert world.read_message(case.message) == case.columns()
+
+
+def test_each_remedy_matches_its_own_key_only() -> None:
+    others = [*wording.BOTH, *wording.NEITHER, *wording.NO_REMEDY, *wording.RAMBLING, *wording.POLITE_OPENINGS]
+    others += [*wording.CURT_OPENINGS, *wording.POLITE_CLOSINGS, *wording.CURT_CLOSINGS]
+    for name, problem in wording.PROBLEMS.items():
+        for other, theirs in wording.PROBLEMS.items():
+            for sentence in theirs.remedies:
+                assert bool(re.search(problem.key, sentence, re.IGNORECASE)) == (name == other), (name, sentence)
+        assert not [text for text in others if re.search(problem.key, text, re.IGNORECASE)]
+
+
+def test_good_answers_get_full_gold_and_others_less() -> None:
+    rng = random.Random(0)
+    drawn = cases(300)
+    best = world.gold([c.message for c in drawn], [world.answer(c, world.GOOD, rng) for c in drawn])
+    assert min(best) > 0.98  # two sentences may share a pair of words
+    mixed = world.gold([c.message for c in drawn], [world.answer(c, world.draw_way(rng, 0.5), rng) for c in drawn])
+    assert 0.4 < sum(mixed) / len(mixed) < 0.7
+
+
+def test_files_are_the_same_for_the_same_seed_and_share_no_prompt(tmp_path) -> None:
+    sizes = {"demonstrations_rows": 60, "pairs_rows": 80, "prompts_rows": 100}
+    for folder in ("a", "b"):
+        world.write_data(str(tmp_path / folder), seed=5, **sizes)
+    world.write_data(str(tmp_path / "c"), seed=6, **sizes)
+    names = ("demonstrations.jsonl", "pairs.jsonl", "prompts.jsonl")
+    assert [(tmp_path / "a" / n).read_bytes() for n in names] == [(tmp_path / "b" / n).read_bytes() for n in names]
+    assert (tmp_path / "a" / names[0]).read_bytes() != (tmp_path / "c" / names[0]).read_bytes()
+    prompts = [json.loads(line)["prompt"] for n in names for line in (tmp_path / "a" / n).read_text().splitlines()]
+    assert len(prompts) == len(set(prompts)) == 240
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == sorted(names)
+
+
+def test_labels_are_noisy_and_length_does_not_give_them_away() -> None:
+    rng = random.Random(1)
+    rows = list(world.preferences(rng, cases(3000), 0.5))
+    prompts = [row["prompt"] for row in rows]
+    chosen = world.gold(prompts, [row["chosen"] for row in rows])
+    rejected = world.gold(prompts, [row["rejected"] for row in rows])
+    flipped = sum(a < b for a, b in zip(chosen, rejected, strict=True)) / len(rows)
+    assert 0.10 < flipped < 0.15
+    longer = sum(len(row["chosen"]) > len(row["rejected"]) for row in rows) / len(rows)
+    assert abs(longer - 0.5) < 0.05
