@@ -1,0 +1,37 @@
+# Two commands: `make demo` and `make test`. Each sets up .venv first, which costs nothing once it is up to date.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# Threads that spin while they wait slow small models down several times; nothing here may ask a hub.
+QUIET := OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint setup
+
+help:
+	@echo 'make demo   align a small model in a small world and print the table (CPU, offline, minutes)'
+	@echo 'make test   lint, types and every test'
+	@echo 'make lint   ruff and mypy only'
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml .ci/constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is $$($(PYTHON) -V 2>&1); this project needs Python 3.11 or newer; run: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/align demo
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# Cheap checks first, so that a mistake shows in seconds. OMP_NUM_THREADS=1: results do not depend on the number of cores.
+test: lint
+	$(QUIET) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit
+	$(QUIET) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/stage tests/launch tests/chain

@@ -1,0 +1,138 @@
+"""One `align run` per working folder: an exclusive claim that a dead process cannot hold.
+
+Claims are files `.lock/00000001.json`, `.lock/00000002.json`, …; the highest is the one that counts. A claim is made by link(2),
+which fails where the file exists, so of two processes that see the same dead claim only one gets the next number. (Replacing a
+dead process's file instead would let a slow process remove the claim of a fast one.)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from configs.errors import UserError
+
+
+class ChainLock:
+    """Context manager; entering raises UserError while another live process holds the folder."""
+
+    def __init__(self, output: Path) -> None:
+        self.folder = output / ".lock"
+        self._mine: Path | None = None
+
+    def __enter__(self) -> ChainLock:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        while self._mine is None:
+            number, holder = self._highest()
+            if holder is not None and is_alive(holder):
+                self._refuse(number, holder)
+            self._mine = self._claim(number + 1)
+        number, holder = self._highest()
+        if self._path(number) != self._mine:  # we were slow: someone claimed, finished a claim above ours, and tidied ours away
+            self._mine.unlink(missing_ok=True)
+            self._refuse(number, holder or {})
+        for path in self.folder.glob("*.json"):
+            if path < self._mine:
+                path.unlink(missing_ok=True)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        if self._mine is not None:
+            self._mine.unlink(missing_ok=True)
+            self._mine = None
+
+    def record_child(self, pid: int) -> None:
+        """Remember the process group we started, so that who comes after our death can wait for it."""
+        assert self._mine is not None
+        _write(self._mine, {**identity(os.getpid()), "child": identity(pid)})
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{number:08d}.json"
+
+    def _highest(self) -> tuple[int, dict[str, Any] | None]:
+        numbers = [int(path.stem) for path in self.folder.glob("*.json") if path.stem.isdigit()]
+        if not numbers:
+            return 0, None
+        try:
+            holder = json.loads(self._path(max(numbers)).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            holder = {}  # released a moment ago, or cut off by a power failure: nobody holds it
+        return max(numbers), holder
+
+    def _claim(self, number: int) -> Path | None:
+        draft = self.folder / f"draft-{os.getpid()}-{time.monotonic_ns()}"
+        draft.write_text(json.dumps(identity(os.getpid())), encoding="utf-8")
+        try:
+            os.link(draft, self._path(number))
+        except FileExistsError:
+            return None
+        finally:
+            draft.unlink()
+        return self._path(number)
+
+    def _refuse(self, number: int, holder: dict[str, Any]) -> None:
+        where = f"process {holder.get('pid', '?')} on {holder.get('host', '?')}"
+        raise UserError(
+            f"{self.folder.parent}: another `align run` ({where}, since {holder.get('since', '?')}) works in this folder. "
+            f"Wait for it or stop it; or give this run its own folder with output=PATH. "
+            f"If that machine is gone for good, delete {self._path(number)}"
+        )
+
+
+def identity(pid: int) -> dict[str, Any]:
+    """What tells a process from a later one that got the same number: host, boot and start time."""
+    return {
+        "pid": pid, "start": start_time(pid), "boot": _boot(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }  # fmt: skip
+
+
+def is_alive(holder: dict[str, Any]) -> bool:
+    """Whether the process, or the child it recorded, still runs. A process of another machine counts as alive."""
+    if not holder:
+        return False
+    if holder.get("host") != platform.node():
+        return True
+    if holder.get("boot") != _boot():
+        return False
+    here = start_time(int(holder["pid"]))
+    if here is not None and here == holder.get("start"):
+        return True
+    child = holder.get("child")
+    return bool(child) and is_alive(child)
+
+
+def start_time(pid: int) -> str | None:
+    """When a process started, in clock ticks since boot (field 22 of /proc/PID/stat); None if it does not run."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None if Path("/proc/self/stat").exists() else _start_time_without_proc(pid)
+    fields = stat.rpartition(")")[2].split()  # the name in parentheses may hold spaces
+    return None if fields[0] == "Z" else fields[19]
+
+
+def _start_time_without_proc(pid: int) -> str | None:
+    import psutil
+
+    try:
+        return str(psutil.Process(pid).create_time())
+    except psutil.Error:
+        return None
+
+
+def _boot() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    draft = path.with_suffix(f".{os.getpid()}.tmp")
+    draft.write_text(json.dumps(content), encoding="utf-8")
+    os.replace(draft, path)

@@ -1,0 +1,193 @@
+"""Runs one child process: output streamed with a prefix and logged, signals passed on, nothing left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+FORWARDED = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
+PR_SET_PDEATHSIG = 1
+# What torch's elastic agent writes once a worker has failed: a report about the agent, not about the user's mistake.
+AGENT_REPORT = re.compile(rb"^(Traceback \(most recent|[WE]\d{4} \d\d:|\[rank\d+\]|error: )")
+WORKER_EXIT_2 = re.compile(rb"exitcode\s*:\s*2\b")
+
+
+@dataclass
+class Outcome:
+    """How a child ended: its exit code as a shell counts it (128 + signal), wall seconds, whether we were told to stop meanwhile."""
+
+    code: int
+    seconds: float
+    interrupted: bool = False
+
+
+@dataclass
+class _Stream:
+    """Copies a child's output line by line: prefixed to ours, and as it is to the log."""
+
+    prefix: bytes
+    log: IO[bytes]
+    to_stderr: bool
+    on_line: Callable[[str], None] | None = None
+    said_error: bool = False
+    worker_exit_2: bool = False
+    muted: bool = False
+    _broken: bool = field(default=False, repr=False)
+
+    def copy(self, source: IO[bytes]) -> None:
+        for raw in iter(source.readline, b""):
+            line = raw.rstrip(b"\r\n").rpartition(b"\r")[2]  # of a progress bar, its last state
+            self.log.write(line + b"\n")
+            self.log.flush()
+            self.worker_exit_2 |= bool(WORKER_EXIT_2.search(line))
+            self.muted = self.muted or (self.said_error and bool(AGENT_REPORT.match(line)))
+            self.said_error |= line.startswith(b"error: ")
+            if not self.muted:
+                self._show(line)
+            if self.on_line is not None:
+                self.on_line(line.decode("utf-8", "replace"))
+
+    def _show(self, line: bytes) -> None:
+        # An error is the same line whether the stage was started by hand or from here, so that it can be searched for.
+        prefix = b"" if line.startswith(b"error: ") else self.prefix
+        out = (sys.stderr if self.to_stderr or self.said_error else sys.stdout).buffer
+        try:
+            if not self._broken:
+                out.write(prefix + line + b"\n")
+                out.flush()
+        except (BrokenPipeError, ValueError):
+            self._broken = True  # keep reading: a child must not block on a pipe because our reader has gone
+
+
+def die_with_parent(death_signal: int) -> Callable[[], None] | None:
+    """A preexec function after which the kernel sends `death_signal` when the parent dies, even of SIGKILL (Linux only)."""
+    if not sys.platform.startswith("linux"):
+        return None
+    libc = ctypes.CDLL(None, use_errno=True)
+    parent = os.getpid()
+
+    def preexec() -> None:
+        libc.prctl(PR_SET_PDEATHSIG, int(death_signal), 0, 0, 0)
+        if os.getppid() != parent:  # the parent died between fork and prctl
+            os._exit(1)
+
+    return preexec
+
+
+def run_child(
+    argv: Sequence[str],
+    env: dict[str, str],
+    log_file: Path,
+    *,
+    prefix: str = "",
+    to_stderr: bool = False,
+    on_line: Callable[[str], None] | None = None,
+    on_start: Callable[[int], None] | None = None,
+    grace: float = 60.0,
+) -> Outcome:
+    """Run `argv` in its own process group until it ends; SIGINT, SIGTERM, SIGHUP and SIGUSR1 that reach us go to the group.
+
+    A second SIGINT or SIGTERM, or `grace` seconds after the first, kills the group. Output is appended to `log_file`.
+    Returns the outcome: the child's own exit code (a stage that saves on SIGTERM says so with its code), 128 + n where signal n
+    ended it, 130 after SIGINT, and 2 where a worker under `accelerate launch` ended with a user error.
+    """
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    # Several workers are told by the elastic agent, so the agent must live long enough to do it; one process may go at once.
+    death_signal = signal.SIGTERM if "accelerate.commands.launch" in argv else signal.SIGKILL
+    with log_file.open("ab") as log, _Signals(grace) as signals:
+        log.write(f"--- {time.strftime('%Y-%m-%dT%H:%M:%S%z')} {' '.join(argv)}\n".encode())
+        child = subprocess.Popen(
+            list(argv), env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            start_new_session=True, preexec_fn=die_with_parent(death_signal),
+        )  # fmt: skip
+        signals.attach(child.pid)
+        if on_start is not None:
+            on_start(child.pid)
+        assert child.stdout is not None
+        stream = _Stream(f"[{prefix}] ".encode() if prefix else b"", log, to_stderr, on_line)
+        reader = threading.Thread(target=stream.copy, args=(child.stdout,), daemon=True)
+        reader.start()
+        code = child.wait()
+        kill_group(child.pid)  # a worker that outlived its leader would hold the pipe, the port and the memory
+        reader.join(timeout=10)
+        code = code if code >= 0 else 128 - code
+    if signal.SIGINT in signals.received:
+        code = 128 + signal.SIGINT
+    elif code == 1 and stream.said_error and stream.worker_exit_2:
+        code = 2
+    interrupted = any(number != getattr(signal, "SIGUSR1", None) for number in signals.received)
+    return Outcome(code, time.monotonic() - started, interrupted)
+
+
+def kill_group(group: int) -> None:
+    """SIGKILL whatever is left of a process group."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, signal.SIGKILL)
+
+
+class _Signals:
+    """While entered, passes signals on to a child's process group and restores our own handlers afterwards."""
+
+    def __init__(self, grace: float) -> None:
+        self.grace = grace
+        self.received: list[int] = []
+        self._group: int | None = None
+        self._old: dict[int, object] = {}
+        self._timer: threading.Timer | None = None
+
+    def __enter__(self) -> _Signals:
+        if threading.current_thread() is threading.main_thread():
+            self._old = {number: signal.signal(number, self._forward) for number in FORWARDED}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        for number, handler in self._old.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def attach(self, group: int) -> None:
+        self._group = group
+        for number in self.received:  # arrived while the child was being started
+            self._send(number)
+
+    def _forward(self, number: int, _frame: FrameType | None) -> None:
+        again = number in (signal.SIGINT, signal.SIGTERM) and any(n in self.received for n in (signal.SIGINT, signal.SIGTERM))
+        self.received.append(number)
+        self._send(signal.SIGKILL if again else number)
+        if self._timer is None and number != signal.SIGUSR1:
+            self._timer = threading.Timer(self.grace, self._send, [signal.SIGKILL])
+            self._timer.daemon = True
+            self._timer.start()
+
+    def _send(self, number: int) -> None:
+        if self._group is None:
+            return
+        if number == signal.SIGKILL:
+            kill_descendants(self._group)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._group, number)
+
+
+def kill_descendants(pid: int) -> None:
+    """SIGKILL every process below `pid`: the elastic agent starts its workers in sessions of their own."""
+    import psutil
+
+    try:
+        for process in psutil.Process(pid).children(recursive=True):
+            process.kill()
+    except psutil.Error:
+        pass

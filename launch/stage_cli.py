@@ -1,0 +1,91 @@
+"""`align sft|reward|dpo|ppo`: runs one stage from its config file, in one process or many."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+STAGES = {
+    "sft": "fine-tune a model on demonstrations",
+    "reward": "train a reward model on preference pairs",
+    "dpo": "optimise a policy on preference pairs directly",
+    "ppo": "optimise a policy against a scorer with PPO",
+}
+
+
+def add_parser(verbs: argparse._SubParsersAction) -> None:
+    """Add one verb per stage."""
+    for stage, line in STAGES.items():
+        parser = verbs.add_parser(
+            stage,
+            help=line,
+            description=f"{line[0].upper()}{line[1:]}. The result is published in the registry as {stage}/NAME.",
+            epilog=f"Keys, units and defaults: align config explain {stage}",
+        )
+        parser.add_argument("--config", required=True, metavar="FILE", help="the stage's YAML file")
+        parser.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a key of the file, such as train.epochs=2")
+        parser.add_argument("--machine", metavar="X", help="machine file: a name in configs/accelerate or a path (default: the config's)")
+        parser.add_argument("--processes", type=int, metavar="N", help="number of processes (default: the config's, else the machine file's)")
+        parser.add_argument("--dry-run", action="store_true", help="check the config, print the command, start nothing")
+        parser.add_argument("--json", action="store_true", help="print one JSON object on stdout; logs go to stderr")
+        parser.set_defaults(handler=run_stage, stage=stage)
+
+
+def resolve(stage: str, config: str, overrides: list[str], machine: str | None, processes: int | None) -> Any:
+    """The stage's checked config with its output folder filled in. Raises UserError with every problem at once."""
+    from configs.load import load
+
+    overrides = list(overrides)
+    overrides += [f"machine={machine}"] if machine else []
+    overrides += [f"processes={processes}"] if processes is not None else []
+    cfg = load(Path(config), stage, overrides)
+    output = cfg.output or Path("runs") / f"{stage}-{cfg.name}"
+    return cfg.model_copy(update={"output": output})
+
+
+def run_stage(args: argparse.Namespace) -> int:
+    """Check the config, save it resolved in the output folder, run the stage, pass its exit code on."""
+    from configs.load import save
+    from launch.command import load_machine, stage_command
+
+    stage = args.stage
+    cfg = resolve(stage, args.config, args.overrides, args.machine, args.processes)
+    machine = load_machine(cfg.machine, cfg.processes)
+    config_file = cfg.output / ("plan.yaml" if args.dry_run else "config.yaml")  # a dry run leaves a real run's config alone
+    command = stage_command(f"stages.{stage}", config_file, machine, cfg.processes)
+    record = {"stage": stage, "name": cfg.name, "output": str(cfg.output), "config": str(config_file), "command": command.typed}
+    cfg.output.mkdir(parents=True, exist_ok=True)
+    save(cfg, config_file)
+    if args.dry_run:
+        print(json.dumps(record) if args.json else command.typed)
+        return 0
+    return _start(command, record, cfg, args.json)
+
+
+def _start(command: Any, record: dict[str, Any], cfg: Any, as_json: bool) -> int:
+    from launch.process import run_child
+
+    print(command.typed, file=sys.stderr if as_json else sys.stdout, flush=True)
+    stage, log_file = record["stage"], cfg.output / "logs" / f"{record['stage']}.log"
+    before = _newest(cfg, stage)
+    outcome = run_child(command.argv, command.environment(), log_file, prefix=stage, to_stderr=as_json)
+    after = _newest(cfg, stage) if outcome.code == 0 else None
+    published = after if after != before else None
+    if as_json:
+        print(json.dumps({**record, "log": str(log_file), "exit_code": outcome.code, "seconds": round(outcome.seconds, 1), "checkpoint": published}))
+    elif published:
+        print(f"published {published} in {cfg.registry}; log: {log_file}")
+    return outcome.code
+
+
+def _newest(cfg: Any, stage: str) -> str | None:
+    """Reference of the newest checkpoint that this config publishes to, if there is one."""
+    from stages.registry import Registry
+
+    if not (cfg.registry / "registry.json").is_file():
+        return None
+    found = Registry(cfg.registry, create=False).list(stage=stage, name=cfg.name)
+    return max(found, key=lambda checkpoint: checkpoint.version).ref if found else None
