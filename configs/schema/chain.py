@@ -59,12 +59,16 @@ class Chain(Strict):
         return self
 
 
+def fill_places(data: dict[str, Any]) -> dict[str, Any]:
+    """Say where the chain works and publishes, where it does not itself."""
+    output = data.get("output") or f"runs/{data.get('name')}"
+    return {**data, "output": output, "registry": data.get("registry") or f"{output}/registry"}
+
+
 def fill_sections(data: dict[str, Any]) -> dict[str, Any]:
     """Give each stage's section what the chain says once, where the section does not say otherwise."""
-    data = dict(data)
-    name = data.get("name")
-    output = data.setdefault("output", f"runs/{name}")
-    data.setdefault("registry", f"{output}/registry")
+    data = fill_places(data)
+    name, output = data.get("name"), data["output"]
     shared = {key: data[key] for key in SHARED if data.get(key) is not None}
     for stage in STAGES:
         section = data.get(stage)

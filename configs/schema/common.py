@@ -15,7 +15,7 @@ PositiveInt = Annotated[int, Field(ge=1)]
 class Strict(BaseModel):
     """Unknown keys are errors, values are not coerced across types, instances do not change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, validate_default=True, allow_inf_nan=False)
 
 
 def _as_list(value: Any) -> Any:
