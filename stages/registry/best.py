@@ -1,0 +1,67 @@
+"""`stage/name@best:METRIC`: the version whose newest evaluation has the best value, if the numbers can be compared."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from configs.errors import UserError
+
+LOWER_IS_BETTER = ("loss", "perplexity", "kl")  # by the end of the metric's name; everything else: higher is better
+
+
+def lower_is_better(metric: str) -> bool:
+    return metric.lower().endswith(LOWER_IS_BETTER)
+
+
+def metric_value(result: Mapping[str, Any], metric: str) -> float | None:
+    """The number under `metric` in one result: in its `metrics` or at the top, by flat key or by dotted path; of a
+    {"mean": …, "se": …} the mean. None when there is none or it is not finite."""
+    for place in (result.get("metrics"), result):
+        value: Any = place
+        if isinstance(value, Mapping) and metric in value:
+            value = value[metric]
+        else:
+            for part in metric.split("."):
+                value = value.get(part) if isinstance(value, Mapping) else None
+        if isinstance(value, Mapping):
+            value = value.get("mean")
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+    return None
+
+
+def pick(family: str, metric: str, evaluations: Mapping[int, list[dict[str, Any]]]) -> int:
+    """The best version. `evaluations`: version -> its results, oldest first. Of equals the newest version.
+
+    Only versions that were evaluated for the metric take part, each with its newest result that has it.
+    Raises UserError when there is no number, or when the numbers come from different evaluation sets.
+    """
+    values, sets = {}, {}
+    for version, results in evaluations.items():
+        for result in reversed(results):
+            if (value := metric_value(result, metric)) is not None:
+                values[version], sets[version] = value, result["eval_set"]
+                break
+    if not values:
+        known = sorted({key for results in evaluations.values() for result in results for key in _names(result)})
+        raise UserError(
+            f"{family}@best:{metric}: no version of {family} was evaluated for {metric}. "
+            + (f"Known metrics: {', '.join(known)}. " if known else "")
+            + f"Evaluate one: align eval {family}@{max(evaluations)}"
+        )
+    if len(set(sets.values())) > 1:
+        measured = ", ".join(f"@{version} on {sets[version]} ({values[version]:.4g})" for version in sorted(values))
+        raise UserError(
+            f"{family}@best:{metric}: the numbers come from different evaluation sets and cannot be compared: "
+            f"{measured}. Evaluate these versions on one set (align eval), then ask again."
+        )
+    sign = -1 if lower_is_better(metric) else 1
+    return max(values, key=lambda version: (sign * values[version], version))
+
+
+def _names(result: Mapping[str, Any]) -> list[str]:
+    place = result.get("metrics") if isinstance(result.get("metrics"), Mapping) else result
+    assert place is not None
+    return [key for key in place if metric_value(result, key) is not None]

@@ -1,0 +1,336 @@
+"""The registry as the stages and the command line use it.
+
+ROOT/registry.json
+ROOT/checkpoints/<id>/{manifest.json, model/}                  immutable; resume/ is reserved beside model/
+ROOT/versions/<stage>/<name>/<number>.json                     which checkpoint claimed which version number
+ROOT/aliases/<stage>/<name>/<alias>/<number>.json              the highest number is where the alias points
+ROOT/evaluations/<id>/<number>.json                            results, oldest first
+ROOT/trash/ ROOT/leases/                                       reserved
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from configs.errors import UserError
+from stages.registry import ledger
+from stages.registry.best import pick
+from stages.registry.commit import commit
+from stages.registry.contract import check_finite, check_stage
+from stages.registry.integrity import Problem, check, read_checkpoint
+from stages.registry.layout import open_root
+from stages.registry.lineage import LineageNode, trace
+from stages.registry.manifest import Checkpoint, Parent
+from stages.registry.names import (
+    FORMS,
+    Reference,
+    check_alias,
+    check_name,
+    did_you_mean,
+    is_id,
+    new_id,
+    now,
+    parse,
+    split_family,
+)
+from stages.registry.provenance import provenance
+from stages.registry.sealing import plain
+from stages.registry.storage import check_room, durable_mkdir, storage_error
+
+# Registry has a method called `list`, which hides the type inside the class
+Problems = list[Problem]
+Names = list[str]
+Records = list[dict[str, Any]]
+
+
+class Registry:
+    """Checkpoints of all stages under one folder. Any number of processes may use it at once, on any file system."""
+
+    def __init__(self, root: Path | str, create: bool = True) -> None:
+        """Open a registry; start one when the folder is new or empty and `create`. Raises UserError otherwise."""
+        self.root = Path(root).expanduser().absolute()
+        open_root(self.root, create)
+
+    # ---- publishing
+
+    def publish(
+        self,
+        stage: str,
+        name: str,
+        write: Callable[[Path], None],
+        *,
+        parents: Sequence[Parent] = (),
+        info: Mapping[str, Any] | None = None,
+        need_bytes: int = 0,
+        check_weights: bool = True,
+    ) -> Checkpoint:
+        """Publish what `write(model_dir)` writes, whole or not at all; to be called on one rank.
+
+        info: what the stage records (config, data, tokenizer, metrics, seed, stage_info), JSON. need_bytes: expected
+        size; at least the size of the name's newest version is assumed. check_weights: refuse NaN and infinities in
+        *.safetensors. Raises UserError (names, full disk, permission, links or pickles among the files, weights).
+        """
+        family = f"{check_name(stage, 'stage')}/{check_name(name, 'name')}"
+        record = {"info": plain(dict(info or {}), "info"), "parents": [parent.to_json() for parent in parents]}
+        newest = self._newest(stage, name)
+        self._make("checkpoints", family)
+        check_room(self.root, max(need_bytes, newest.size if newest else 0))
+        checkpoint_id = new_id()
+        # `.list` cannot show it before the rename, yet its number is taken: two publishers never share one
+        floor = max(self._versions(stage, name), default=0)
+
+        def manifest(files: dict[str, Any]) -> dict[str, Any]:
+            facts = {"id": checkpoint_id, "stage": stage, "name": name, "created": now()}
+            version = ledger.append(self.root / "versions" / stage / name, lambda n: {**facts, "version": n}, floor)
+            return {**facts, "format": 1, "version": version, "files": files, **record, **provenance()}
+
+        path = commit(
+            self.root / "checkpoints",
+            checkpoint_id,
+            family,
+            write,
+            check_finite if check_weights else _accept,
+            manifest,
+        )
+        published = read_checkpoint(path)
+        assert isinstance(published, Checkpoint), published
+        return published
+
+    def _make(self, folder: str, doing: str) -> Path:
+        try:
+            durable_mkdir(self.root / folder)
+        except OSError as error:
+            if told := storage_error(error, f"publishing {doing}"):
+                raise told from error
+            raise
+        return self.root / folder
+
+    # ---- finding
+
+    def resolve(self, ref: str, stage: str | tuple[str, ...] | None = None) -> Checkpoint:
+        """The checkpoint a reference means, quickly verified. `stage`: the stage or stages it must come from.
+
+        Raises UserError when there is none (saying what there is), when it is damaged, when the stage is another. A
+        damaged newest version is an error, never a reason to take an older one.
+        """
+        path = self.root / "checkpoints" / self._locate(ref)
+        if problems := check(path):
+            shown = "".join(f"\n  {problem}" for problem in problems[:5])
+            more = f"\n  and {len(problems) - 5} more" if len(problems) > 5 else ""
+            raise UserError(
+                f"{ref} ({path}) is damaged:{shown}{more}\nSee all of it: align registry verify {_quoted(ref)} --deep "
+                f"--registry {self.root}. Publish it again, or name a sound version."
+            )
+        checkpoint = read_checkpoint(path)
+        assert isinstance(checkpoint, Checkpoint)
+        if stage is not None:
+            check_stage(checkpoint, stage)
+        return checkpoint
+
+    def list(self, stage: str | None = None, name: str | None = None) -> list[Checkpoint]:
+        """All checkpoints with a sound manifest, by stage, name, version. See `damaged` for the others."""
+        found = [item for item in self._scan().values() if isinstance(item, Checkpoint)]
+        wanted = [item for item in found if stage in (None, item.stage) and name in (None, item.name)]
+        return sorted(wanted, key=lambda item: (item.stage, item.name, item.version))
+
+    def damaged(self) -> dict[str, Problem]:
+        """Checkpoint id -> what is wrong with its manifest, for those that `list` cannot show."""
+        return {key: item for key, item in self._scan().items() if isinstance(item, Problem)}
+
+    def verify(self, ref: str, deep: bool = False) -> Problems:
+        """All problems of a checkpoint ([] is good): manifest, set of files, sizes; with `deep` contents. UserError
+        when the reference means nothing."""
+        return check(self.root / "checkpoints" / self._locate(ref), deep)
+
+    def lineage(self, ref: str) -> LineageNode:
+        """What a checkpoint was made from, back to the models from outside. Raises UserError like `resolve`."""
+        return trace(self.resolve(ref), self._load)
+
+    def _load(self, checkpoint_id: str) -> Checkpoint | Problem | None:
+        path = self.root / "checkpoints" / checkpoint_id
+        return read_checkpoint(path) if is_id(checkpoint_id) and path.is_dir() else None
+
+    def _scan(self) -> dict[str, Checkpoint | Problem]:
+        try:
+            names = os.listdir(self.root / "checkpoints")
+        except FileNotFoundError:
+            return {}
+        found = {name: self._load(name) for name in sorted(names)}
+        return {name: item for name, item in found.items() if item is not None}
+
+    def _versions(self, stage: str, name: str) -> dict[int, str]:
+        """Version -> id of all published checkpoints of a name, damaged ones too (their claims still name them)."""
+        versions = {item.version: item.id for item in self.list(stage, name)}
+        claims = self.root / "versions" / stage / name
+        for number in ledger.numbers(claims):
+            if (
+                number not in versions
+                and (self.root / "checkpoints" / (claimed := self._claim(claims, number))).is_dir()
+            ):
+                versions[number] = claimed
+        return versions
+
+    @staticmethod
+    def _claim(claims: Path, number: int) -> str:
+        claimed = ledger.read(claims, number).get("id")
+        if not is_id(str(claimed)):
+            raise UserError(
+                f"{ledger.entry_path(claims, number)}: names no checkpoint. Restore this file from a backup"
+            )
+        return str(claimed)
+
+    def _newest(self, stage: str, name: str) -> Checkpoint | None:
+        return max(self.list(stage, name), key=lambda item: item.version, default=None)
+
+    def _locate(self, ref: str) -> str:
+        """The id a reference means; the checkpoint's folder exists. Raises UserError."""
+        if is_id(ref):
+            if not (self.root / "checkpoints" / ref).is_dir():
+                raise UserError(
+                    f"no checkpoint {ref} in {self.root}. See what there is: align registry list --registry {self.root}"
+                )
+            return ref
+        if isinstance(ref, str) and "/" not in ref.partition("@")[0]:
+            close = did_you_mean(ref.partition("@")[0], [item.name for item in self.list()])
+            families = [item for item in self._families() if item.endswith(f"/{ref.partition('@')[0]}")]
+            hint = f" Did you mean {families[0]}?" if families else close
+            raise UserError(f"{ref!r} is not a reference to a checkpoint; write one of: {FORMS}.{hint}")
+        asked = parse(ref)
+        versions = self._versions(asked.stage, asked.name)
+        if not versions:
+            self._unknown_family(asked)
+        if asked.kind == "latest":
+            return versions[max(versions)]
+        if asked.kind == "best":
+            results = {version: self._results(versions[version]) for version in sorted(versions)}
+            return versions[pick(asked.family, asked.value, results)]
+        if asked.kind == "alias":
+            return self._alias_target(asked, versions)
+        if int(asked.value) not in versions:
+            raise UserError(f"{asked.family} has no version {asked.value} in {self.root}; it has {_some(versions)}")
+        return versions[int(asked.value)]
+
+    def _families(self) -> Names:
+        return sorted({f"{item.stage}/{item.name}" for item in self.list()})
+
+    def _unknown_family(self, asked: Reference) -> NoReturn:
+        known = self._families()
+        there = f"It holds {', '.join(known[:8])}{' …' if len(known) > 8 else ''}." if known else "It is empty."
+        raise UserError(
+            f"no checkpoint {asked.family} in {self.root}. {there}{did_you_mean(asked.family, known)} "
+            f"Train it first, or name another registry."
+        )
+
+    # ---- aliases
+
+    def set_alias(self, family: str, alias: str, ref: str, expect: str | None = None) -> Checkpoint:
+        """Point stage/name@alias at a checkpoint of that name, after a deep verification; the history is kept.
+
+        expect: move it only from there: the reference it must point at now, or "" when it must not exist yet.
+        Raises UserError, also when another process moved it meanwhile.
+        """
+        stage, name = split_family(family)
+        check_alias(alias)
+        target = self.resolve(ref)
+        if (target.stage, target.name) != (stage, name):
+            raise UserError(f"{family}@{alias} can only point at a version of {family}; {ref} is {target.ref}")
+        if problems := self.verify(target.id, deep=True):
+            raise UserError(f"{target.ref} is damaged, {family}@{alias} was not moved: {problems[0]}")
+        wanted = self._locate(expect) if expect else expect
+        folder = self.root / "aliases" / stage / name / alias
+
+        def entry(number: int) -> dict[str, Any]:
+            here = ledger.read(folder, number - 1)["id"] if number > 1 else ""
+            if wanted is not None and wanted != here:
+                raise UserError(
+                    f"{family}@{alias} was not moved: it points at {self._name(here)}, expected {expect or 'no alias yet'}"
+                )
+            facts = {"alias": alias, "id": target.id, "ref": target.ref, "manifest_hash": target.manifest_hash}
+            return {**facts, "previous": here, "created": now()}
+
+        try:
+            ledger.append(folder, entry)
+        except OSError as error:
+            if told := storage_error(error, f"moving {family}@{alias}"):
+                raise told from error
+            raise
+        return target
+
+    def alias_history(self, family: str, alias: str) -> Records:
+        """Where an alias pointed, oldest first: {"number", "id", "ref", "created", "previous", …}."""
+        stage, name = split_family(family)
+        folder = self.root / "aliases" / stage / name / check_alias(alias)
+        return [{"number": number, **ledger.read(folder, number)} for number in ledger.numbers(folder)]
+
+    def aliases(self, family: str) -> dict[str, str]:
+        """Alias -> id of the checkpoint it points at."""
+        stage, name = split_family(family)
+        folder = self.root / "aliases" / stage / name
+        names = sorted(os.listdir(folder)) if folder.is_dir() else []
+        heads = {alias: ledger.numbers(folder / alias) for alias in names}
+        return {alias: ledger.read(folder / alias, there[-1])["id"] for alias, there in heads.items() if there}
+
+    def _name(self, checkpoint_id: str) -> str:
+        item = self._load(checkpoint_id) if checkpoint_id else None
+        return item.ref if isinstance(item, Checkpoint) else checkpoint_id or "nothing"
+
+    def _alias_target(self, asked: Reference, versions: Mapping[int, str]) -> str:
+        aliases = self.aliases(asked.family)
+        if asked.value not in aliases:
+            known = sorted(aliases)
+            there = f"aliases {', '.join(known)}; " if known else "no alias; "
+            raise UserError(
+                f"{asked.family} has no alias {asked.value!r} in {self.root}; it has {there}{_some(versions)}."
+                f"{did_you_mean(asked.value, [*known, 'latest', 'best'])}"
+            )
+        if aliases[asked.value] not in versions.values():
+            raise UserError(
+                f"{asked.family}@{asked.value} points at {aliases[asked.value]}, which is not in {self.root} any more. "
+                f"Move it: align registry alias {asked.family} {asked.value} REF; it has {_some(versions)}"
+            )
+        return aliases[asked.value]
+
+    # ---- evaluations
+
+    def add_evaluation(self, checkpoint: Checkpoint, result: Mapping[str, Any]) -> None:
+        """Keep a result beside a checkpoint. It must carry "eval_set", the fingerprint of what it was measured on; the
+        metrics lie under "metrics" or at the top. Raises UserError."""
+        if not isinstance(result.get("eval_set"), str) or not result["eval_set"]:
+            raise UserError(
+                f"a result for {checkpoint.ref} carries no eval_set (the fingerprint of the evaluation set)"
+            )
+        if self._load(checkpoint.id) is None:
+            raise UserError(f"{checkpoint.ref} ({checkpoint.id}) is not in {self.root}; the result was not kept")
+        body = {"id": checkpoint.id, "ref": checkpoint.ref, "created": now(), "result": plain(dict(result), "result")}
+        try:
+            ledger.append(self.root / "evaluations" / checkpoint.id, lambda number: body)
+        except OSError as error:
+            if told := storage_error(error, f"keeping a result of {checkpoint.ref}"):
+                raise told from error
+            raise
+
+    def evaluations(self, checkpoint: Checkpoint) -> Records:
+        """The results kept for a checkpoint, oldest first, as they were given. Raises UserError for a damaged file."""
+        return self._results(checkpoint.id)
+
+    def _results(self, checkpoint_id: str) -> Records:
+        folder = self.root / "evaluations" / checkpoint_id
+        return [ledger.read(folder, number)["result"] for number in ledger.numbers(folder)]
+
+
+def _accept(model_dir: Path) -> None:
+    """No check of the weights."""
+
+
+def _some(versions: Mapping[int, str]) -> str:
+    newest = sorted(versions)[-12:]
+    return (
+        f"version{'s' if len(versions) > 1 else ''} {'… ' if len(versions) > 12 else ''}{', '.join(map(str, newest))}"
+    )
+
+
+def _quoted(ref: str) -> str:
+    return f"'{ref}'" if " " in ref else ref
