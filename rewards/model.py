@@ -25,8 +25,8 @@ class Tokens(Protocol):
         """Ids of a prompt, ending where the completion begins."""
         ...
 
-    def completion_ids(self, text: str) -> list[int]:
-        """Ids of a completion, ending with EOS and nothing after it."""
+    def completion_ids(self, text: str, prompt: tuple[Turn, ...]) -> list[int]:
+        """Ids of a completion that is not empty, ending with EOS and nothing after it."""
         ...
 
 
@@ -84,7 +84,7 @@ class RewardModelScorer:
     """Scores completions with a sequence classification model of one label. Scores are raw: neither centred nor scaled.
 
     tokens: the model's own formatter, for the text path. token_key: names tokenizer and template, equal for a policy whose ids
-    the model can read. mean, std: of its scores on the demonstrations, over `n` of them. batch_size: rows per forward pass.
+    the model can read. mean, std: of its scores on the demonstrations. batch_size: rows per forward pass.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class RewardModelScorer:
             raise UserError(f"reward model {name}: its pad token is its EOS ({pad_id}); train it with a pad token of its own")
         backbone_and_head(model, head)
         self.name, self.model, self.tokens, self.head = name, model, tokens, head
-        self.pad_id, self.eos_ids, self.token_key = pad_id, frozenset(eos_ids), token_key
+        self.pad_id, self.eos_ids, self.token_key = pad_id, list(eos_ids), token_key
         self.mean, self.std, self.batch_size = mean, std, batch_size
         config = getattr(model, "config", None)
         self.max_length: int | None = getattr(config, "max_position_embeddings", None)
@@ -117,12 +117,14 @@ class RewardModelScorer:
         their last token, without an EOS they never produced.
         """
         finished = columns.get("finished") or [True] * len(completions)
-        completion_ids = [self._completion_ids(text_of(c), f) for c, f in zip(completions, finished, strict=True)]
-        return self.score_ids([self.tokens.prompt_ids(turns_of(p)) for p in prompts], completion_ids).tolist()
+        turns = [turns_of(prompt) for prompt in prompts]
+        rows = zip(turns, map(text_of, completions), finished, strict=True)
+        completion_ids = [self._completion_ids(prompt, text, end) for prompt, text, end in rows]
+        return self.score_ids([self.tokens.prompt_ids(prompt) for prompt in turns], completion_ids).tolist()
 
-    def _completion_ids(self, text: str, finished: bool) -> list[int]:
-        ids = list(self.tokens.completion_ids(text))
-        return ids[:-1] if not finished and ids and ids[-1] in self.eos_ids else ids
+    def _completion_ids(self, prompt: tuple[Turn, ...], text: str, finished: bool) -> list[int]:
+        ids = list(self.tokens.completion_ids(text, prompt)) if text else [self.eos_ids[0]]
+        return ids[:-1] if not finished and ids[-1] in self.eos_ids else ids
 
     def score_ids(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> Tensor:
         """Scores [B] (fp32, on the model's device) at the last token of each completion; rows carry no padding.

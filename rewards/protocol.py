@@ -21,10 +21,14 @@ Score = float | None
 
 
 class Turn(NamedTuple):
-    """One message of a dialogue, in the shape that a tokens formatter reads (.role, .content)."""
+    """One message of a dialogue, in the shape that a formatter reads."""
 
     role: str
     content: str
+
+    def as_dict(self) -> dict[str, str]:
+        """The form that chat templates take."""
+        return {"role": self.role, "content": self.content}
 
 
 @runtime_checkable
@@ -65,6 +69,12 @@ def turns_of(value: Text) -> tuple[Turn, ...]:
     if isinstance(value, str):
         return (Turn("user", value),)
     return tuple(Turn(_role(message), _content(message)) for message in value)
+
+
+def scorer_prompt(messages: Sequence[Any]) -> Text:
+    """What a scorer is given of a prompt: the text of a single user message, else the messages as TRL has them."""
+    turns = turns_of(messages)
+    return turns[0].content if len(turns) == 1 and turns[0].role == "user" else [turn.as_dict() for turn in turns]
 
 
 def check_scores(name: str, returned: Any, count: int) -> list[Score]:

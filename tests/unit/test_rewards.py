@@ -14,7 +14,7 @@ from configs.errors import UserError
 from configs.schema.scorers import ScorerSpec
 from rewards.build import build_scorers, parse_spec
 from rewards.combine import Weighted, WeightedSum
-from rewards.protocol import Turn, check_scores, text_of, turns_of
+from rewards.protocol import Turn, check_scores, scorer_prompt, text_of, turns_of
 from rewards.python import PythonFunction
 from rewards.rules import Keyword, Length, Regex, Repetition
 
@@ -68,6 +68,12 @@ def test_text_and_turns_of_text_messages_and_objects():
     assert text_of([{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image"}]}, Turn("assistant", "b")]) == "a\nb"
     assert turns_of("hi") == (Turn("user", "hi"),)
     assert turns_of([{"role": "system", "content": "s"}, Turn("user", "u")]) == (Turn("system", "s"), Turn("user", "u"))
+
+
+def test_a_scorer_sees_text_of_a_single_question_and_messages_of_a_dialogue():
+    assert scorer_prompt([Turn("user", "hi")]) == "hi"
+    dialogue = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+    assert scorer_prompt(dialogue) == scorer_prompt([Turn("system", "s"), Turn("user", "u")]) == dialogue
 
 
 @pytest.mark.parametrize("values", [[1, 2.5], np.array([1, 2.5]), torch.tensor([1, 2.5]), [np.float32(1), torch.tensor(2.5)], (True, 2.5)])

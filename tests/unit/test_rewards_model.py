@@ -8,6 +8,7 @@ from transformers import AutoModelForSequenceClassification, GPT2Config, LlamaCo
 
 from configs.errors import UserError
 from rewards.model import RewardModelScorer, last_token_scores
+from rewards.protocol import Turn
 
 PAD, EOS = 0, 1
 
@@ -18,7 +19,8 @@ class Letters:
     def prompt_ids(self, messages):
         return [2 + ord(c) % 40 for m in messages for c in m.content]
 
-    def completion_ids(self, text):
+    def completion_ids(self, text, prompt):
+        assert text, "an empty text is not rendered"
         return [2 + ord(c) % 40 for c in text] + [EOS]
 
 
@@ -97,11 +99,18 @@ def test_text_is_rendered_with_the_models_own_formatter():
     scorer = scorer_of(tiny("llama"))
     letters = Letters()
     prompt, completion = [{"role": "user", "content": "hello"}], [{"role": "assistant", "content": "world"}]
-    ids = [letters.prompt_ids([type("M", (), {"content": "hello"})()])], [letters.completion_ids("world")]
+    ids = [letters.prompt_ids([Turn("user", "hello")])], [letters.completion_ids("world", ())]
     expected = scorer.score_ids(*ids).tolist()
     assert scorer(["hello"], ["world"]) == scorer([prompt], [completion]) == expected
     cut = scorer.score_ids(ids[0], [ids[1][0][:-1]]).tolist()
     assert scorer(["hello"], ["world"], finished=[False]) == cut != expected
+
+
+def test_an_empty_text_is_scored_at_its_eos_or_at_the_end_of_the_prompt():
+    scorer = scorer_of(tiny("llama"))
+    prompt = scorer.tokens.prompt_ids([Turn("user", "hello")])
+    assert scorer(["hello"], [""]) == scorer.score_ids([prompt], [[EOS]]).tolist()
+    assert scorer(["hello"], [""], finished=[False]) == scorer.score_ids([prompt], [[]]).tolist()
 
 
 def test_dropout_is_off_while_scoring_and_the_mode_comes_back():

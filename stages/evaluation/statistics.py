@@ -1,0 +1,123 @@
+"""The statistics of an evaluation, as pure functions of numpy arrays.
+
+N completions belong to prompts (`groups`, one label per completion). Completions of one prompt are not independent, so every
+standard error and interval treats the prompt, never the completion, as the unit. KL and log-probs are in nats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+BATCH = 1000  # bootstrap resamples held at once
+
+
+class Estimate(NamedTuple):
+    """A mean and its standard error; None where a single prompt gives none."""
+
+    mean: float
+    se: float | None
+
+
+class WinRate(NamedTuple):
+    """Share of comparisons won (a tie counts one half) and its 95 % bootstrap interval."""
+
+    rate: float
+    low: float
+    high: float
+
+
+class Window(NamedTuple):
+    """Tokens [start, end) are read, those of [scored, end) count."""
+
+    start: int
+    scored: int
+    end: int
+
+
+def mean_and_se(values: npt.ArrayLike, groups: Sequence[int]) -> Estimate:
+    """Mean of values [N] and its standard error, clustered by prompt.
+
+    se² = G/(G-1) · Σ_g (Σ_{i in g} (x_i - mean))² / N² over the G prompts (Liang and Zeger 1986); with one value per prompt it is
+    the usual s/√N. Raises ValueError without values.
+    """
+    array = _column(values, groups)
+    mean = float(array.mean())
+    _, index = np.unique(np.asarray(groups), return_inverse=True)
+    sums = np.bincount(index, weights=array - mean)
+    if len(sums) == 1:
+        return Estimate(mean, None)
+    return Estimate(mean, float(np.sqrt(len(sums) / (len(sums) - 1) * (sums**2).sum()) / len(array)))
+
+
+def win_rate(
+    ours: npt.ArrayLike, our_groups: Sequence[int], theirs: npt.ArrayLike, their_groups: Sequence[int], *, seed: int, resamples: int = 10_000
+) -> WinRate:
+    """How often our completion of a prompt scores higher than theirs of the same prompt; a tie counts one half.
+
+    Every completion of ours is compared with every one of theirs for that prompt, a prompt's rate is the mean of those, and
+    prompts weigh alike. The interval is the 2.5 and 97.5 percentile over resamples of prompts (paired bootstrap, Koehn 2004).
+    Raises ValueError where the two do not have the same prompts.
+    """
+    rates = _rates_per_prompt(_column(ours, our_groups), our_groups, _column(theirs, their_groups), their_groups)
+    rng = np.random.default_rng(seed)
+    means = []
+    for start in range(0, resamples, BATCH):
+        draw = rng.integers(0, len(rates), (min(BATCH, resamples - start), len(rates)))
+        means.append(rates[draw].mean(axis=1))
+    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
+    return WinRate(float(rates.mean()), float(low), float(high))
+
+
+def _rates_per_prompt(ours: Array, our_groups: Sequence[int], theirs: Array, their_groups: Sequence[int]) -> Array:
+    """Share won of each prompt, [G]."""
+    mine, other = np.asarray(our_groups), np.asarray(their_groups)
+    prompts = np.unique(mine)
+    if not np.array_equal(prompts, np.unique(other)):
+        raise ValueError("a win rate compares completions of the same prompts")
+    rates = []
+    for prompt in prompts:
+        difference = ours[mine == prompt][:, None] - theirs[other == prompt][None, :]
+        rates.append(((difference > 0) + 0.5 * (difference == 0)).mean())
+    return np.array(rates)
+
+
+def kl_of_completions(logprobs: npt.ArrayLike, ref_logprobs: npt.ArrayLike, mask: npt.ArrayLike) -> tuple[Array, Array]:
+    """KL to the reference of each completion, summed over its tokens: (k1 [N], k3 [N]) from [N, T], nats.
+
+    k1 = logprob - ref_logprob; k3 = e^d - 1 - d with d = ref_logprob - logprob, never negative. Both are unbiased when the
+    completions are the policy's own samples (http://joschu.net/blog/kl-approx.html).
+    """
+    keep = np.asarray(mask, dtype=bool)
+    d = np.where(keep, np.asarray(ref_logprobs, dtype=np.float64), 0.0) - np.where(keep, np.asarray(logprobs, dtype=np.float64), 0.0)
+    return -d.sum(axis=1), (np.expm1(d) - d).sum(axis=1)
+
+
+def perplexity(logprobs: npt.ArrayLike, mask: npt.ArrayLike) -> float:
+    """exp of the mean negative log-prob over the tokens that count; inputs of one shape. Raises ValueError when none counts."""
+    chosen = np.asarray(logprobs, dtype=np.float64)[np.asarray(mask, dtype=bool)]
+    if not len(chosen):
+        raise ValueError("perplexity of no token")
+    return float(np.exp(-chosen.mean()))
+
+
+def windows(length: int, width: int, stride: int) -> Iterator[Window]:
+    """Overlapping windows over a text of `length` tokens: each token but the first counts exactly once, and after the first
+    window each has at least width - stride tokens before it."""
+    assert 0 < stride < width, f"stride {stride} must lie between 0 and width {width}"
+    scored = 1
+    while scored < length:
+        end = min(length, width if scored == 1 else scored + stride)
+        yield Window(max(0, end - width), scored, end)
+        scored = end
+
+
+def _column(values: npt.ArrayLike, groups: Sequence[int]) -> Array:
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1 or not len(array) or len(array) != len(groups):
+        raise ValueError(f"values of shape {array.shape} with {len(groups)} groups; expected one group per value, and at least one value")
+    return array
