@@ -15,7 +15,7 @@ from configs.schema import Lora
 from stages.registry import Checkpoint, Parent, Registry
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 PUBLISHED = re.compile(r"^(sft|reward|dpo|ppo)/[a-z0-9][a-z0-9._-]*(@.+)?$")
 
@@ -115,7 +115,7 @@ def uses_bf16(precision: str) -> bool:
     return supported or precision == "bf16"
 
 
-def _from_pretrained(cls: Any, folder: str, **kwargs: Any) -> Any:
+def from_pretrained(cls: Any, folder: str, **kwargs: Any) -> Any:
     """`from_pretrained` with errors a person can act on."""
     try:
         return cls.from_pretrained(folder, trust_remote_code=False, **kwargs)
@@ -128,10 +128,10 @@ def load_tokenizer(origin: Origin) -> PreTrainedTokenizerBase:
     """The tokenizer that lies with the model (for a published adapter too)."""
     from transformers import AutoTokenizer
 
-    return _from_pretrained(AutoTokenizer, origin.folder)
+    return from_pretrained(AutoTokenizer, origin.folder)
 
 
-def load_policy(origin: Origin, *, dtype: torch.dtype = torch.float32, attn_implementation: str | None = None) -> PreTrainedModel:
+def load_policy(origin: Origin, *, dtype: torch.dtype = torch.float32, attn_implementation: str | None = None) -> Any:
     """A causal language model in eval mode with dropout off; an adapter is merged into its base, however deep."""
     from transformers import AutoModelForCausalLM
 
@@ -142,7 +142,7 @@ def load_policy(origin: Origin, *, dtype: torch.dtype = torch.float32, attn_impl
         resize_to(base, adapter_vocabulary(origin))
         model = PeftModel.from_pretrained(base, origin.folder).merge_and_unload()
     else:
-        model = _from_pretrained(AutoModelForCausalLM, origin.folder, dtype=dtype, attn_implementation=attn_implementation)
+        model = from_pretrained(AutoModelForCausalLM, origin.folder, dtype=dtype, attn_implementation=attn_implementation)
     return without_dropout(model)
 
 
@@ -151,13 +151,13 @@ def adapter_vocabulary(origin: Origin) -> int | None:
     return origin.checkpoint.info("stage_info")["adapter"].get("vocabulary") if origin.checkpoint else None
 
 
-def resize_to(model: PreTrainedModel, vocabulary: int | None) -> None:
+def resize_to(model: Any, vocabulary: int | None) -> None:
     """Grow the embeddings to at least `vocabulary` rows (a pad token may have been added)."""
     if vocabulary and model.get_input_embeddings().weight.shape[0] < vocabulary:
         model.resize_token_embeddings(vocabulary)
 
 
-def scorer_from_policy(policy: PreTrainedModel, *, pad_id: int, seed: int) -> PreTrainedModel:
+def scorer_from_policy(policy: Any, *, pad_id: int, seed: int) -> Any:
     """A sequence-classification model with one output on the policy's own trunk (shared, not copied).
 
     The head starts with standard deviation 1/sqrt(d + 1) (N+ implementation details, arXiv:2403.17031).
@@ -195,7 +195,7 @@ def scalar_head(width: int, *, seed: int, bias: bool = True, zero: bool = False)
     return head
 
 
-def load_scorer(origin: Origin, *, dtype: torch.dtype = torch.float32, attn_implementation: str | None = None) -> PreTrainedModel:
+def load_scorer(origin: Origin, *, dtype: torch.dtype = torch.float32, attn_implementation: str | None = None) -> Any:
     """A published reward model: sequence classification with one output, eval mode, dropout off; an adapter is merged."""
     from transformers import AutoModelForSequenceClassification
 
@@ -207,7 +207,7 @@ def load_scorer(origin: Origin, *, dtype: torch.dtype = torch.float32, attn_impl
         base = scorer_from_policy(policy, pad_id=pad_id_of(origin), seed=0)
         model = PeftModel.from_pretrained(base, origin.folder).merge_and_unload()
     else:
-        model = _from_pretrained(
+        model = from_pretrained(
             AutoModelForSequenceClassification, origin.folder, dtype=dtype, attn_implementation=attn_implementation, num_labels=1
         )
     return without_dropout(model)
@@ -219,13 +219,13 @@ def pad_id_of(origin: Origin) -> int:
     return int(origin.checkpoint.info("tokenizer")["pad_id"])
 
 
-def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
+def without_dropout(model: Any) -> Any:
     """Set every dropout to 0, in modules and config, and switch to eval mode."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         elif isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+            vars(module)["attention_dropout"] = 0.0
     for key in vars(model.config):
         if key.endswith(("dropout", "pdrop")) and isinstance(getattr(model.config, key), float):
             setattr(model.config, key, 0.0)
@@ -243,14 +243,13 @@ def lora_config(lora: Lora, task: str) -> Any:
     """The peft config of a `lora:` section; `task` is CAUSAL_LM or SEQ_CLS (which saves the score head with the adapter)."""
     from peft import LoraConfig
 
-    return LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.target_modules, task_type=task, bias="none"
-    )
+    arguments: dict[str, Any] = {"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "bias": "none"}
+    return LoraConfig(**arguments, target_modules=lora.target_modules, task_type=task)
 
 
-def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, *, eos_ids: list[int], base: Origin | None = None) -> None:
+def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, *, eos_ids: list[int], base: Origin | None = None, **extra: Any) -> None:
     """Write a plain Hugging Face folder: safetensors, tokenizer with its chat template, and a generation config that
-    stops at every EOS id and restricts sampling in no way. `base` is what lies under an adapter."""
+    stops at every EOS id and restricts sampling in no way. `base` is what lies under an adapter; `extra` goes to `save_pretrained`."""
     from transformers import GenerationConfig
 
     pad_id = tokenizer.pad_token_id
@@ -263,5 +262,5 @@ def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, *, 
             model.generation_config = GenerationConfig(
                 bos_token_id=tokenizer.bos_token_id, eos_token_id=eos_ids if len(eos_ids) > 1 else eos_ids[0], pad_token_id=pad_id
             )
-    model.save_pretrained(folder, safe_serialization=True)
+    model.save_pretrained(folder, **extra)
     tokenizer.save_pretrained(folder)

@@ -1,0 +1,192 @@
+"""Collecting a rollout: prompts, samples, scores, and the log-probs and values that the update starts from."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from configs.errors import UserError
+from configs.schema import PPOStage
+from rewards.combine import WeightedSum
+from rewards.shaping import per_token_rewards, shape_scores
+from stages.ppo import maths
+from stages.ppo.modules import PolicyAndValue, Reference
+from stages.ppo.rollout import Experience, Rollout, Tokens, cut
+from stages.ppo.sampling import completion_seed, left_pad, sample
+from stages.tokens import ModelTokens
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Encoded prompts and what the scorers see of them."""
+
+    ids: list[list[int]]
+    texts: list[Any]
+    columns: list[dict[str, Any]]
+
+    def chosen(self, iteration: int, batch: int, seed: int) -> list[int]:
+        """Prompt numbers of an iteration: an endless stream of seeded permutations, so any set size fits any batch."""
+        picked = []
+        for position in range(iteration * batch, (iteration + 1) * batch):
+            epoch, offset = divmod(position, len(self.ids))
+            picked.append(_permutation(len(self.ids), seed, epoch)[offset])
+        return picked
+
+
+_cache: dict[tuple[int, int, int], list[int]] = {}
+
+
+def _permutation(count: int, seed: int, epoch: int) -> list[int]:
+    key = (count, seed, epoch)
+    if key not in _cache:
+        for old in [k for k in _cache if k[2] < epoch - 1]:
+            del _cache[old]
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+        _cache[key] = torch.randperm(count, generator=generator).tolist()
+    return _cache[key]
+
+
+@dataclass
+class Clock:
+    """Seconds that the parts of an iteration took."""
+
+    rollout: float = 0.0
+    scoring: float = 0.0
+    update: float = 0.0
+
+
+def collect_rollout(
+    module: PolicyAndValue, reference: Reference, scorer: WeightedSum, prompts: PromptSet, cfg: PPOStage, accelerator: Any, *,
+    iteration: int, tokens: ModelTokens, clock: Clock,
+) -> Rollout:  # fmt: skip
+    """Sample this process's share of the batch, score it, and exchange it: the result is the same on every process."""
+    started = time.monotonic()
+    total = cfg.train.rollout_batch_size
+    share = total // accelerator.num_processes
+    mine = range(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+    numbers = prompts.chosen(iteration, total, cfg.seed)
+    prompt_ids = [prompts.ids[numbers[i]] for i in mine]
+    module.eval()
+    with accelerator.autocast():
+        samples = sample(
+            module.policy, prompt_ids, sampling=cfg.sampling, eos_ids=tokens.eos_ids, pad_id=tokens.pad_id,
+            seeds=[completion_seed(cfg.seed, iteration, i) for i in mine],
+        )  # fmt: skip
+    clock.rollout = time.monotonic() - started
+    started = time.monotonic()
+    completion_ids = [s.completion_ids for s in samples]
+    columns = _columns([prompts.columns[numbers[i]] for i in mine])
+    scores = scorer.score(
+        [prompts.texts[numbers[i]] for i in mine], [tokens.formatter.completion_text(ids) for ids in completion_ids], token_key=tokens.key, prompt_ids=prompt_ids,
+        completion_ids=completion_ids, **(columns | {"finished": [s.finished for s in samples]}),
+    )  # fmt: skip
+    batch = _tokens(prompt_ids, completion_ids, tokens.pad_id, accelerator.device)
+    old, values, entropy, ref = _forward(module, reference, batch, cfg, accelerator)
+    gap = _sampler_gap(old, batch.mask, [s.logprobs for s in samples])
+    rollout = Rollout(
+        batch, torch.tensor([s.finished for s in samples], device=accelerator.device), old, ref, values,
+        torch.tensor(scores.total, device=accelerator.device), entropy, gap,
+    )  # fmt: skip
+    rollout = exchange(rollout, accelerator, tokens.pad_id)
+    clock.scoring = time.monotonic() - started
+    return rollout
+
+
+def _columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Columns of the prompts as lists; a column some prompts lack is None there."""
+    names = {name for row in rows for name in row}
+    return {name: [row.get(name) for row in rows] for name in sorted(names)}
+
+
+def _tokens(prompts: list[list[int]], completions: list[list[int]], pad_id: int, device: torch.device) -> Tokens:
+    """Left-padded prompts and right-padded completions."""
+    prompt_ids, prompt_mask = left_pad(prompts, pad_id, device)
+    reversed_ids, reversed_mask = left_pad([ids[::-1] for ids in completions], pad_id, device)
+    return Tokens(prompt_ids, prompt_mask, reversed_ids.flip(1), reversed_mask.flip(1))
+
+
+@torch.no_grad()
+def _forward(module: PolicyAndValue, reference: Reference, tokens: Tokens, cfg: PPOStage, accelerator: Any) -> tuple[Tensor, ...]:
+    """Old log-probs, values, entropy and reference log-probs, in micro-batches of rows of similar length."""
+    width = tokens.mask.shape[1]
+    old, ref, entropy = (torch.zeros(tokens.mask.shape, device=accelerator.device) for _ in range(3))
+    values = torch.zeros((len(tokens.mask), width + 1), device=accelerator.device)
+    order = torch.argsort(tokens.attention_mask.sum(dim=1), stable=True)
+    for rows in order.split(cfg.train.micro_batch_size):
+        part = cut(tokens, rows)
+        size = part.mask.shape[1]
+        with accelerator.autocast():
+            outputs = module(part, entropy=True)
+            ref[rows, :size] = reference.logprobs(part)
+        old[rows, :size], values[rows, : size + 1] = outputs.logprobs, outputs.values
+        if outputs.entropy is not None:
+            entropy[rows, :size] = outputs.entropy
+    return old, values, entropy, ref
+
+
+def _sampler_gap(old: Tensor, mask: Tensor, logprobs: list[list[float]]) -> Tensor:
+    """Largest difference of each completion between the sampler's log-probs and the forward's, [B], nats."""
+    theirs = torch.zeros_like(old)
+    for i, row in enumerate(logprobs):
+        theirs[i, : len(row)] = torch.tensor(row)
+    return torch.where(mask, (theirs - old).abs(), 0.0).amax(dim=1)
+
+
+def exchange(rollout: Rollout, accelerator: Any, pad_id: int) -> Rollout:
+    """The rollouts of all processes, one after the other, padded to common widths."""
+    if accelerator.num_processes == 1:
+        return rollout
+
+    def gather(x: Tensor, *, left: bool = False, fill: float = 0) -> Tensor:
+        if x.dim() == 2:
+            x = accelerator.pad_across_processes(x, dim=1, pad_index=fill, pad_first=left)
+        return accelerator.gather(x)
+
+    t = rollout.tokens
+    tokens = Tokens(
+        gather(t.prompt_ids, left=True, fill=pad_id), gather(t.prompt_mask.long(), left=True).bool(),
+        gather(t.completion_ids, fill=pad_id), gather(t.mask.long()).bool(),
+    )  # fmt: skip
+    # The values' extra column follows each row's last token, so padding on the right keeps its meaning.
+    return Rollout(
+        tokens, gather(rollout.finished.long()).bool(), gather(rollout.old_logprobs), gather(rollout.ref_logprobs), gather(rollout.values),
+        gather(rollout.scores), gather(rollout.entropy), gather(rollout.sampler_gap),
+    )  # fmt: skip
+
+
+def experience_of(rollout: Rollout, cfg: PPOStage, *, kl_coef: float, mean: float, std: float) -> tuple[Experience, Tensor]:
+    """Rewards, advantages and returns of a rollout; also the rewards [B, T or T + 1] for the metrics.
+
+    Raises:
+        UserError: scores or log-probs that are not finite.
+    """
+    mask = rollout.tokens.mask
+    for name, x in (("scores", rollout.scores), ("log-probs", rollout.old_logprobs[mask]), ("values", rollout.values[:, :-1][mask])):
+        if not torch.isfinite(x).all():
+            raise UserError(f"the rollout holds {name} that are not finite numbers; the last resumable save is intact: lower train.learning_rate and run again")
+    scores = shape_scores(
+        rollout.scores, rollout.finished, mean=mean if cfg.center_scores else 0.0, std=std if cfg.scale_scores else 1.0, clip=cfg.score_clip,
+        missing_eos=cfg.missing_eos, missing_eos_penalty=cfg.missing_eos_penalty,
+    )  # fmt: skip
+    kl = maths.k1(rollout.old_logprobs, rollout.ref_logprobs, mask)
+    rewards = per_token_rewards(scores, kl, mask, kl_coef=kl_coef, reward_at=cfg.reward_at)
+    value_mask = torch.cat([mask, torch.zeros_like(mask[:, :1])], dim=1)
+    if cfg.reward_at == "post_eos":
+        value_mask = torch.cat([torch.ones_like(mask[:, :1]), mask], dim=1) & (mask.sum(dim=1, keepdim=True) > 0)
+    else:
+        rewards = torch.cat([rewards, torch.zeros_like(rewards[:, :1])], dim=1)
+    if cfg.whiten_rewards:
+        rewards = maths.whiten(rewards, value_mask, shift_mean=False)
+    after = rollout.values.gather(1, mask.sum(dim=1, keepdim=True)).squeeze(1)
+    cut_off = ~rollout.finished & (cfg.bootstrap_cut_off and cfg.reward_at == "last_token")
+    advantages, returns = maths.gae(
+        rewards, rollout.values, value_mask, torch.where(cut_off, after, 0.0), gamma=cfg.gamma, gae_lambda=cfg.gae_lambda
+    )
+    advantages = advantages[:, :-1]
+    if cfg.whiten_advantages:
+        advantages = maths.whiten(advantages, mask)
+    return Experience(rollout.tokens, rollout.old_logprobs, advantages, rollout.values, returns, value_mask), rewards

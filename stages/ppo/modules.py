@@ -1,0 +1,121 @@
+"""The models of PPO: the trained module (policy and value function), the frozen reference, and one shared backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from stages.ppo.forward import TokenOutputs, hidden_states, token_outputs
+from stages.ppo.rollout import Tokens
+
+POLICY = "default"  # the adapter name that peft writes to the top of a folder
+VALUE, REWARD = "value", "reward"
+
+
+class Outputs(NamedTuple):
+    """What one forward of the trained module gives."""
+
+    logprobs: Tensor  # [B, T]
+    values: Tensor  # [B, T + 1]
+    entropy: Tensor | None  # [B, T]
+
+
+class AdapterSwitch:
+    """Chooses which adapter of a shared backbone is on, leaving what is trainable trainable.
+
+    peft couples activity with `requires_grad`: activating one adapter freezes the others. Here policy and value adapter
+    are both trained, so the flags are restored after every switch.
+    """
+
+    def __init__(self, backbone: nn.Module, trained: list[str]) -> None:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        self.layers = [module for module in backbone.modules() if isinstance(module, BaseTunerLayer)]
+        self.trainable = [p for n, p in backbone.named_parameters() if any(f".{adapter}." in n for adapter in trained)]
+        self._restore()
+
+    def _restore(self) -> None:
+        for parameter in self.trainable:
+            parameter.requires_grad_(True)
+
+    @contextmanager
+    def on(self, adapter: str | None) -> Iterator[None]:
+        """Within the block `adapter` is on, or none is (the bare backbone)."""
+        for layer in self.layers:
+            if adapter is None:
+                layer.enable_adapters(False)
+            else:
+                layer.enable_adapters(True)
+                layer.set_adapter([adapter])
+        self._restore()
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                layer.enable_adapters(True)
+                layer.set_adapter([POLICY])
+            self._restore()
+
+
+class PolicyAndValue(nn.Module):
+    """Everything that is trained, as one module, because accelerate prepares one module per engine.
+
+    `value_trunk` is a model of its own, or None where the value function reads the policy's trunk: through its own adapter
+    when there is an `switch`, else through the policy's hidden states.
+    """
+
+    def __init__(
+        self, policy: Any, value_trunk: nn.Module | None, value_head: nn.Linear, *, temperature: float, switch: AdapterSwitch | None = None
+    ) -> None:
+        super().__init__()
+        self.policy, self.value_trunk, self.value_head = policy, value_trunk, value_head
+        self.temperature, self.switch = temperature, switch
+
+    def forward(self, tokens: Tokens, entropy: bool = False) -> Outputs:
+        """Log-probs and values of a batch of prompts and completions."""
+        hidden = hidden_states(self.policy.base_model, tokens)
+        logprobs, entropies = token_outputs(self.policy, hidden, tokens, temperature=self.temperature, entropy=entropy)
+        return Outputs(logprobs, self._values(hidden, tokens), entropies)
+
+    def _values(self, policy_hidden: Tensor, tokens: Tokens) -> Tensor:
+        if self.value_trunk is not None:
+            hidden = hidden_states(self.value_trunk, tokens)
+        elif self.switch is not None:
+            with self.switch.on(VALUE):
+                hidden = hidden_states(self.policy.base_model, tokens)
+        else:
+            hidden = policy_hidden
+        return self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1).float()
+
+    def policy_parameters(self) -> list[nn.Parameter]:
+        """Trained parameters of the policy (and of the value function where they are the same)."""
+        value = {id(p) for p in self.value_parameters()}
+        return [p for p in self.parameters() if p.requires_grad and id(p) not in value]
+
+    def value_parameters(self) -> list[nn.Parameter]:
+        """Trained parameters of the value function alone."""
+        named = [p for n, p in self.named_parameters() if n.startswith(("value_trunk.", "value_head.")) or f".{VALUE}." in n]
+        return [p for p in named if p.requires_grad]
+
+
+class Reference:
+    """The frozen model that KL is measured to: a model of its own, or the backbone with its adapters off."""
+
+    def __init__(self, model: Any, *, temperature: float, switch: AdapterSwitch | None = None) -> None:
+        self.model, self.temperature, self.switch = model, temperature, switch
+
+    @torch.no_grad()
+    def logprobs(self, tokens: Tokens) -> Tensor:
+        """Log-probs of the sampled tokens under the reference, [B, T], nats."""
+        if self.switch is None:
+            return self._outputs(tokens).logprobs
+        with self.switch.on(None):
+            return self._outputs(tokens).logprobs
+
+    def _outputs(self, tokens: Tokens) -> TokenOutputs:
+        hidden = hidden_states(self.model.base_model, tokens)
+        return token_outputs(self.model, hidden, tokens, temperature=self.temperature)

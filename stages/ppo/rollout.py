@@ -1,0 +1,97 @@
+"""The record that passes between the steps of an iteration, and how micro-batches are cut from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Prompts and completions as a model reads them."""
+
+    prompt_ids: Tensor  # [B, P] left-padded
+    prompt_mask: Tensor  # [B, P] bool
+    completion_ids: Tensor  # [B, T] right-padded
+    mask: Tensor  # [B, T] bool, True on sampled tokens
+
+    @property
+    def input_ids(self) -> Tensor:
+        """Prompt and completion, [B, P + T]."""
+        return torch.cat([self.prompt_ids, self.completion_ids], dim=1)
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """[B, P + T], 1 on real tokens."""
+        return torch.cat([self.prompt_mask, self.mask], dim=1).long()
+
+    @property
+    def position_ids(self) -> Tensor:
+        """[B, P + T], counted over real tokens, so that padding moves nothing."""
+        return (self.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+
+    def trimmed(self) -> Tokens:
+        """Without the columns that hold only padding; one completion column stays."""
+        prompts = int(self.prompt_mask.sum(dim=1).max())
+        completions = max(int(self.mask.sum(dim=1).max()), 1)
+        width = self.prompt_ids.shape[1]
+        return replace(
+            self,
+            prompt_ids=self.prompt_ids[:, width - prompts :],
+            prompt_mask=self.prompt_mask[:, width - prompts :],
+            completion_ids=self.completion_ids[:, :completions],
+            mask=self.mask[:, :completions],
+        )
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One iteration's samples over all processes, identical on every process."""
+
+    tokens: Tokens
+    finished: Tensor  # [B] bool, an EOS ended the completion
+    old_logprobs: Tensor  # [B, T] nats, in the arithmetic of the update
+    ref_logprobs: Tensor  # [B, T] nats
+    values: Tensor  # [B, T + 1]; [:, t] is the expected return before token t
+    scores: Tensor  # [B] raw
+    entropy: Tensor  # [B, T] nats
+    sampler_gap: Tensor  # [B] largest |sampler's log-prob - forward's| of a completion
+
+    def __len__(self) -> int:
+        return self.scores.shape[0]
+
+
+@dataclass(frozen=True)
+class Experience:
+    """What the update reads, cut from a rollout: everything but the model's own outputs of now."""
+
+    tokens: Tokens
+    old_logprobs: Tensor  # [B, T]
+    advantages: Tensor  # [B, T]
+    old_values: Tensor  # [B, T + 1]
+    returns: Tensor  # [B, T + 1]
+    value_mask: Tensor  # [B, T + 1] bool
+
+    def select(self, rows: Tensor) -> Experience:
+        """The given rows, trimmed to the columns they use."""
+        tokens = Tokens(**{f.name: getattr(self.tokens, f.name)[rows] for f in fields(Tokens)}).trimmed()
+        width = tokens.mask.shape[1]
+        return Experience(
+            tokens,
+            self.old_logprobs[rows, :width],
+            self.advantages[rows, :width],
+            self.old_values[rows, : width + 1],
+            self.returns[rows, : width + 1],
+            self.value_mask[rows, : width + 1],
+        )
+
+    def lengths(self) -> Tensor:
+        """Real tokens of each row, prompt and completion, [B]."""
+        return self.tokens.attention_mask.sum(dim=1)
+
+
+def cut(tokens: Tokens, rows: Tensor) -> Tokens:
+    """The given rows of a token record, trimmed."""
+    return Tokens(**{f.name: getattr(tokens, f.name)[rows] for f in fields(Tokens)}).trimmed()

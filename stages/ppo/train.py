@@ -1,0 +1,162 @@
+"""PPO from start to finish: resolve, load, then iterate collect_rollout -> per-token rewards -> GAE -> update_policy."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs.errors import UserError
+from configs.schema import PPOStage
+from stages import data, models
+from stages.ppo import maths, report, state
+from stages.ppo.build import PPOModels, build_models
+from stages.ppo.collect import Clock, PromptSet, collect_rollout, experience_of
+from stages.ppo.modules import POLICY
+from stages.ppo.update import update_policy
+from stages.tokens import ModelTokens, load_tokens
+from stages.training import resume
+from stages.training.entry import say
+from stages.training.publish import publish_checkpoint
+
+
+def main(cfg: PPOStage) -> None:
+    """Train a policy with PPO against a scorer, starting from an SFT checkpoint."""
+    accelerator = start(cfg)
+    origin = models.find(cfg.init_from, cfg.registry, stages=("sft", "dpo", "ppo"))
+    tokens = load_tokens(origin, cfg.template)
+    prompts, data_info = load_prompts(cfg, tokens.formatter)
+    built = build_models(cfg, origin, tokens, accelerator.device)
+    identity = resume.identity(
+        cfg, data=data_info["fingerprint"], tokenizer=tokens.key, parents=[p.id or p.source or "" for p in built.parents]
+    )
+    metrics = train(cfg, accelerator, built, prompts, tokens, identity)
+    publish(cfg, built, tokens, data_info, metrics)
+
+
+def start(cfg: PPOStage) -> Any:
+    """The accelerator, and the checks that need nothing but the config and the number of processes.
+
+    Raises:
+        UserError: the batch can't be shared out equally.
+    """
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(mixed_precision="bf16" if models.uses_bf16(cfg.train.precision) else "no", gradient_accumulation_steps=1)
+    if str(accelerator.distributed_type).endswith(("DEEPSPEED", "FSDP")):
+        raise UserError(f"stage ppo does not run under {accelerator.distributed_type} yet; use a DDP machine file (cpu_ddp, gpu_ddp)")
+    parts = cfg.train.num_minibatches * accelerator.num_processes
+    if cfg.train.rollout_batch_size % parts:
+        raise UserError(
+            f"train.rollout_batch_size {cfg.train.rollout_batch_size} is not a multiple of train.num_minibatches "
+            f"{cfg.train.num_minibatches} x {accelerator.num_processes} process(es); every process takes an equal share of each minibatch"
+        )
+    torch.manual_seed(cfg.seed)
+    return accelerator
+
+
+def load_prompts(cfg: PPOStage, formatter: data.Formatter) -> tuple[PromptSet, dict[str, Any]]:
+    """The training part of the prompts, encoded; those that leave no room for a completion are dropped and counted.
+
+    Raises:
+        UserError: unreadable prompts, or none left.
+    """
+    splits = data.Splitter(cfg.split).split(data.read_prompts(cfg.prompts).rows)
+    rows, dropped = data.encode_prompts(
+        formatter, splits.train, max_length=cfg.max_length, max_new_tokens=cfg.sampling.max_new_tokens, overlong=cfg.overlong
+    )
+    say(f"ppo: {len(rows)} prompts to train on, {len(splits.validation)} for validation, {len(splits.test)} held out, {dropped} too long")
+    prompts = PromptSet([r["prompt_ids"] for r in rows], [_text(r["row"]) for r in rows], [r["row"].columns for r in rows])
+    fingerprint = splits.report["fingerprint"]["train"]
+    return prompts, splits.report | {"fingerprint": fingerprint, "dropped": {"too_long": dropped}}
+
+
+def _text(prompt: data.Prompt) -> Any:
+    """What a scorer sees of a prompt: its text when it is one user message, else its messages."""
+    single = len(prompt.prompt) == 1
+    return prompt.prompt[0].content if single else [message.as_dict() for message in prompt.prompt]
+
+
+def optimizer_of(cfg: PPOStage, built: PPOModels) -> torch.optim.AdamW:
+    """AdamW with the policy's and the value function's parameters in two groups."""
+    rates = (cfg.train.learning_rate, cfg.train.value_learning_rate or cfg.train.learning_rate)
+    groups = [
+        {"params": parameters, "lr": rate, "peak": rate}
+        for parameters, rate in zip((built.trained.policy_parameters(), built.trained.value_parameters()), rates, strict=True)
+    ]
+    return torch.optim.AdamW(groups, eps=cfg.train.adam_epsilon, weight_decay=cfg.train.weight_decay)
+
+
+def set_learning_rate(optimizer: Any, cfg: PPOStage, iteration: int) -> None:
+    """The schedule is a function of the iteration alone, so there is nothing to resume."""
+    share = 1.0 if cfg.train.schedule == "constant" else 1.0 - iteration / cfg.train.iterations
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * share
+
+
+def train(
+    cfg: PPOStage, accelerator: Any, built: PPOModels, prompts: PromptSet, tokens: ModelTokens, identity: dict[str, Any]
+) -> dict[str, float]:
+    """All iterations, from the newest resumable save if there is one. Returns the last iteration's metrics."""
+    output = cfg.output or Path("runs") / f"ppo-{cfg.name}"
+    folder = output / "resume"
+    save_from = resume.choose_save(folder, cfg, identity)
+    optimizer = optimizer_of(cfg, built)
+    position = state.restore(save_from, built.trained, optimizer) if save_from else state.Position(0, cfg.kl_coef)
+    trained = accelerator.prepare_model(built.trained) if accelerator.num_processes > 1 else built.trained
+    file = report.MetricsFile(output / "metrics.jsonl", position.iteration) if accelerator.is_main_process else None
+    metrics, began, first = (file.last() if file else {}), time.monotonic(), position.iteration
+    for iteration in range(position.iteration, cfg.train.iterations):
+        set_learning_rate(optimizer, cfg, iteration)
+        metrics, kl_coef = run_iteration(cfg, accelerator, trained, built, optimizer, prompts, tokens, iteration, position.kl_coef)
+        position = state.Position(iteration + 1, kl_coef)
+        left = (time.monotonic() - began) / (iteration + 1 - first) * (cfg.train.iterations - iteration - 1)
+        if file is not None:
+            file.add(iteration + 1, metrics)
+            say(report.line(iteration, cfg, metrics, left))
+        if position.iteration % cfg.train.save_every == 0 and position.iteration < cfg.train.iterations:
+            if accelerator.is_main_process:
+                state.save(folder, built.trained, optimizer, position)
+            accelerator.wait_for_everyone()
+    return metrics
+
+
+def run_iteration(
+    cfg: PPOStage, accelerator: Any, trained: Any, built: PPOModels, optimizer: Any, prompts: PromptSet, tokens: ModelTokens,
+    iteration: int, kl_coef: float,
+) -> tuple[dict[str, float], float]:  # fmt: skip
+    """One iteration in the paper's order. Returns its metrics and the KL coefficient of the next one."""
+    clock, scorer = Clock(), built.scorer
+    rollout = collect_rollout(
+        built.trained, built.reference, scorer, prompts, cfg, accelerator, iteration=iteration, tokens=tokens,
+        clock=clock,
+    )  # fmt: skip
+    experience, rewards = experience_of(rollout, cfg, kl_coef=kl_coef, mean=scorer.mean, std=scorer.std)
+    started = time.monotonic()
+    if cfg.train.gradient_checkpointing:
+        built.trained.train()
+    updates = update_policy(trained, optimizer, accelerator, experience, cfg, iteration)
+    clock.update = time.monotonic() - started
+    metrics = report.metrics_of(rollout, experience, rewards, cfg, kl_coef=kl_coef, clock=clock) | updates
+    if cfg.adaptive_kl is not None:
+        kl_coef = maths.adapt_kl_coef(
+            kl_coef, metrics["objective/kl"], target=cfg.adaptive_kl.target, horizon=cfg.adaptive_kl.horizon, samples=len(rollout)
+        )
+    return metrics, kl_coef
+
+
+def publish(
+    cfg: PPOStage, built: PPOModels, tokens: ModelTokens, data_info: dict[str, Any], metrics: dict[str, float]
+) -> None:
+    """Publish the policy, then drop the resumable saves."""
+    stage_info: dict[str, Any] = {"scorers": built.scorer.name}
+    extra = {"selected_adapters": [POLICY]} if built.base is not None else {}
+    if built.base is not None:
+        stage_info["adapter"] = models.adapter_facts(built.base) | {"vocabulary": len(tokens.tokenizer)}
+    publish_checkpoint(
+        cfg, "ppo", lambda folder: models.save_model(built.published, tokens.tokenizer, folder, eos_ids=tokens.eos_ids, base=built.base, **extra),
+        parents=built.parents, info={"data": data_info, "tokenizer": tokens.facts, "metrics": metrics, "stage_info": stage_info},
+    )  # fmt: skip
+    resume.forget((cfg.output or Path("runs") / f"ppo-{cfg.name}") / "resume")

@@ -1,0 +1,131 @@
+"""The update: clipped policy and value losses over a rollout, reduced so that the cut into batches does not matter."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from configs.schema import PPOStage
+from stages.ppo import maths
+from stages.ppo.modules import PolicyAndValue
+from stages.ppo.rollout import Experience
+
+
+@dataclass
+class Totals:
+    """Sums over the tokens of one optimizer step, on this process, then over all."""
+
+    policy_loss: Tensor
+    value_loss: Tensor
+    clipped: Tensor
+    value_clipped: Tensor
+    approx_kl: Tensor
+    max_ratio: Tensor
+
+    @classmethod
+    def zero(cls, device: torch.device) -> Totals:
+        """No token yet."""
+        return cls(*(torch.zeros((), device=device, dtype=torch.float64) for _ in range(6)))
+
+    def add(self, policy: maths.PolicyLoss, value: maths.ValueLoss) -> None:
+        """Add a micro-batch."""
+        self.policy_loss += policy.loss.detach()
+        self.value_loss += value.loss.detach()
+        self.clipped += policy.clipped
+        self.value_clipped += value.clipped
+        self.approx_kl += policy.approx_kl
+        self.max_ratio = torch.maximum(self.max_ratio, policy.max_ratio.double())
+
+
+def minibatches(count: int, num_minibatches: int, *, seed: int, iteration: int, epoch: int) -> list[Tensor]:
+    """Row numbers of each optimizer step of one pass: a permutation that every process draws alike."""
+    generator = torch.Generator().manual_seed(((seed * 1_000_003 + iteration) * 1_009 + epoch) % 2**63)
+    return list(torch.randperm(count, generator=generator).chunk(num_minibatches))
+
+
+def micro_batches(experience: Experience, rows: Tensor, *, rank: int, world: int, size: int) -> list[Tensor]:
+    """This process's share of a minibatch, in micro-batches of rows of similar length, equally many on every process."""
+    by_length = rows[torch.argsort(experience.lengths().cpu()[rows], stable=True)]
+    mine = by_length[rank::world]
+    return list(mine.split(size))
+
+
+def update_policy(trained: Any, optimizer: Any, accelerator: Any, experience: Experience, cfg: PPOStage, iteration: int) -> dict[str, float]:
+    """Every epoch and minibatch of one iteration. Returns metrics, means over the real tokens of all processes.
+
+    Each minibatch is one optimizer step. Its loss is one mean over all its completion tokens on all processes: tokens of a
+    micro-batch are summed and divided by the whole count.
+    """
+    module: PolicyAndValue = accelerator.unwrap_model(trained)
+    steps: list[dict[str, float]] = []
+    for epoch in range(cfg.train.num_ppo_epochs):
+        for rows in minibatches(
+            len(experience.tokens.mask), cfg.train.num_minibatches, seed=cfg.seed, iteration=iteration, epoch=epoch
+        ):
+            totals = _accumulate(trained, accelerator, experience, rows, cfg, train_policy=iteration >= cfg.train.value_warmup_iterations)
+            norms = _clip(module, accelerator, cfg.train.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            steps.append(_step_metrics(totals, experience, rows, accelerator) | norms)
+    means = {key: sum(step[key] for step in steps) / len(steps) for key in steps[0]}
+    return means | {"policy/max_ratio": max(step["policy/max_ratio"] for step in steps), "policy/first_ratio": steps[0]["policy/max_ratio"],
+                    "policy/first_approx_kl": steps[0]["policy/approx_kl"], "policy/first_clip_fraction": steps[0]["policy/clip_fraction"]}  # fmt: skip
+
+
+def _accumulate(trained: Any, accelerator: Any, experience: Experience, rows: Tensor, cfg: PPOStage, *, train_policy: bool) -> Totals:
+    """Gradients of one minibatch, micro-batch after micro-batch; processes exchange them in the last one."""
+    parts = micro_batches(
+        experience, rows, rank=accelerator.process_index, world=accelerator.num_processes, size=cfg.train.micro_batch_size
+    )
+    policy_tokens = experience.tokens.mask[rows].sum()
+    value_tokens = experience.value_mask[rows].sum()
+    totals = Totals.zero(accelerator.device)
+    for i, part in enumerate(parts):
+        batch = experience.select(part)
+        with accelerator.no_sync(trained) if i + 1 < len(parts) else nullcontext():
+            with accelerator.autocast():
+                outputs = trained(batch.tokens)
+            policy = maths.policy_loss(
+                outputs.logprobs, batch.old_logprobs, batch.advantages, batch.tokens.mask, clip_range=cfg.clip_range,
+                clip_range_high=cfg.clip_range_high, dual_clip=cfg.dual_clip,
+            )  # fmt: skip
+            value = maths.value_loss(outputs.values, batch.old_values, batch.returns, batch.value_mask, clip_range=cfg.value_clip_range)
+            loss = policy.loss * float(train_policy) / policy_tokens.clamp(min=1) + cfg.vf_coef * value.loss / value_tokens.clamp(min=1)
+            # Processes' gradients are averaged: the sum over processes needs the factor back.
+            accelerator.backward(loss * accelerator.num_processes)
+        totals.add(policy, value)
+    return totals
+
+
+def _clip(module: PolicyAndValue, accelerator: Any, limit: float | None) -> dict[str, float]:
+    """Clip the norms of the policy's and of the value function's gradients, each for itself, and return them.
+
+    Apart, because the value loss has another scale: in a common norm a surprised value function would stall the policy.
+    """
+    norms = {}
+    for name, parameters in (("policy", module.policy_parameters()), ("value", module.value_parameters())):
+        norm = torch.nn.utils.clip_grad_norm_(parameters, limit if limit is not None else float("inf"))
+        norms[f"{name}/grad_norm"] = float(norm)
+    return norms
+
+
+def _step_metrics(totals: Totals, experience: Experience, rows: Tensor, accelerator: Any) -> dict[str, float]:
+    """One optimizer step's metrics over all processes."""
+    sums = torch.stack([totals.policy_loss, totals.value_loss, totals.clipped, totals.value_clipped, totals.approx_kl])
+    sums = accelerator.reduce(sums, reduction="sum")
+    max_ratio = accelerator.gather(totals.max_ratio.reshape(1)).max()
+    tokens = max(int(experience.tokens.mask[rows].sum()), 1)
+    value_tokens = max(int(experience.value_mask[rows].sum()), 1)
+    policy_loss, value_loss, clipped, value_clipped, approx_kl = sums.tolist()
+    return {
+        "policy/loss": policy_loss / tokens,
+        "policy/approx_kl": approx_kl / tokens,
+        "policy/clip_fraction": clipped / tokens,
+        "policy/max_ratio": float(max_ratio),
+        "value/loss": value_loss / value_tokens,
+        "value/clip_fraction": value_clipped / value_tokens,
+    }

@@ -1,0 +1,69 @@
+"""How a trained model becomes a checkpoint: rank 0 writes and publishes, every rank learns the outcome."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from configs.schema import StageConfig, TRLStage
+from stages import models
+from stages.registry import Parent, Registry
+from stages.training.ranks import from_rank_0, say
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def publish(
+    trainer: Any, cfg: TRLStage, stage: str, tokenizer: PreTrainedTokenizerBase, *, origin: models.Origin, parents: list[Parent],
+    info: dict[str, Any], eval_set: str | None,
+) -> str:  # fmt: skip
+    """Publish `trainer`'s model as STAGE/NAME and return its reference, such as sft/demo@3.
+
+    `info` is completed with config, seed, inputs key and, for an adapter, its base. Metrics are also added as an
+    evaluation on `eval_set` (a fingerprint), so that `@best:METRIC` can compare them.
+
+    Raises:
+        UserError: on every rank, when publishing failed on rank 0.
+    """
+    accelerator = trainer.accelerator
+    model = accelerator.unwrap_model(trainer.model)
+    adapter = hasattr(model, "peft_config")
+    sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    state = accelerator.get_state_dict(trainer.model_wrapped) if sharded else None  # a collective: on every rank
+    stage_info = dict(info.get("stage_info") or {})
+    if adapter:
+        vocabulary = model.get_input_embeddings().weight.shape[0]
+        stage_info["adapter"] = models.adapter_facts(origin) | {"vocabulary": vocabulary}
+    def write(folder: Path) -> None:
+        models.save_model(
+            model, tokenizer, folder, eos_ids=info["tokenizer"]["eos_ids"], base=origin if adapter else None,
+            **({"state_dict": state} if state is not None else {}),
+        )  # fmt: skip
+        (folder / "README.md").unlink(missing_ok=True)  # peft's card template: all of it is in the manifest
+
+    return publish_checkpoint(cfg, stage, write, parents=parents, info={**info, "stage_info": stage_info}, eval_set=eval_set)
+
+
+def publish_checkpoint(
+    cfg: StageConfig, stage: str, write: Callable[[Path], None], *, parents: list[Parent], info: dict[str, Any], eval_set: str | None = None
+) -> Checkpoint | None:
+    """Publish what `write(folder)` writes as STAGE/NAME, from rank 0; every rank calls this and learns the outcome.
+
+    Raises:
+        UserError: on every rank, when publishing failed on rank 0.
+    """
+    record = {"config": cfg.model_dump(mode="json"), "seed": cfg.seed, "inputs_key": os.environ.get("ALIGN_INPUTS_KEY"), **info}
+
+    def on_rank_0() -> tuple[str, str]:
+        registry = Registry(cfg.registry)
+        checkpoint = registry.publish(stage, cfg.name, write, parents=parents, info=record)
+        if eval_set and info.get("metrics"):
+            registry.add_evaluation(checkpoint, {"eval_set": eval_set, "metrics": info["metrics"]})
+        return checkpoint.ref, checkpoint.id
+
+    ref, checkpoint_id = from_rank_0(f"publishing {stage}/{cfg.name}", on_rank_0)
+    say(f"published {ref} ({checkpoint_id}) in {cfg.registry}")
+    return ref
