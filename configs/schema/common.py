@@ -15,7 +15,7 @@ PositiveInt = Annotated[int, Field(ge=1)]
 class Strict(BaseModel):
     """Unknown keys are errors, values are not coerced across types, instances do not change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def _as_list(value: Any) -> Any:
@@ -48,7 +48,12 @@ class Source(Strict):
     revision: str | None = Field(default=None, description="The revision of a Hugging Face dataset.")
 
 
-Sources = Annotated[list[Annotated[Source, BeforeValidator(_as_source)]], BeforeValidator(_as_list), Field(min_length=1)]
+_SourceInput = str | Source
+Sources = Annotated[
+    list[Annotated[Source, BeforeValidator(_as_source, json_schema_input_type=_SourceInput)]],
+    BeforeValidator(_as_list, json_schema_input_type=_SourceInput | list[_SourceInput]),
+    Field(min_length=1),
+]
 
 
 class Split(Strict):
