@@ -116,7 +116,10 @@ def uses_bf16(precision: str) -> bool:
 
 
 def from_pretrained(cls: Any, folder: str, **kwargs: Any) -> Any:
-    """`from_pretrained` with errors a person can act on."""
+    """`from_pretrained` with errors a person can act on, and no progress bar for each shard."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     try:
         return cls.from_pretrained(folder, trust_remote_code=False, **kwargs)
     except (OSError, ValueError, KeyError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ from stages.ppo.modules import POLICY
 from stages.ppo.update import update_policy
 from stages.tokens import ModelTokens, load_tokens
 from stages.training import resume
-from stages.training.entry import say
 from stages.training.publish import publish_checkpoint
+from stages.training.ranks import rank, say
 
 
 def main(cfg: PPOStage) -> None:
@@ -30,7 +31,7 @@ def main(cfg: PPOStage) -> None:
     prompts, data_info = load_prompts(cfg, tokens.formatter)
     built = build_models(cfg, origin, tokens, accelerator.device)
     identity = resume.identity(
-        cfg, data=data_info["fingerprint"], tokenizer=tokens.key, parents=[p.id or p.source or "" for p in built.parents]
+        cfg, data=data_info["fingerprint"], tokenizer=tokens.key, parents=built.parents
     )
     metrics = train(cfg, accelerator, built, prompts, tokens, identity)
     publish(cfg, built, tokens, data_info, metrics)
@@ -79,6 +80,11 @@ def _text(prompt: data.Prompt) -> Any:
     return prompt.prompt[0].content if single else [message.as_dict() for message in prompt.prompt]
 
 
+def output_folder(cfg: PPOStage) -> Path:
+    """The run's working folder."""
+    return cfg.output or Path("runs") / f"ppo-{cfg.name}"
+
+
 def optimizer_of(cfg: PPOStage, built: PPOModels) -> torch.optim.AdamW:
     """AdamW with the policy's and the value function's parameters in two groups."""
     rates = (cfg.train.learning_rate, cfg.train.value_learning_rate or cfg.train.learning_rate)
@@ -100,7 +106,7 @@ def train(
     cfg: PPOStage, accelerator: Any, built: PPOModels, prompts: PromptSet, tokens: ModelTokens, identity: dict[str, Any]
 ) -> dict[str, float]:
     """All iterations, from the newest resumable save if there is one. Returns the last iteration's metrics."""
-    output = cfg.output or Path("runs") / f"ppo-{cfg.name}"
+    output = output_folder(cfg)
     folder = output / "resume"
     save_from = resume.choose_save(folder, cfg, identity)
     optimizer = optimizer_of(cfg, built)
@@ -159,4 +165,5 @@ def publish(
         cfg, "ppo", lambda folder: models.save_model(built.published, tokens.tokenizer, folder, eos_ids=tokens.eos_ids, base=built.base, **extra),
         parents=built.parents, info={"data": data_info, "tokenizer": tokens.facts, "metrics": metrics, "stage_info": stage_info},
     )  # fmt: skip
-    resume.forget((cfg.output or Path("runs") / f"ppo-{cfg.name}") / "resume")
+    if rank() == 0:
+        shutil.rmtree(output_folder(cfg) / "resume", ignore_errors=True)
