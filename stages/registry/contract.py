@@ -60,21 +60,27 @@ def check_pad_eos(facts: Mapping[str, Any], where: str) -> None:
 def check_base_under_adapter(
     checkpoint: Checkpoint, base: Checkpoint | str | Path, base_digest: str | None = None
 ) -> None:
-    """An adapter is put on the base it was trained on. `base`: a checkpoint, or the path or name of an outside model;
-    `base_digest`: of the outside model, computed from its folder when left out. Fine when there is no adapter."""
+    """An adapter is put on the base it was trained on. Fine when the checkpoint is no adapter.
+
+    base: a checkpoint, its id, or the path or name of an outside model; base_digest: of the outside model, computed
+    from its folder when left out. Reads stage_info["adapter"] = {"base", "base_id", "base_digest"}.
+    """
     adapter = (checkpoint.info("stage_info") or {}).get("adapter")
     if not adapter:
         return
+    trained_on = adapter.get("base_id") or adapter.get("base")
     if isinstance(base, Checkpoint):
-        fits, found = adapter.get("base") == base.id, f"{base.ref} ({base.id})"
+        fits, found = trained_on == base.id, f"{base.ref} ({base.id})"
+    elif adapter.get("base_id"):
+        fits, found = trained_on == str(base), str(base)
     else:
         digest = base_digest or (folder_digest(Path(base)) if Path(base).is_dir() else None)
         known = adapter.get("base_digest")
-        fits = known == digest if known and digest else str(adapter.get("base")) == str(base)
-        found = str(base)
+        fits = known == digest if known and digest else str(trained_on) == str(base)
+        found = f"{base} (files {digest[:12]}…, trained on files {known[:12]}…)" if known and digest else str(base)
     if not fits:
         raise UserError(
-            f"{checkpoint.ref} is an adapter trained on {adapter.get('base')}, and would be put on {found}: its weights mean "
+            f"{checkpoint.ref} is an adapter trained on {trained_on}, and would be put on {found}: its weights mean "
             "nothing there. Use the base it was trained on, or train the adapter again on this one"
         )
 

@@ -60,8 +60,8 @@ def append(folder: Path, body: Callable[[int], dict[str, Any]], floor: int = 0) 
 def link_new(path: Path, content: bytes) -> bool:
     """Create `path` whole and durable unless it exists; False when it does."""
     draft = path.parent / f".tmp-{secrets.token_hex(8)}"
-    write_exclusive(draft, content)
     try:
+        write_exclusive(draft, content)
         os.link(draft, path)
     except FileExistsError:
         if os.stat(draft).st_nlink != 2:  # 2: NFS repeated a request that had already succeeded
@@ -69,10 +69,10 @@ def link_new(path: Path, content: bytes) -> bool:
     except OSError as error:
         if error.errno in (errno.ENOTSUP, errno.EMLINK, errno.ENOSYS, errno.EPERM):
             raise UserError(
-                f"{path.parent}: this file system has no hard links; choose another registry folder"
+                f"{path.parent}: this file system makes no hard links; choose another registry folder"
             ) from None
         raise
     finally:
-        os.unlink(draft)
+        draft.unlink(missing_ok=True)
     fsync_dir(path.parent)
     return True

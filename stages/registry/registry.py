@@ -79,8 +79,7 @@ class Registry:
         self._make("checkpoints", family)
         check_room(self.root, max(need_bytes, newest.size if newest else 0))
         checkpoint_id = new_id()
-        # `.list` cannot show it before the rename, yet its number is taken: two publishers never share one
-        floor = max(self._versions(stage, name), default=0)
+        floor = newest.version if newest else 0  # the claims count by themselves; this is for a registry that lost them
 
         def manifest(files: dict[str, Any]) -> dict[str, Any]:
             facts = {"id": checkpoint_id, "stage": stage, "name": name, "created": now()}

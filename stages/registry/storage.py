@@ -66,7 +66,7 @@ def storage_error(error: BaseException, doing: str) -> UserError | None:
     if number not in _ADVICE:
         return None
     file = getattr(error, "filename", None)
-    return UserError(f"{doing} failed{f' at {file}' if file else ''}: {_ADVICE[number]}. Nothing was published.")
+    return UserError(f"{doing} failed{f' at {file}' if file else ''}: {_ADVICE[number]}. The registry is unchanged.")
 
 
 def check_room(folder: Path, need: int) -> None:

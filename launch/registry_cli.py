@@ -1,0 +1,215 @@
+"""`align registry list|show|verify|lineage|alias`: what was published, whether it is whole, and where it came from.
+
+Exit codes: 0 fine; 1 `verify` found problems; 2 something the user can mend. Nothing heavy is imported before a command runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from configs.errors import UserError
+
+if TYPE_CHECKING:
+    from stages.registry import Checkpoint, Registry
+
+FORMS = "sft/demo, sft/demo@3, sft/demo@latest, sft/demo@best:METRIC, sft/demo@ALIAS or an id"
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add `registry` and its commands to the parser of `align`."""
+    parser = subparsers.add_parser("registry", help="list, show, verify and name checkpoints", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands", required=True)
+
+    command = _command(commands, "list", run_list, "list the checkpoints")
+    command.add_argument("family", nargs="?", metavar="STAGE[/NAME]", help="only this stage, or only this name")
+
+    command = _command(commands, "show", run_show, "show what is recorded about a checkpoint")
+    command.add_argument("ref", metavar="REF", help=FORMS)
+
+    command = _command(commands, "verify", run_verify, "check that a checkpoint is whole (exit code 1 if not)")
+    command.add_argument("ref", nargs="?", metavar="REF", help=f"{FORMS}; all checkpoints when left out")
+    command.add_argument("--deep", action="store_true", help="read every file and compare its content's hash, not sizes only")
+
+    command = _command(commands, "lineage", run_lineage, "show what a checkpoint was made from, as a tree")
+    command.add_argument("ref", metavar="REF", help=FORMS)
+
+    command = _command(commands, "alias", run_alias, "list aliases, show one's history, or point one at a checkpoint")
+    command.add_argument("family", metavar="STAGE/NAME", help="whose aliases, such as ppo/demo")
+    command.add_argument("alias", nargs="?", metavar="ALIAS", help="such as production; without REF its history is shown")
+    command.add_argument("ref", nargs="?", metavar="REF", help="point the alias here (checked deeply first)")
+    command.add_argument("--expect", metavar="REF", help="only if it points there now ('' = only if it does not exist yet)")
+
+
+def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], int], line: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=line, description=f"{line[0].upper()}{line[1:]}.")
+    parser.add_argument("--registry", type=Path, default=Path("runs/registry"), metavar="DIR", help="default: runs/registry")
+    parser.add_argument("--json", action="store_true", help="print one JSON value")
+    parser.set_defaults(func=run, handler=run)
+    return parser
+
+
+def _open(args: argparse.Namespace) -> Registry:
+    from stages.registry import Registry
+
+    return Registry(args.registry, create=False)
+
+
+def run_list(args: argparse.Namespace) -> int:
+    """Table or JSON of the checkpoints; those whose manifest is broken are told on stderr."""
+    registry = _open(args)
+    stage, _, name = (args.family or "").partition("/")
+    found, damaged = registry.list(stage or None, name or None), registry.damaged()
+    names = _aliases(registry, found)
+    if args.json:
+        rows = [{**_summary(item), "aliases": names.get(item.id, [])} for item in found]
+        _print_json({"checkpoints": rows, "damaged": {key: str(item) for key, item in damaged.items()}})
+    elif found:
+        head = ("REF", "CREATED", "SIZE", "ALIASES", "MADE FROM", "ID")
+        body = [
+            (item.ref, item.manifest["created"], _size(item.size), ", ".join(names.get(item.id, [])), _made_from(item), item.id)
+            for item in found
+        ]  # fmt: skip
+        print("\n".join(table([head, *body])))
+    else:
+        print(f"no checkpoints{f' of {args.family}' if args.family else ''} in {args.registry}")
+    for checkpoint_id, problem in damaged.items():
+        print(f"warning: checkpoint {checkpoint_id} is damaged and not listed: {problem}", file=sys.stderr)
+    return 0
+
+
+def run_show(args: argparse.Namespace) -> int:
+    """Everything recorded about one checkpoint."""
+    registry = _open(args)
+    checkpoint = registry.resolve(args.ref)
+    aliases = _aliases(registry, [checkpoint]).get(checkpoint.id, [])
+    results = registry.evaluations(checkpoint)
+    if args.json:
+        _print_json({**checkpoint.manifest, "path": str(checkpoint.path), "aliases": aliases, "evaluations": results})
+        return 0
+    facts = checkpoint.manifest
+    code = facts["code"]
+    sha = f" {code['git'][:12]}{' with uncommitted changes' if code['dirty'] else ''}" if "git" in code else ""
+    rows = [
+        ("checkpoint", " ".join([checkpoint.ref, *(f"@{alias}" for alias in aliases)])),
+        ("id", checkpoint.id),
+        ("created", facts["created"]),
+        ("model", str(checkpoint.model_dir)),
+        ("size", f"{_size(checkpoint.size)} in {len(facts['files'])} files"),
+        ("made from", _made_from(checkpoint)),
+        ("code", f"align-stack {code['version']}{sha}, python {facts['python']}"),
+        ("libraries", ", ".join(f"{key} {item}" for key, item in facts["libraries"].items())),
+        ("machine", f"{facts['hardware']['platform']}, {facts['hardware']['cpu_count']} processors"),
+        *((key, _short(item)) for key, item in facts["info"].items() if key != "config"),
+        *((f"evaluation {index}", _short(item)) for index, item in enumerate(results, 1)),
+        ("config", _short(facts["info"].get("config", {}))),
+    ]
+    print("\n".join(table(rows)))
+    return 0
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    """Problems of one checkpoint, or of all; 1 when there are any."""
+    registry = _open(args)
+    if args.ref is not None:
+        asked = {args.ref: args.ref}
+    else:
+        asked = {**{item.ref: item.id for item in registry.list()}, **{key: key for key in registry.damaged()}}
+    problems = {label: registry.verify(ref, args.deep) for label, ref in asked.items()}
+    if args.json:
+        rows = {label: [vars(problem) for problem in found] for label, found in problems.items()}
+        _print_json({"deep": args.deep, "sound": not any(problems.values()), "checkpoints": rows})
+    else:
+        for label, found in problems.items():
+            print(f"{label}: {'damaged' if found else 'sound'} ({'contents' if args.deep else 'manifest, files and sizes'} checked)")
+            for problem in found:
+                print(f"  {problem}")
+        if not problems:
+            print(f"no checkpoints in {args.registry}")
+    return 1 if any(problems.values()) else 0
+
+
+def run_lineage(args: argparse.Namespace) -> int:
+    """The tree of parents."""
+    tree = _open(args).lineage(args.ref)
+    if args.json:
+        _print_json(tree.to_json())
+    else:
+        print(tree.render())
+    return 0
+
+
+def run_alias(args: argparse.Namespace) -> int:
+    """The aliases of a name, the history of one, or a move of one."""
+    registry = _open(args)
+    if args.ref is not None:
+        checkpoint = registry.set_alias(args.family, args.alias, args.ref, args.expect)
+        moved = {"alias": f"{args.family}@{args.alias}", "ref": checkpoint.ref, "id": checkpoint.id}
+        _print_json(moved) if args.json else print(f"{moved['alias']} points at {checkpoint.ref} ({checkpoint.id})")
+        return 0
+    if args.expect is not None:
+        raise UserError("--expect goes with a move; name the checkpoint too: align registry alias STAGE/NAME ALIAS REF --expect REF")
+    if args.alias is None:
+        now = {alias: registry.alias_history(args.family, alias)[-1] for alias in registry.aliases(args.family)}
+        rows = [(f"{args.family}@{alias}", entry["ref"], entry["created"], entry["id"]) for alias, entry in now.items()]
+        head, nothing, value = ("ALIAS", "POINTS AT", "SINCE", "ID"), f"{args.family} has no aliases in {args.registry}", list(now.values())
+    else:
+        value = registry.alias_history(args.family, args.alias)
+        if not value:
+            raise UserError(f"{args.family} has no alias {args.alias!r} in {args.registry}; see: align registry alias {args.family}")
+        rows = [(str(entry["number"]), entry["ref"], entry["created"], entry["id"]) for entry in value]
+        head, nothing = ("MOVE", "TO", "AT", "ID"), ""
+    if args.json:
+        _print_json(value)
+    else:
+        print("\n".join(table([head, *rows])) if rows else nothing)
+    return 0
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of text as lines with aligned columns."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _aliases(registry: Registry, checkpoints: Sequence[Checkpoint]) -> dict[str, list[str]]:
+    """Checkpoint id -> its aliases. A damaged alias file is told on stderr: it must not hide the checkpoints."""
+    found: dict[str, list[str]] = {}
+    for family in sorted({f"{item.stage}/{item.name}" for item in checkpoints}):
+        try:
+            for alias, checkpoint_id in registry.aliases(family).items():
+                found.setdefault(checkpoint_id, []).append(alias)
+        except UserError as error:
+            print(f"warning: {error}", file=sys.stderr)
+    return found
+
+
+def _summary(checkpoint: Checkpoint) -> dict[str, Any]:
+    facts = checkpoint.manifest
+    kept = {key: facts[key] for key in ("id", "stage", "name", "version", "created", "parents")}
+    return {"ref": checkpoint.ref, **kept, "size": checkpoint.size, "path": str(checkpoint.path), "metrics": facts["info"].get("metrics", {})}
+
+
+def _made_from(checkpoint: Checkpoint) -> str:
+    parents = checkpoint.manifest["parents"]
+    return ", ".join(dict.fromkeys(parent.get("ref") or parent.get("source") or "?" for parent in parents)) or "-"
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
+
+
+def _short(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=False, indent=2))
