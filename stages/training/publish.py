@@ -5,24 +5,27 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from configs.schema import StageConfig, TRLStage
 from stages import models
 from stages.registry import Parent, Registry
+from stages.tokens import ModelTokens
 from stages.training.ranks import from_rank_0, say
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+
+def digest(parent: Parent) -> str:
+    """What identifies a parent's content: its manifest's hash, or the digest or name of a model from outside."""
+    return parent.manifest_hash or parent.digest or str(parent.source)
 
 
 def publish(
-    trainer: Any, cfg: TRLStage, stage: str, tokenizer: PreTrainedTokenizerBase, *, origin: models.Origin, parents: list[Parent],
+    trainer: Any, cfg: TRLStage, stage: str, tokens: ModelTokens, *, origin: models.Origin, parents: list[Parent],
     info: dict[str, Any], eval_set: str | None,
 ) -> str:  # fmt: skip
     """Publish `trainer`'s model as STAGE/NAME and return its reference, such as sft/demo@3.
 
-    `info` is completed with config, seed, inputs key and, for an adapter, its base. Metrics are also added as an
+    `info` is completed with an adapter's base. Metrics are also added as an
     evaluation on `eval_set` (a fingerprint), so that `@best:METRIC` can compare them.
 
     Raises:
@@ -37,20 +40,23 @@ def publish(
     if adapter:
         vocabulary = model.get_input_embeddings().weight.shape[0]
         stage_info["adapter"] = models.adapter_facts(origin) | {"vocabulary": vocabulary}
+
     def write(folder: Path) -> None:
         models.save_model(
-            model, tokenizer, folder, eos_ids=info["tokenizer"]["eos_ids"], base=origin if adapter else None,
+            model, tokens.tokenizer, folder, eos_ids=tokens.eos_ids, base=origin if adapter else None,
             **({"state_dict": state} if state is not None else {}),
         )  # fmt: skip
         (folder / "README.md").unlink(missing_ok=True)  # peft's card template: all of it is in the manifest
 
-    return publish_checkpoint(cfg, stage, write, parents=parents, info={**info, "stage_info": stage_info}, eval_set=eval_set)
+    return publish_checkpoint(cfg, stage, write, parents=parents, info={**info, "tokenizer": tokens.facts, "stage_info": stage_info}, eval_set=eval_set)
 
 
 def publish_checkpoint(
     cfg: StageConfig, stage: str, write: Callable[[Path], None], *, parents: list[Parent], info: dict[str, Any], eval_set: str | None = None
-) -> Checkpoint | None:
-    """Publish what `write(folder)` writes as STAGE/NAME, from rank 0; every rank calls this and learns the outcome.
+) -> str:
+    """Publish what `write(folder)` writes as STAGE/NAME, from rank 0; every rank calls this and gets the reference.
+
+    `info` is completed with config, seed and inputs key.
 
     Raises:
         UserError: on every rank, when publishing failed on rank 0.
@@ -66,4 +72,4 @@ def publish_checkpoint(
 
     ref, checkpoint_id = from_rank_0(f"publishing {stage}/{cfg.name}", on_rank_0)
     say(f"published {ref} ({checkpoint_id}) in {cfg.registry}")
-    return ref
+    return str(ref)

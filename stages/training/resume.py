@@ -16,9 +16,9 @@ from blake3 import blake3
 from transformers import TrainerCallback
 
 from configs.errors import UserError
-from configs.schema import StageConfig
-from stages.training.ranks import rank, say, wait_for_everyone, world_size
+from configs.schema import StageConfig, TRLStage
 from stages.training.evaluation import stopped_early
+from stages.training.ranks import rank, say, wait_for_everyone, world_size
 
 SEAL = "sealed.json"  # in a save: {relative path: [bytes, blake3]}
 IDENTITY = "identity.json"  # beside the saves: what they were made from
@@ -90,11 +90,10 @@ class SealSaves(TrainerCallback):
         wait_for_everyone()
 
 
-def identity(cfg: StageConfig, *, data: str, tokenizer: str, parents: list[str]) -> dict[str, Any]:
+def identity(cfg: StageConfig, *, data: Any, tokenizer: str, parents: list[str]) -> dict[str, Any]:
     """What a save depends on: data fingerprint, tokenizer digest, number of processes, config and parents."""
-    made_from = [parent.manifest_hash or parent.digest or parent.source for parent in parents]
     config = {key: value for key, value in cfg.model_dump(mode="json").items() if key not in NOT_COMPARED}
-    return {"data": data, "tokenizer": tokenizer, "processes": world_size(), "config": config | {"parents": made_from}}
+    return {"data": data, "tokenizer": tokenizer, "processes": world_size(), "config": config | {"parents": parents}}
 
 
 def changed(before: dict[str, Any], now: dict[str, Any], allowed: list[str]) -> list[str]:
@@ -153,20 +152,19 @@ def steps_to_train(save: Path | None, planned: int, patience: int | None) -> int
     return int(state["global_step"]) if stopped_early(state["log_history"], patience) else planned
 
 
-def train(trainer: Any, cfg: TRLStage, *, data: Any, tokenizer: str, parents: list[Parent]) -> None:
-    """Train, from the newest sound save of an interrupted run where there is one.
+def train(trainer: Any, cfg: TRLStage, now: dict[str, Any]) -> None:
+    """Train, from the newest sound save of an interrupted run where there is one; `now` is the run's `identity`.
 
     Raises:
         UserError: the saves were made from other inputs, or the loss is not finite.
     """
-    folder = Path(trainer.args.output_dir)
-    save = choose_save(folder, cfg, identity(cfg, data=data, tokenizer=tokenizer, parents=parents))
+    save = choose_save(Path(trainer.args.output_dir), cfg, now)
     trainer.args.max_steps = steps_to_train(save, trainer.args.max_steps, cfg.train.early_stopping_patience)
     trainer.train(resume_from_checkpoint=str(save) if save else None)
 
 
-def forget(trainer: Any) -> None:
-    """Remove the saves of a published run."""
+def forget(folder: Path) -> None:
+    """Remove the saves of a published run; called on every rank."""
     wait_for_everyone()
     if rank() == 0:
-        shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)

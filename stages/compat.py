@@ -1,0 +1,34 @@
+"""The few TRL and transformers symbols that are importable but not promised, each with a test that fails when they change."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+
+class TokenStatistics(NamedTuple):
+    """What a causal model says about the labelled tokens of a batch. All [B, T - 1]; zero where `counted` is False."""
+
+    logprobs: torch.Tensor  # nats
+    correct: torch.Tensor  # the label has the highest probability
+    counted: torch.Tensor  # bool
+
+
+def token_statistics(model: Any, inputs: dict[str, Any], labels: torch.Tensor) -> TokenStatistics:
+    """Log-probabilities of `labels` [B, T] (-100 does not count) without building [B, T, V] logits.
+
+    `model` is one that an SFTTrainer or DPOTrainer was built on: they add the fused head whose keyword this uses.
+    """
+    outputs = model(**{key: value for key, value in inputs.items() if key != "labels"}, labels=labels, fused_lm_head=True)
+    counted = labels[:, 1:] != -100
+    correct = outputs.is_top1.bool() & counted if outputs.is_top1 is not None else torch.zeros_like(counted)
+    return TokenStatistics(outputs.log_probs, correct, counted)
+
+
+def remove_printers(trainer: Any) -> None:
+    """Take out the callbacks that print raw dictionaries and progress bars; ours prints one line instead."""
+    from transformers import PrinterCallback, ProgressCallback
+
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)

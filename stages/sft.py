@@ -1,0 +1,79 @@
+"""Supervised fine-tuning on demonstrations: `accelerate launch … -m stages.sft --config FILE`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from stages.training import entry
+
+if TYPE_CHECKING:
+    from configs.schema import SFTStage
+
+STAGE = "sft"
+
+
+def main(cfg: SFTStage) -> None:
+    """Fine-tune a model on demonstrations and publish it as sft/NAME."""
+    from trl import SFTConfig, SFTTrainer
+
+    from stages import data, models
+    from stages.tokens import load_tokens
+    from stages.training import build, measures, plan, publish, ranks, resume, text
+
+    origin = models.find(cfg.init_from, cfg.registry, stages=("sft", "dpo", "ppo"))
+    parent = ranks.from_rank_0("reading the parent", lambda: origin.parent("init_from"))
+    tokens = load_tokens(origin, cfg.template)
+    loaded = data.read_demonstrations(cfg.data)
+    splits = data.Splitter(cfg.split).split(loaded.rows)
+
+    dtype = models.weights_dtype(cfg.train.precision, frozen=cfg.lora is not None)
+    model = models.load_policy(origin, dtype=dtype, attn_implementation=cfg.attn_implementation)
+    limit = text.fit(model, tokens, cfg)
+    train, too_long = data.encode_demonstrations(tokens.formatter, splits.train, limit, cfg.overlong, cfg.loss_on)
+    validation, too_long_v = data.encode_demonstrations(tokens.formatter, splits.validation, limit, cfg.overlong, cfg.loss_on)
+    facts = text.data_facts(loaded, splits, {"train": too_long, "validation": too_long_v})
+    text.report_rows(facts, loaded.report.warnings)
+    for covered in data.prove_loss_mask(tokens.formatter, train):
+        ranks.say(f"the loss covers: {covered[:200]!r}")
+
+    rows = packed(model, train, limit) if cfg.packing else [labelled(row) for row in train]
+    steps = plan.make_plan(cfg.train, len(rows), ranks.world_size())
+    trainer = build.build(
+        STAGE, SFTTrainer, SFTConfig, measures.tokens, cfg=cfg, plan=steps, train=build.in_order(rows, steps, cfg.seed),
+        validation=build.as_dataset([labelled(row) for row in validation]) if validation else None,
+        # The rows are tokenised and labelled: TRL must not prepare, truncate or pack them again.
+        arguments={"max_length": None, "packing": False, "padding_free": cfg.packing, "dataset_kwargs": {"skip_prepare_dataset": True}},
+        model=model, processing_class=tokens.tokenizer, peft_config=models.lora_config(cfg.lora, "CAUSAL_LM") if cfg.lora else None,
+    )  # fmt: skip
+    resume.train(trainer, cfg, resume.identity(cfg, data=facts["parts"], tokenizer=tokens.key, parents=[publish.digest(parent)]))
+    metrics = build.final_metrics(trainer, measures.tokens)
+    publish.publish(
+        trainer, cfg, STAGE, tokens, origin=origin, parents=[parent], eval_set=facts["parts"]["validation"],
+        info={"data": facts, "metrics": metrics},
+    )  # fmt: skip
+    resume.forget(build.output_folder(cfg, STAGE) / "resume")
+
+
+def labelled(row: dict[str, Any]) -> dict[str, Any]:
+    """TRL's columns: labels are the ids under the mask, -100 elsewhere."""
+    return {
+        "input_ids": row["input_ids"],
+        "labels": [token if counts else -100 for token, counts in zip(row["input_ids"], row["completion_mask"], strict=True)],
+    }
+
+
+def packed(model: Any, rows: list[dict[str, Any]], max_length: int) -> list[dict[str, Any]]:
+    """Several rows per sequence of at most `max_length` tokens (best fit), where this model keeps them apart.
+
+    Raises:
+        UserError: the rows would see one another.
+    """
+    from stages.training.packing import pack_rows, refuse_leaks
+
+    labels = [labelled(row) for row in rows]
+    refuse_leaks(model, labels)
+    return pack_rows(labels, max_length)
+
+
+if __name__ == "__main__":
+    entry.run(main, STAGE)

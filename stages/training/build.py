@@ -1,0 +1,77 @@
+"""Builds a TRL trainer with the project's arguments, data order, evaluation, saves and progress."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from configs.errors import UserError
+from configs.schema import TRLStage
+from stages.compat import remove_printers
+from stages.training.arguments import trl_arguments
+from stages.training.evaluation import Measure, StopAtNonFinite, StopEarly, evaluate_exactly, exact
+from stages.training.plan import Plan, row_order
+from stages.training.progress import NAMES, Progress
+from stages.training.ranks import say
+from stages.training.resume import SealSaves
+
+Rows = list[dict[str, Any]]
+
+
+def output_folder(cfg: TRLStage, stage: str) -> Path:
+    """The working folder of a stage, made if it is missing."""
+    folder = cfg.output or Path("runs") / f"{stage}-{cfg.name}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def in_order(rows: Rows, plan: Plan, seed: int) -> Any:
+    """The training rows as a datasets.Dataset in the order of the whole run; rows are stored once."""
+    return as_dataset(rows).select(row_order(plan, seed))
+
+
+def as_dataset(rows: Rows) -> Any:
+    """Rows as a datasets.Dataset in memory."""
+    from datasets import Dataset
+
+    return Dataset.from_list(rows)
+
+
+def build(
+    stage: str, trainer_class: Any, config_class: Any, measure: Measure, *, cfg: TRLStage, plan: Plan, train: Any, validation: Any,
+    arguments: dict[str, Any], placeholder: Any = None, **constructor: Any,
+) -> Any:  # fmt: skip
+    """A trainer ready for `.train()`.
+
+    train, validation (may be None): datasets.Dataset of tokenised rows, the first in the order of the run. `arguments` are
+    the stage's own TRL arguments, `constructor` the trainer's keywords. `placeholder` goes to the constructor in place of the
+    data, for a trainer that would tokenise what it is given; the data is set afterwards, on the Trainer's public attributes.
+
+    Raises:
+        UserError: an argument that TRL refuses.
+    """
+    folder = output_folder(cfg, stage)
+    shared = trl_arguments(cfg, plan, folder / "resume", has_validation=validation is not None)
+    given = {"train_dataset": train, "eval_dataset": validation}
+    if placeholder is not None:
+        given = {key: placeholder if value is not None else None for key, value in given.items()}
+    try:
+        args = config_class(**shared | arguments)
+        trainer = exact(trainer_class, measure)(args=args, **given, **constructor)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"TRL refuses the arguments of stage {stage}: {error}") from error
+    trainer.train_dataset, trainer.eval_dataset = train, validation
+    remove_printers(trainer)
+    callbacks = [Progress(stage, plan, folder / "metrics.jsonl"), StopAtNonFinite(trainer), SealSaves()]
+    if cfg.train.early_stopping_patience and validation is not None:
+        callbacks.append(StopEarly(cfg.train.early_stopping_patience, say))
+    for callback in callbacks:
+        trainer.add_callback(callback)
+    return trainer
+
+
+def final_metrics(trainer: Any, measure: Measure) -> dict[str, float]:
+    """The trained model's metrics on its validation rows, under our names; empty where there are none."""
+    if trainer.eval_dataset is None:
+        return {}
+    return {NAMES[key]: value for key, value in evaluate_exactly(trainer, trainer.eval_dataset, measure).items()}

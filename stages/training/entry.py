@@ -1,0 +1,49 @@
+"""How a stage starts from the command line, and how its errors reach the person: one line, exit code 2, on one rank."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from configs.errors import UserError
+from stages.training.ranks import rank, say
+
+__all__ = ["rank", "run", "say"]
+
+GRACE_SECONDS = 10.0  # for rank 0 to print its message before the launcher ends it because another rank has left
+
+
+def run(main: Callable[[Any], None], kind: str, argv: Sequence[str] | None = None) -> None:
+    """Parse `--config FILE [key=value ...]`, run `main`, and leave with code 0 or, after a UserError, 2.
+
+    A UserError is printed by rank 0 alone. Other ranks wait a little first: an early exit of theirs would make the
+    launcher end rank 0 before it has printed. A rank that fails alone prints for itself.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m stages.{kind}", description=main.__doc__)
+    parser.add_argument("--config", required=True, metavar="FILE", help="the stage's YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the file's, such as train.epochs=2")
+    arguments = parser.parse_args(argv)
+    try:
+        from configs.load import load
+
+        refuse_foreign_accumulation()
+        main(load(arguments.config, kind, arguments.overrides))
+    except UserError as error:
+        if rank():
+            time.sleep(GRACE_SECONDS)
+        print(f"error: {error}" if rank() == 0 else f"error: [rank {rank()}] {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def refuse_foreign_accumulation() -> None:
+    """Raise where a machine file sets gradient accumulation: Accelerate lets it override the number given in Python."""
+    value = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if value not in ("1", "auto"):
+        raise UserError(
+            f"the machine file (or environment) sets gradient accumulation to {value}; remove it: "
+            "accumulation follows from train.batch_size and train.micro_batch_size"
+        )

@@ -1,0 +1,70 @@
+"""How many optimizer steps a stage takes, and which rows each of them sees."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+
+from configs.errors import UserError
+from configs.schema import Train
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The counts of one training run."""
+
+    rows: int  # training rows
+    batch_size: int  # rows per optimizer step, all processes
+    accumulation: int  # micro-batches per process and optimizer step
+    steps: int  # optimizer steps
+    eval_every: int  # optimizer steps
+    save_every: int  # optimizer steps
+    warmup_steps: int
+
+
+def make_plan(train: Train, rows: int, processes: int) -> Plan:
+    """Work out a run's steps.
+
+    Raises:
+        UserError: no rows, fewer rows than a batch, a batch that micro-batches and processes do not divide, or saves that
+            miss evaluations although the best one is to be published.
+    """
+    per_forward = processes * train.micro_batch_size
+    if train.batch_size % per_forward:
+        raise UserError(
+            f"train.batch_size {train.batch_size} is not a multiple of {per_forward} = {processes} process(es) x "
+            f"train.micro_batch_size {train.micro_batch_size}; change one of them so that it divides"
+        )
+    if rows < train.batch_size:
+        raise UserError(
+            f"there are {rows} training rows, fewer than one batch (train.batch_size {train.batch_size}); "
+            "give more data, lower train.batch_size, or check split and max_length"
+        )
+    epoch = max(1, math.ceil(rows / train.batch_size))
+    steps = train.max_steps or max(1, math.ceil(train.epochs * rows / train.batch_size - 1e-9))
+    eval_every = min(train.eval_every or epoch, steps)
+    save_every = min(train.save_every or eval_every, steps)
+    if train.early_stopping_patience and save_every != eval_every:
+        raise UserError(
+            f"train.save_every {train.save_every} differs from train.eval_every {eval_every}; with "
+            "train.early_stopping_patience they must be equal, because the best evaluated state is the one published"
+        )
+    return Plan(
+        rows, train.batch_size, train.batch_size // per_forward, steps, eval_every, save_every, math.ceil(train.warmup * steps)
+    )
+
+
+def row_order(plan: Plan, seed: int) -> list[int]:
+    """The rows of every optimizer step in turn, [steps * batch_size] indices.
+
+    Each pass is a permutation of its own, seeded by `seed` and the pass; a batch may reach into the next pass. So every
+    batch is full, and its rows do not depend on the number of processes, on micro-batches or on where a run was resumed.
+    """
+    order: list[int] = []
+    needed = plan.steps * plan.batch_size
+    for epoch in range(math.ceil(needed / plan.rows)):
+        rows = list(range(plan.rows))
+        random.Random(f"{seed}/{epoch}").shuffle(rows)
+        order += rows
+    return order[:needed]

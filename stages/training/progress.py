@@ -1,0 +1,110 @@
+"""One readable line per log on rank 0, and every metric in OUTPUT/metrics.jsonl under the project's names."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from configs.errors import UserError
+from stages.training.plan import Plan
+from stages.training.ranks import say
+
+# TRL's names in logs -> ours.
+NAMES = {
+    "loss": "loss", "mean_token_accuracy": "token_accuracy", "entropy": "entropy", "accuracy": "accuracy", "margin": "margin",
+    "mean_reward": "score", "rewards/accuracies": "accuracy", "rewards/margins": "margin",
+    "logps/chosen": "chosen_logprobs", "logps/rejected": "rejected_logprobs",
+}  # fmt: skip
+
+
+def named(stage: str, logs: dict[str, Any]) -> dict[str, float]:
+    """The entries of a Trainer log that we keep, renamed: loss -> sft/loss, eval_loss -> sft/eval_loss."""
+    out = {}
+    for key, value in logs.items():
+        prefix, bare = ("eval_", key[5:]) if key.startswith("eval_") else ("", key)
+        if bare in NAMES and isinstance(value, (int, float)):
+            out[f"{stage}/{prefix}{NAMES[bare]}"] = value
+        elif key in ("learning_rate", "grad_norm"):
+            out[key] = value
+    return out
+
+
+def duration(seconds: float) -> str:
+    """A time as 45s, 1m20s or 2h05m."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds}s"
+    return f"{seconds // 60}m{seconds % 60:02d}s" if seconds < 3600 else f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+
+
+class Progress(TrainerCallback):
+    """Prints `sft 40/120  loss 1.234  lr 9.1e-04  12.3 rows/s  1m20s left` and keeps metrics.jsonl.
+
+    A resumed run first cuts metrics.jsonl back to the step it resumes from, so the file reads like that of an
+    uninterrupted run.
+    """
+
+    def __init__(self, stage: str, plan: Plan, metrics_file: Path) -> None:
+        self.stage, self.plan, self.file = stage, plan, metrics_file
+        self.eval_loss: float | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock and drop metrics of steps that will be taken again."""
+        self.began = self.last = time.monotonic()
+        self.first_step = self.last_step = state.global_step
+        if state.is_world_process_zero:
+            keep = [line for line in read_lines(self.file) if json.loads(line)["step"] <= state.global_step]
+            self.file.write_text("".join(line + "\n" for line in keep))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Write and print one log; raise when the gradient is not finite."""
+        logs = logs or {}
+        metrics = named(self.stage, logs)
+        if f"{self.stage}/loss" not in metrics and f"{self.stage}/eval_loss" not in metrics:
+            return  # the Trainer's closing summary
+        if not math.isfinite(logs.get("grad_norm", 0.0)):
+            raise UserError(not_finite(f"the gradient norm is {logs['grad_norm']}", state.global_step))
+        self.eval_loss = metrics.get(f"{self.stage}/eval_loss", self.eval_loss)
+        if state.is_world_process_zero:
+            with self.file.open("a") as file:
+                file.write(json.dumps({"step": state.global_step, **metrics}) + "\n")
+        say(self.eval_line(state, metrics) if f"{self.stage}/loss" not in metrics else self.train_line(state, metrics))
+
+    def train_line(self, state: Any, metrics: dict[str, float]) -> str:
+        """The line of a training log."""
+        now = time.monotonic()
+        rate = (state.global_step - self.last_step) * self.plan.batch_size / max(now - self.last, 1e-9)
+        mean = (now - self.began) / max(state.global_step - self.first_step, 1)
+        self.last, self.last_step = now, state.global_step
+        evaluated = "" if self.eval_loss is None else f"  eval_loss {self.eval_loss:.4g}"
+        return (
+            f"{self.stage} {state.global_step}/{state.max_steps}  loss {metrics[f'{self.stage}/loss']:.4g}  "
+            f"lr {metrics.get('learning_rate', 0.0):.1e}{evaluated}  {rate:.1f} rows/s  "
+            f"{duration(mean * (state.max_steps - state.global_step))} left"
+        )
+
+    def eval_line(self, state: Any, metrics: dict[str, float]) -> str:
+        """The line of an evaluation."""
+        values = "  ".join(f"{key.split('/', 1)[1]} {value:.4g}" for key, value in metrics.items())
+        return f"{self.stage} {state.global_step}/{state.max_steps}  {values}"
+
+
+def not_finite(what: str, step: int) -> str:
+    """The message for a loss or gradient that is NaN or infinite."""
+    return (
+        f"{what} at step {step}; the weights before this step are kept in the resumable saves. Lower train.learning_rate, "
+        "use train.precision=fp32, or look for broken rows (`align data check`), then run again"
+    )
+
+
+def read_lines(file: Path) -> list[str]:
+    """The complete JSON lines of a file that a killed process may have cut."""
+    if not file.exists():
+        return []
+    text = file.read_text()
+    return text.split("\n")[:-1]

@@ -1,0 +1,42 @@
+"""What a stage's model, tokenizer and rows come to: lengths, embeddings, and what the manifest says of the data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from configs.schema import TRLStage
+from stages import data, models
+from stages.tokens import ModelTokens
+from stages.training.ranks import say
+
+
+def fit(model: Any, tokens: ModelTokens, cfg: TRLStage) -> int:
+    """Grow the embeddings for a new pad token; the tokens a row may have: max_length, or the model's positions if fewer."""
+    for note in tokens.notes:
+        say(f"tokenizer: {note}")
+    models.resize_to(model, len(tokens.tokenizer))
+    model.config.pad_token_id = tokens.pad_id  # a sequence classifier finds its last token by it
+    positions = getattr(model.config, "max_position_embeddings", None) or cfg.max_length
+    if positions < cfg.max_length:
+        say(f"max_length: the model has {positions} positions, so rows of at most {positions} tokens are used, not {cfg.max_length}")
+    return min(cfg.max_length, positions)
+
+
+def data_facts(loaded: data.Loaded, splits: data.Splits, dropped: dict[str, int]) -> dict[str, Any]:
+    """info["data"] of the manifest: fingerprints (order included), rows used and dropped per part, and the split."""
+    report = splits.report
+    used = {part: count - dropped.get(part, 0) for part, count in report["rows"].items()}
+    return {
+        "fingerprint": data.fingerprint(loaded.rows), "parts": report["fingerprint"], "rows": used,
+        "dropped": {"overlong": dropped, "equal_pairs": loaded.report.equal_pairs},
+        "split": report["split"] | {"groups": report["groups"]}, "sources": loaded.report.sources,
+    }  # fmt: skip
+
+
+def report_rows(facts: dict[str, Any], warnings: list[str]) -> None:
+    """Say how many rows each part has, what was dropped, and what the reader noticed."""
+    for warning in warnings:
+        say(f"data: {warning}")
+    rows, too_long = facts["rows"], sum(facts["dropped"]["overlong"].values())
+    counts = f"{rows['train']} training, {rows['validation']} validation, {rows['test']} test rows"
+    say(f"data: {counts}" + (f"; {too_long} too long, dropped" if too_long else ""))
