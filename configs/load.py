@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from configs.errors import UserError
 from configs.overrides import Places, apply_overrides, escape_references, resolve_references
-from configs.problems import describe, did_you_mean
+from configs.problems import describe, did_you_mean, show
 from configs.schema import Chain, DPOStage, EvalConfig, PPOStage, RewardStage, SFTStage
 from configs.schema.chain import STAGES, fill_places, fill_sections
 from configs.trainer_args import KINDS_WITH_TRAINER, trainer_problems
@@ -43,7 +43,7 @@ def load(path: Path | str, kind: str, overrides: Sequence[str] = ()) -> Any:
     if document.data is None:
         raise UserError(f"{name}:1: the file is empty; expected the keys of a {kind} config (align config explain {kind} lists them)")
     if not isinstance(document.data, dict):
-        raise UserError(f"{name}:1: found {type(document.data).__name__} at the top; expected keys such as `name: demo`")
+        raise UserError(f"{name}:1: found {show(document.data)} at the top; expected keys such as `name: demo`")
     places = Places(name, document.lines)
     problems = [f"{name}:{line}: {message}" for line, message in document.problems]
     problems += apply_overrides(document.data, overrides, places)

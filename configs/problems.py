@@ -125,7 +125,7 @@ def _sentence(error: ErrorDetails, path: Key, model: type[BaseModel]) -> tuple[s
     if kind == "missing":
         return f"missing{_meaning(path, model)}", ""
     if kind == "extra_forbidden":
-        return _unknown(path, model)
+        return _unknown(path, model, error["loc"])
     if kind == "value_error":
         return str(context.get("error", error["msg"])), ""
     if kind == "literal_error":
@@ -169,7 +169,7 @@ def show(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, dict):
-        return f"a mapping of {len(value)} keys" if value else "an empty mapping"
+        return f"a mapping of {len(value)} key{'s' * (len(value) > 1)}" if value else "an empty mapping"
     if isinstance(value, list):
         return f"a list of {len(value)}" if value else "an empty list"
     text = repr(value)
@@ -182,9 +182,11 @@ def did_you_mean(value: Any, known: Iterable[str]) -> str:
     return f". Did you mean {close[0]!r}?" if close else ""
 
 
-def _unknown(path: Key, model: type[BaseModel]) -> tuple[str, str]:
-    """An unknown key: the near ones of its section, else the same name elsewhere in the schema."""
+def _unknown(path: Key, model: type[BaseModel], loc: Key) -> tuple[str, str]:
+    """An unknown key: the near ones of its section, else the same name elsewhere in the schema. `loc` names a union's member."""
     key, sections = str(path[-1]), sections_at(model, path[:-1])
+    of_this_kind = [s for s in sections if "kind" in s.model_fields and set(get_args(s.model_fields["kind"].annotation)) & set(loc)]
+    sections = of_this_kind or sections
     known = list(dict.fromkeys(name for section in sections for name in keys(section)))
     hint = did_you_mean(key, known)
     if not hint:
