@@ -31,7 +31,7 @@ def main(cfg: PPOStage) -> None:
     prompts, data_info = load_prompts(cfg, tokens.formatter)
     built = build_models(cfg, origin, tokens, accelerator.device)
     identity = resume.identity(
-        cfg, data=data_info["fingerprint"], tokenizer=tokens.key, parents=built.parents
+        cfg, data=data_info["fingerprint"], tokenizer=tokens.key, parents=[p.manifest_hash or p.digest or p.source or "" for p in built.parents]
     )
     metrics = train(cfg, accelerator, built, prompts, tokens, identity)
     publish(cfg, built, tokens, data_info, metrics)
