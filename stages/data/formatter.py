@@ -106,7 +106,9 @@ class Formatter:
         """What a rollout says: up to the first EOS, special tokens and the template's separator left out."""
         end = next((i for i, token in enumerate(ids) if token in self.eos_ids), len(ids))
         text = str(self.tokenizer.decode(list(ids[:end]), skip_special_tokens=True, clean_up_tokenization_spaces=False))
-        return text.removeprefix(self._ending.separator)
+        # A decoder that takes away the space before a text has taken away a separating space already.
+        separator = self._ending.separator
+        return text if self._adds_space and separator == " " else text.removeprefix(separator)
 
     def facts(self) -> dict[str, Any]:
         """What a manifest records, for the contract between stages."""
@@ -210,10 +212,13 @@ class Formatter:
         """Ids of one segment. A tokenizer that puts a space before every text gets none of ours, and loses a lone one."""
         if not text:
             return []
-        if self._adds_space and not first and text.startswith(" "):
+        spaced = text.startswith(" ")
+        if self._adds_space and not first and spaced:
             text = text[1:]
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=split_special_tokens).input_ids
-        if self._adds_space and not first and ids and not text.startswith(" ") and self._is_lone_space(ids[0]):
+        ids: list[int] = self.tokenizer(
+            text, add_special_tokens=False, split_special_tokens=split_special_tokens, verbose=False
+        ).input_ids
+        if self._adds_space and not first and not spaced and ids and self._is_lone_space(ids[0]):
             ids = ids[1:]
         bos = self.tokenizer.bos_token_id
         while first and bos is not None and ids[:2] == [bos, bos]:
