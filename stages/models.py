@@ -267,3 +267,4 @@ def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, *, 
             )
     model.save_pretrained(folder, **extra)
     tokenizer.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's empty card: what it would say is in the manifest

@@ -66,7 +66,10 @@ def update_policy(trained: Any, optimizer: Any, accelerator: Any, experience: Ex
         for rows in minibatches(
             len(experience.tokens.mask), cfg.train.num_minibatches, seed=cfg.seed, iteration=iteration, epoch=epoch
         ):
-            totals = _accumulate(trained, accelerator, experience, rows, cfg, train_policy=iteration >= cfg.train.value_warmup_iterations)
+            totals = _accumulate(trained, accelerator, experience, rows, cfg)
+            if iteration < cfg.train.value_warmup_iterations:
+                for parameter in module.policy_parameters():
+                    parameter.grad = None
             norms = _clip(module, accelerator, cfg.train.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -76,7 +79,7 @@ def update_policy(trained: Any, optimizer: Any, accelerator: Any, experience: Ex
                     "policy/first_approx_kl": steps[0]["policy/approx_kl"], "policy/first_clip_fraction": steps[0]["policy/clip_fraction"]}  # fmt: skip
 
 
-def _accumulate(trained: Any, accelerator: Any, experience: Experience, rows: Tensor, cfg: PPOStage, *, train_policy: bool) -> Totals:
+def _accumulate(trained: Any, accelerator: Any, experience: Experience, rows: Tensor, cfg: PPOStage) -> Totals:
     """Gradients of one minibatch, micro-batch after micro-batch; processes exchange them in the last one."""
     parts = micro_batches(
         experience, rows, rank=accelerator.process_index, world=accelerator.num_processes, size=cfg.train.micro_batch_size
@@ -94,7 +97,7 @@ def _accumulate(trained: Any, accelerator: Any, experience: Experience, rows: Te
                 clip_range_high=cfg.clip_range_high, dual_clip=cfg.dual_clip,
             )  # fmt: skip
             value = maths.value_loss(outputs.values, batch.old_values, batch.returns, batch.value_mask, clip_range=cfg.value_clip_range)
-            loss = policy.loss * float(train_policy) / policy_tokens.clamp(min=1) + cfg.vf_coef * value.loss / value_tokens.clamp(min=1)
+            loss = policy.loss / policy_tokens.clamp(min=1) + cfg.vf_coef * value.loss / value_tokens.clamp(min=1)
             # Processes' gradients are averaged: the sum over processes needs the factor back.
             accelerator.backward(loss * accelerator.num_processes)
         totals.add(policy, value)

@@ -46,7 +46,6 @@ def publish(
             model, tokens.tokenizer, folder, eos_ids=tokens.eos_ids, base=origin if adapter else None,
             **({"state_dict": state} if state is not None else {}),
         )  # fmt: skip
-        (folder / "README.md").unlink(missing_ok=True)  # peft's card template: all of it is in the manifest
 
     return publish_checkpoint(cfg, stage, write, parents=parents, info={**info, "tokenizer": tokens.facts, "stage_info": stage_info}, eval_set=eval_set)
 
