@@ -41,7 +41,7 @@ class Formatter:
 
     `eos_ids`: every id that ends a rollout; a template's own end-of-turn token is added. `eos_id`: the one completions end with.
     The template is installed as `tokenizer.chat_template`, so that a saved tokenizer carries it to the next stage.
-    Raises UserError when the template cannot render a question and its answer.
+    Raises UserError when the template cannot render a question and its answer, and when pad is one of the EOS.
     """
 
     def __init__(self, tokenizer: Any, template: Template | str = "auto", eos_ids: Sequence[int] = ()) -> None:
@@ -55,6 +55,11 @@ class Formatter:
         self._ending = self._find_ending(known)
         self.eos_id = self._ending.eos_id
         self.eos_ids = tuple(dict.fromkeys((self.eos_id, *known)))
+        if tokenizer.pad_token_id in self.eos_ids:
+            raise UserError(
+                f"the pad token {tokenizer.pad_token!r} also ends completions (EOS {list(self.eos_ids)} with template "
+                f"{self.template.name!r}), so padding would hide EOS from the loss; give the tokenizer another pad_token"
+            )
 
     # -- what stages call
 

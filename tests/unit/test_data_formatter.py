@@ -297,6 +297,17 @@ def test_which_token_pads(specials, names, expected, resize):
     assert found.vocabulary == size + resize
 
 
+def test_a_pad_that_ends_completions_is_refused_until_mended():
+    tokenizer = byte_tokenizer(pad_token="<eos>")
+    with pytest.raises(UserError, match="the pad token '<eos>' also ends completions"):
+        Formatter(tokenizer, "plain")
+    # Here pad is no EOS of tokenizer or model, but the one the template ends turns with.
+    with pytest.raises(UserError, match=r"'<\|im_end\|>' also ends completions"):
+        Formatter(byte_tokenizer(("<|im_start|>", "<|im_end|>", "<eos>"), pad_token="<|im_end|>"), Template("own", CHATML))
+    ensure_special_tokens(tokenizer)
+    assert Formatter(tokenizer, "plain").facts()["pad_id"] == len(tokenizer) - 1
+
+
 def test_without_any_eos_there_is_an_error():
     tokenizer = byte_tokenizer()
     tokenizer.eos_token = None
