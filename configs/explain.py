@@ -62,6 +62,8 @@ def explain(key: str) -> str:
     A key that stands in several places is explained for each. UserError with suggestions for an unknown one.
     """
     wanted = [part for part in key.strip().split(".") if not part.isdecimal()]
+    if wanted[:1] == ["chain"] and len(wanted) > 2 and wanted[1] in STAGES:
+        wanted = wanted[1:]  # a chain's section is explained as the stage it is
     entries = [entry for kind in MODELS for entry in _entries(kind)]
     if len(wanted) == 1 and wanted[0] in MODELS:
         return _list_of_keys(wanted[0])
