@@ -69,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Set before any library is imported: TRL and transformers report usage when objects are constructed.
         os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
         args = build_parser(argv).parse_args(argv)
-        return int(args.handler(args) or 0)
+        handler = getattr(args, "handler", None) or args.func
+        return int(handler(args) or 0)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

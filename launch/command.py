@@ -26,7 +26,15 @@ class Machine:
 
     @property
     def processes(self) -> int:
-        return int(self.settings.get("num_processes") or 1)
+        """What the file says; of the file that ships for several GPUs, the GPUs there are."""
+        from configs.machines import FOLDER, count_gpus
+
+        stated = int(self.settings.get("num_processes") or 1)
+        return count_gpus() or stated if self.path == FOLDER / "gpu_ddp.yaml" else stated
+
+    @property
+    def use_cpu(self) -> bool:
+        return bool(self.settings.get("use_cpu"))
 
     @property
     def plain(self) -> bool:
@@ -72,16 +80,22 @@ def stage_command(module: str, config_file: Path, machine: Machine, processes: i
     if number > 1:
         options += ["--main_process_port", "0"]  # 0: accelerate takes a free port, so that two runs do not meet on 29500
     typed = shlex.join(["accelerate", "launch", *options, *stage])
-    env = child_environment(number, use_cpu=bool(machine.settings.get("use_cpu")))
+    env = child_environment(number)
     if number == 1 and machine.plain:
-        env["ACCELERATE_USE_CPU"] = str(bool(machine.settings.get("use_cpu")))
+        env["ACCELERATE_USE_CPU"] = str(machine.use_cpu)
         env["ACCELERATE_MIXED_PRECISION"] = str(machine.settings.get("mixed_precision") or "no")
         return Command((sys.executable, *stage), typed, env, 1)
     argv = (sys.executable, "-m", "accelerate.commands.launch", *options, *stage)
     return Command(argv, typed, env, number)
 
 
-def child_environment(processes: int, use_cpu: bool = False) -> dict[str, str]:
+def python_command(module: str, *arguments: str, use_cpu: bool = False) -> Command:
+    """The command that runs `python -m module arguments`, one process without a launcher."""
+    env = child_environment(1) | ({"ACCELERATE_USE_CPU": "True"} if use_cpu else {})
+    return Command((sys.executable, "-m", module, *arguments), shlex.join(["python", "-m", module, *arguments]), env)
+
+
+def child_environment(processes: int) -> dict[str, str]:
     """Variables of a stage's process; what the person has set already stays as it is."""
     # Threads that spin while they wait take the cores from the other processes; on a CPU that costs far more than waking up.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

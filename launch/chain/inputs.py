@@ -58,9 +58,13 @@ def data_digest(config: dict[str, Any]) -> str:
     return digest([*([n, path_digest(Path(n))] for n in present), *([n, code_digest(n.partition(":")[0])] for n in functions)])
 
 
-@functools.lru_cache(maxsize=64)
 def code_digest(module: str) -> str:
     """Digest of a module's source and of every module of this project that it imports, directly or not."""
+    return digest(code_files(module))
+
+
+def code_files(module: str) -> dict[str, str]:
+    """Module -> digest of its source, for a module and what it imports of this project (or of its own package)."""
     seen: dict[str, str] = {}
     waiting = [module]
     while waiting:
@@ -68,9 +72,16 @@ def code_digest(module: str) -> str:
         source = _source(name)
         if name in seen or source is None:
             continue
-        seen[name] = path_digest(source)
-        waiting += _imports(name, source)
-    return digest(seen)
+        stat = source.stat()
+        seen[name], imported = _read_source(name, source, stat.st_mtime_ns, stat.st_size)
+        waiting += imported
+    return seen
+
+
+@functools.lru_cache(maxsize=4096)
+def _read_source(name: str, source: Path, _changed: int, _size: int) -> tuple[str, list[str]]:
+    """A module's digest and imports; read again once the file has changed."""
+    return path_digest(source), _imports(name, source)
 
 
 def _source(name: str) -> Path | None:

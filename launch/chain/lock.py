@@ -21,14 +21,19 @@ from configs.errors import UserError
 class ChainLock:
     """Context manager; entering raises UserError while another live process holds the folder."""
 
-    def __init__(self, output: Path) -> None:
+    def __init__(self, output: Path, patience: float = 60.0) -> None:
+        """`patience`: seconds to wait for the stage of a killed run, which the kernel has told to stop."""
         self.folder = output / ".lock"
+        self.patience = patience
         self._mine: Path | None = None
 
     def __enter__(self) -> ChainLock:
         self.folder.mkdir(parents=True, exist_ok=True)
         while self._mine is None:
             number, holder = self._highest()
+            until = time.monotonic() + self.patience
+            while holder and is_alive(holder) and not is_alive({**holder, "child": None}) and time.monotonic() < until:
+                time.sleep(0.1)
             if holder is not None and is_alive(holder):
                 self._refuse(number, holder)
             self._mine = self._claim(number + 1)
@@ -91,7 +96,7 @@ def identity(pid: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def is_alive(holder: dict[str, Any]) -> bool:
+def is_alive(holder: dict[str, Any] | None) -> bool:
     """Whether the process, or the child it recorded, still runs. A process of another machine counts as alive."""
     if not holder:
         return False
@@ -102,8 +107,7 @@ def is_alive(holder: dict[str, Any]) -> bool:
     here = start_time(int(holder["pid"]))
     if here is not None and here == holder.get("start"):
         return True
-    child = holder.get("child")
-    return bool(child) and is_alive(child)
+    return is_alive(holder.get("child"))
 
 
 def start_time(pid: int) -> str | None:

@@ -1,0 +1,206 @@
+"""Goes through a chain's steps: decides, runs, records, and stops where one fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from configs.errors import UserError
+from launch.chain.decide import Decider, Decision, check_files, read_attempt
+from launch.chain.lock import ChainLock
+from launch.chain.progress import Progress
+from launch.chain.steps import Step, steps_of
+from launch.command import Command, load_machine, python_command, stage_command
+from launch.process import run_child
+
+if TYPE_CHECKING:
+    from stages.registry import Checkpoint
+
+CommandFor = Callable[[Step, Path, Any], Command]
+
+
+def run_chain(
+    chain_file: str, overrides: list[str], *, only: str | None = None, start: str | None = None,
+    dry_run: bool = False, as_json: bool = False, command_for: CommandFor | None = None,
+) -> int:  # fmt: skip
+    """Run (or with `dry_run` only show) the steps of a chain file; returns 0 or the exit code of the step that failed.
+
+    `command_for` replaces the commands of the steps, for tests of the chain without its stages.
+    Raises UserError for a chain that cannot run, before any process is started.
+    """
+    from configs.load import load
+
+    chain = load(chain_file, "chain", overrides)
+    steps = steps_of(chain, only, start)
+    check_files(chain, steps)
+    command_for = command_for or step_command
+    plan = plan_of(chain, steps)
+    if dry_run:
+        show_plan(chain, plan, command_for, as_json)
+        return 0
+    with ChainLock(chain.output) as lock:
+        again = " ".join(["align run", chain_file, *overrides])
+        return Runner(chain, plan, command_for, lock, as_json, again).run()
+
+
+def plan_of(chain: Any, steps: list[Step]) -> list[Decision]:
+    """What every step would do now, each taking for granted that those before it succeed."""
+    decider = Decider(chain)
+    plan = []
+    for step in steps:
+        plan.append(decider.decide(step))
+        decider.assume(plan[-1])
+    return plan
+
+
+def step_command(step: Step, file: Path, chain: Any) -> Command:
+    """The command of a step whose config has been written to `file`."""
+    if step.kind == "prepare":
+        return python_command("launch.prepare", str(file))
+    section = getattr(chain, step.name) if step.kind == "stage" else chain
+    machine = load_machine(section.machine, section.processes)
+    if step.kind == "eval":
+        return python_command("stages.evaluation", "--config", str(file), use_cpu=machine.use_cpu)
+    return stage_command(f"stages.{step.name}", file, machine, section.processes)
+
+
+def config_file(decision: Decision, folder: Path | None = None) -> Path:
+    """Where a step's resolved config is written: in its working folder, or in `folder` for a dry run."""
+    step = decision.step
+    if step.kind == "prepare":
+        return (folder or Path(decision.config["record"]).parent) / f"{step.name}.json"
+    return folder / f"{step.name}.yaml" if folder else decision.config.output / "config.yaml"
+
+
+def write_config(decision: Decision, file: Path) -> None:
+    """Write a step's resolved config."""
+    from configs.load import save
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if decision.step.kind == "prepare":
+        file.write_text(json.dumps(decision.config, indent=1, default=str), encoding="utf-8")
+    else:
+        save(decision.config, file)
+
+
+def show_plan(chain: Any, plan: list[Decision], command_for: CommandFor, as_json: bool) -> None:
+    """Print what each step would do and its command; configs go to OUTPUT/plan, so that the commands can be typed."""
+    rows = []
+    for decision in plan:
+        row = {"step": decision.step.name, "kind": decision.step.kind, "action": decision.action, "why": decision.why, "command": None}
+        if decision.action != "skip":
+            file = config_file(decision, chain.output / "plan")
+            write_config(decision, file)
+            row["command"] = command_for(decision.step, file, chain).typed
+        rows.append(row)
+    if as_json:
+        print(json.dumps({"chain": chain.name, "output": str(chain.output), "steps": rows}, indent=1))
+        return
+    for number, row in enumerate(rows, 1):
+        print(f"[{number}/{len(rows)}] {row['step']}: {row['action']} ({row['why']})")
+        if row["command"]:
+            print(f"    {row['command']}")
+
+
+class Runner:
+    """One `align run` under its lock."""
+
+    def __init__(self, chain: Any, plan: list[Decision], command_for: CommandFor, lock: ChainLock, as_json: bool, again: str) -> None:
+        self.chain, self.plan, self.command_for, self.lock, self.again = chain, plan, command_for, lock, again
+        self.as_json = as_json
+        self.decider = Decider(chain)
+        self.progress = Progress(chain.output / "chain.json", plan, sys.stderr if as_json else sys.stdout)
+
+    def run(self) -> int:
+        """Every step in order; 0, or the exit code of the one that failed."""
+        from configs.load import save
+
+        save(self.chain, self.chain.output / "chain.yaml")
+        for number, planned in enumerate(self.plan):
+            decision = self.decider.decide(planned.step)
+            self.progress.header(number, decision)
+            if decision.action == "skip":
+                self.decider.done(decision.step, self.decider.resolve(decision.ref) if decision.ref else None)
+                continue
+            code = self._run_step(decision)
+            if code:
+                return code
+        return self._finish()
+
+    def _run_step(self, decision: Decision) -> int:
+        step = decision.step
+        folder = None if step.kind == "prepare" else decision.config.output
+        if folder is not None:
+            begin_attempt(decision, folder, self.chain.output / "previous")
+        file = config_file(decision)
+        write_config(decision, file)
+        command = self.command_for(step, file, self.chain)
+        self.progress.say(f"    {command.typed}")
+        log = self.chain.output / "logs" / f"{step.name}.log"
+        env = command.environment(ALIGN_INPUTS_KEY=decision.key or "")
+        outcome = run_child(
+            command.argv, env, log, prefix=step.name, to_stderr=self.as_json, on_line=self.progress.line, on_start=self.lock.record_child,
+        )  # fmt: skip
+        if outcome.code or outcome.interrupted:
+            return self._failed(step, outcome.code or 130, outcome.interrupted, log)
+        checkpoint = self._published(decision, log) if step.kind == "stage" else None
+        self.decider.done(step, checkpoint)
+        if folder is not None:
+            write_attempt(folder, decision, finished=True)
+        self.progress.finished(step.name, outcome.seconds, checkpoint.ref if checkpoint else None)
+        return 0
+
+    def _failed(self, step: Step, code: int, interrupted: bool, log: Path) -> int:
+        if interrupted:
+            print(f"{step.name} was interrupted; to continue: {self.again}", file=sys.stderr)
+        elif code == 2:  # the step has said what is wrong
+            print(f"{step.name} has not run; its log: {log}", file=sys.stderr)
+        else:
+            how = f"was killed by signal {code - 128}" if code > 128 else f"ended with exit code {code}"
+            print(f"error: {step.name} {how}; its log: {log}; to continue once that is mended: {self.again}", file=sys.stderr)
+        return code
+
+    def _published(self, decision: Decision, log: Path) -> Checkpoint:
+        name = getattr(self.chain, decision.step.name).name
+        registry = self.decider.registry()
+        found = registry.list(stage=decision.step.name, name=name) if registry else []
+        made = [checkpoint for checkpoint in found if checkpoint.info("inputs_key") == decision.key]
+        if not made:
+            raise UserError(f"{decision.step.name} ended without publishing {decision.step.name}/{name} in {self.chain.registry}; its log: {log}")
+        return made[-1]
+
+    def _finish(self) -> int:
+        from launch.chain.summary import finish
+
+        report = finish(self.chain, self.decider, self.progress.total_seconds(), quiet=self.as_json)
+        if self.as_json:
+            print(json.dumps({"steps": self.progress.rows(), "summary": report}))
+        return 0
+
+
+def begin_attempt(decision: Decision, folder: Path, previous: Path) -> None:
+    """Make the working folder ready: as it was for a continued step, else new; what an earlier run left is kept once, in `previous`."""
+    if decision.action != "continue" and read_attempt(folder):
+        import shutil
+
+        old = previous / decision.step.name
+        shutil.rmtree(old, ignore_errors=True)
+        previous.mkdir(parents=True, exist_ok=True)
+        os.replace(folder, old)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_attempt(folder, decision, finished=False)
+
+
+def write_attempt(folder: Path, decision: Decision, finished: bool) -> None:
+    """Record in the working folder which inputs it is for."""
+    part = folder / f".inputs.{os.getpid()}"
+    content = {"key": decision.key, "parts": decision.parts, "finished": finished, "at": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    part.write_text(json.dumps(content), encoding="utf-8")
+    os.replace(part, folder / "inputs.json")
+
+
