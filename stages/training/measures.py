@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from configs.schema import DPOStage
 from stages.compat import token_statistics
 
 Sums = dict[str, tuple[torch.Tensor, torch.Tensor]]  # metric -> (sum, weight)
@@ -48,7 +49,7 @@ def preferred_pairs(trainer: Any, model: Any, inputs: dict[str, Any]) -> Sums:
     chosen, rejected = ratios.chunk(2)
     margin = trainer.beta * (chosen - rejected)
     count = torch.tensor(float(len(chosen)), device=ratios.device)
-    # Any other loss is TRL's own, on batches of one pair (see `dpo_arguments`): its gathers need batches of one size.
+    # Any other loss is TRL's own, on batches of one pair (see `dpo_batches`): its gathers need batches of one size.
     loss = -F.logsigmoid(margin).sum() if is_plain_dpo(trainer.args) else trainer.compute_loss(model, inputs)
     right = (margin > 0).double() + 0.5 * (margin == 0).double()
     return {"loss": (loss, count), "rewards/accuracies": (right.sum(), count), "rewards/margins": (margin.sum(), count)}
@@ -66,3 +67,9 @@ def is_plain_dpo(args: Any) -> bool:
     losses = args.loss_type if isinstance(args.loss_type, list) else [args.loss_type]
     modified = args.ld_alpha is not None or args.use_weighting or args.loss_weights
     return losses == ["sigmoid"] and args.f_divergence_type == "reverse_kl" and not modified
+
+
+def dpo_batches(cfg: DPOStage) -> dict[str, Any]:
+    """Evaluation batches of one pair where the loss is TRL's own: it gathers over processes and gives a mean."""
+    changed = {"f_divergence_type", "ld_alpha", "use_weighting", "loss_weights"} & set(cfg.trainer)
+    return {} if cfg.loss_type == "sigmoid" and not changed else {"per_device_eval_batch_size": 1}
