@@ -18,7 +18,7 @@ from stages.ppo.collect import Clock, PromptSet, collect_rollout, experience_of
 from stages.ppo.modules import POLICY
 from stages.ppo.update import update_policy
 from stages.tokens import ModelTokens, load_tokens
-from stages.training import resume
+from stages.training import resume, text
 from stages.training.publish import publish_checkpoint
 from stages.training.ranks import rank, say
 
@@ -28,8 +28,9 @@ def main(cfg: PPOStage) -> None:
     accelerator = start(cfg)
     origin = models.find(cfg.init_from, cfg.registry, stages=("sft", "dpo", "ppo"))
     tokens = load_tokens(origin, cfg.template)
-    prompts, data_info = load_prompts(cfg, tokens.formatter)
     built = build_models(cfg, origin, tokens, accelerator.device)
+    limit = text.fit(built.trained.policy, tokens, cfg)
+    prompts, data_info = load_prompts(cfg, tokens.formatter, limit)
     identity = resume.identity(
         cfg, data=data_info["fingerprint"], tokenizer=tokens.key, parents=[p.manifest_hash or p.digest or p.source or "" for p in built.parents]
     )
@@ -58,15 +59,15 @@ def start(cfg: PPOStage) -> Any:
     return accelerator
 
 
-def load_prompts(cfg: PPOStage, formatter: data.Formatter) -> tuple[PromptSet, dict[str, Any]]:
-    """The training part of the prompts, encoded; those that leave no room for a completion are dropped and counted.
+def load_prompts(cfg: PPOStage, formatter: data.Formatter, limit: int) -> tuple[PromptSet, dict[str, Any]]:
+    """The training part of the prompts, encoded; those that leave no room for a completion within `limit` tokens are dropped and counted.
 
     Raises:
         UserError: unreadable prompts, or none left.
     """
     splits = data.Splitter(cfg.split).split(data.read_prompts(cfg.prompts).rows)
     rows, dropped = data.encode_prompts(
-        formatter, splits.train, max_length=cfg.max_length, max_new_tokens=cfg.sampling.max_new_tokens, overlong=cfg.overlong
+        formatter, splits.train, max_length=limit, max_new_tokens=cfg.sampling.max_new_tokens, overlong=cfg.overlong
     )
     say(f"ppo: {len(rows)} prompts to train on, {len(splits.validation)} for validation, {len(splits.test)} held out, {dropped} too long")
     prompts = PromptSet([r["prompt_ids"] for r in rows], [_text(r["row"]) for r in rows], [r["row"].columns for r in rows])

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from configs.schema import TRLStage
+from configs.schema import StageConfig
 from stages import data, models
 from stages.tokens import ModelTokens
 from stages.training.ranks import say
 
 
-def fit(model: Any, tokens: ModelTokens, cfg: TRLStage) -> int:
+def fit(model: Any, tokens: ModelTokens, cfg: StageConfig) -> int:
     """Grow the embeddings for a new pad token; the tokens a row may have: max_length, or the model's positions if fewer."""
     for note in tokens.notes:
         say(f"tokenizer: {note}")
