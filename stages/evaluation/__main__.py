@@ -1,0 +1,18 @@
+"""Entry point: python -m stages.evaluation --config FILE [key=value ...]."""
+
+from __future__ import annotations
+
+from configs.schema import EvalConfig
+from stages.training import entry
+
+
+def main(cfg: EvalConfig) -> None:
+    """Evaluate checkpoints on held-out prompts and compare them."""
+    from stages.evaluation.evaluate import evaluate
+    from stages.evaluation.table import show
+
+    show(evaluate(cfg, say=entry.say))
+
+
+if __name__ == "__main__":
+    entry.run(main, "eval")

@@ -1,0 +1,86 @@
+"""Which prompts an evaluation uses, and the fingerprint that says when two evaluations may be compared."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from configs.errors import UserError
+from configs.schema import EvalConfig
+from stages.data.fingerprint import fingerprint
+from stages.data.read import read_prompts
+from stages.data.rows import Prompt
+from stages.data.split import Splitter, group_key
+from stages.models import Origin
+
+
+def choose_prompts(cfg: EvalConfig) -> list[Prompt]:
+    """The prompts of the chosen subset, each prompt group once, in file order, at most cfg.max_prompts.
+
+    Raises UserError when the subset is empty: every other prompt has been (or may be) trained on.
+    """
+    rows = read_prompts(cfg.prompts).rows
+    if cfg.subset == "all":
+        chosen = list(rows)
+    else:
+        splitter = Splitter(cfg.split)
+        chosen = [row for row in rows if splitter.of(row) == cfg.subset]
+    if not chosen:
+        files = ", ".join(source.path for source in cfg.prompts)
+        raise UserError(
+            f"{files}: none of {len(rows)} prompts is in the {cfg.subset} subset (split.seed {cfg.split.seed}, split.{cfg.subset} "
+            f"{getattr(cfg.split, cfg.subset, 0)}); the others are for training. Add prompts, name them in split.test_prompts, or set "
+            "subset: all if no stage has trained on this file"
+        )
+    first = {group_key(row.prompt): row for row in reversed(chosen)}
+    return [row for row in chosen if first[group_key(row.prompt)] is row][: cfg.max_prompts]
+
+
+def check_split(origin: Origin, cfg: EvalConfig) -> None:
+    """Raise UserError where a checkpoint was trained under another split: our test prompts may be among its training rows."""
+    if cfg.subset == "all" or origin.checkpoint is None:
+        return
+    theirs = (origin.checkpoint.info("data") or {}).get("split") or {}
+    differing = [key for key in ("seed", "validation", "test") if key in theirs and theirs[key] != getattr(cfg.split, key)]
+    if differing:
+        said = ", ".join(f"split.{key} is {getattr(cfg.split, key)} here and {theirs[key]} there" for key in differing)
+        raise UserError(
+            f"{origin.asked} was trained under another split: {said}; it may have seen these {cfg.subset} prompts. Use its split, or set "
+            "subset: all if no stage has trained on this file"
+        )
+
+
+def eval_set(cfg: EvalConfig, prompts: Sequence[Prompt], scorer_ids: dict[str, str]) -> tuple[str, dict[str, Any]]:
+    """The fingerprint of an evaluation set (16 hex digits) and what it is made of.
+
+    Two results with one fingerprint come from the same prompts, sampling, scorers and seed. scorer_ids: registry name of a reward
+    model -> its checkpoint id, because a name such as reward/demo@latest moves on.
+    """
+    from blake3 import blake3
+
+    sampling = cfg.sampling.model_dump(exclude={"generate_batch_size"})  # completions do not depend on it
+    scorers = [_scorer_identity(spec.model_dump(mode="json"), scorer_ids) for spec in cfg.scorers]
+    detail = {
+        "prompts": fingerprint(prompts), "count": len(prompts), "subset": cfg.subset, "samples_per_prompt": cfg.samples_per_prompt,
+        "sampling": sampling, "scorers": scorers, "seed": cfg.seed,
+    }  # fmt: skip
+    return blake3(json.dumps(detail, sort_keys=True).encode()).hexdigest()[:16], detail
+
+
+def _scorer_identity(spec: dict[str, Any], scorer_ids: dict[str, str]) -> dict[str, Any]:
+    """A scorer's spec with what its name alone does not say: the checkpoint's id, or a hash of the function's source."""
+    if spec["kind"] == "model":
+        return spec | {"id": scorer_ids[spec["checkpoint"]]}
+    if spec["kind"] == "python":
+        from blake3 import blake3
+
+        from rewards.python import load_function
+
+        try:
+            source = inspect.getsource(load_function(spec["function"]))
+        except (OSError, TypeError):  # no source: a builtin or a callable object
+            return spec
+        return spec | {"source": blake3(source.encode()).hexdigest()[:16]}
+    return spec
