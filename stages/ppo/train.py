@@ -46,7 +46,10 @@ def start(cfg: PPOStage) -> Any:
     """
     from accelerate import Accelerator
 
-    accelerator = Accelerator(mixed_precision="bf16" if models.uses_bf16(cfg.train.precision) else "no", gradient_accumulation_steps=1)
+    # Without `cpu` processes on a machine without GPUs would each believe to be alone.
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(), mixed_precision="bf16" if models.uses_bf16(cfg.train.precision) else "no", gradient_accumulation_steps=1
+    )
     if str(accelerator.distributed_type).endswith(("DEEPSPEED", "FSDP")):
         raise UserError(f"stage ppo does not run under {accelerator.distributed_type} yet; use a DDP machine file (cpu_ddp, gpu_ddp)")
     parts = cfg.train.num_minibatches * accelerator.num_processes
