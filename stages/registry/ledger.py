@@ -74,5 +74,11 @@ def link_new(path: Path, content: bytes) -> bool:
         raise
     finally:
         draft.unlink(missing_ok=True)
-    fsync_dir(path.parent)
+    try:
+        fsync_dir(path.parent)
+    except OSError as error:
+        raise UserError(
+            f"{path} was written, but the disk did not confirm that it would survive a power cut ({error.strerror}). "
+            "Check the disk, then try again"
+        ) from error
     return True

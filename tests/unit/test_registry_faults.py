@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import signal
 
 import pytest
@@ -113,6 +114,28 @@ def test_everything_is_on_the_disk_before_the_rename_and_the_rename_before_the_a
     assert synced == [str(checkpoint.path.parent)]
 
 
+def test_an_alias_is_on_the_disk_before_it_is_acknowledged(tmp_path, monkeypatch):
+    registry = Registry(tmp_path / "registry")
+    publish(registry)
+    synced, fsync, link = [], os.fsync, os.link
+
+    def record_fsync(handle):
+        synced.append(os.readlink(f"/proc/self/fd/{handle}").removeprefix(f"{registry.root}/"))
+        fsync(handle)
+
+    def record_link(source, target):
+        synced.append("link")
+        link(source, target)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "link", record_link)
+    registry.set_alias("sft/demo", "production", "sft/demo")
+    new_folders = [str(registry.root), "aliases", "aliases/sft", "aliases/sft/demo"]  # each holds a folder made just now
+    assert synced[:4] == new_folders
+    assert synced[4].startswith("aliases/sft/demo/production/.tmp-")
+    assert synced[5:] == ["link", "aliases/sft/demo/production"]
+
+
 def test_a_registry_whose_creator_was_killed_can_be_started_again(tmp_path):
     point = 0
     while killed(point := point + 1, lambda point=point: Registry(tmp_path / str(point) / "registry")):
@@ -158,7 +181,8 @@ def test_a_storage_fault_at_any_operation_is_one_clear_error_and_leaves_no_stagi
         visible += point > rename
         assert len(shown) == visible
         assert not [name for name in shown if name.startswith(".tmp-")]
-        assert ("did not confirm" if point > rename else "publishing sft/demo failed") in str(caught.value)
+        told = str(caught.value)
+        assert "was published at" in told if point > rename else re.search("publishing sft/demo failed|json was written, but", told)
     assert all(registry.verify(item.ref, deep=True) == [] for item in registry.list())
 
 
