@@ -15,6 +15,7 @@ from rewards.combine import WeightedSum
 from rewards.protocol import text_of
 from stages import models
 from stages.data import Prompt
+from stages.evaluation.likelihood import read_beginning
 from stages.evaluation.measure import Measured, compare, measure
 from stages.evaluation.prompts import check_split, choose_prompts, eval_set
 from stages.evaluation.subject import Reader, device, load_reader, load_subject, that_fit
@@ -36,6 +37,7 @@ def evaluate(cfg: EvalConfig, say: Callable[[str], None] = lambda line: None) ->
     for origin in origins.values():
         check_split(origin, cfg)
     chosen = choose_prompts(cfg)
+    _check_files(cfg)
     readers = {label: load_reader(label, origin, cfg.template) for label, origin in origins.items()}
     prompts = that_fit(chosen, list(readers.values()), cfg.sampling.max_new_tokens)
     fingerprint, detail = eval_set(cfg, prompts, _scorer_ids(cfg))
@@ -63,6 +65,21 @@ def _labels(cfg: EvalConfig) -> tuple[str, str]:
         if label not in cfg.checkpoints:
             raise UserError(f"{field}: {label!r} is not among the checkpoints; their labels are {', '.join(cfg.checkpoints)}")
     return against, reference
+
+
+def _check_files(cfg: EvalConfig) -> None:
+    """Find out now, not after hours of sampling, that a file cannot be read or the results not be written."""
+    if cfg.plain_text is not None:
+        read_beginning(cfg.plain_text)
+    if cfg.output is not None:
+        _folder(cfg.output)
+
+
+def _folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output {path}: cannot be a folder: {error}") from error
 
 
 def _scorer_ids(cfg: EvalConfig) -> dict[str, str]:
@@ -112,8 +129,8 @@ def write(folder: Path, result: dict[str, Any], measured: dict[str, Measured], p
             text, finished = one.completions.texts[i], one.completions.finished[i]
             record = {"model": label, "prompt": text_of(prompts[group].prompt), "completion": text, "finished": finished}  # type: ignore[arg-type]
             lines.append(json.dumps(record | {"score": one.scores.total[i], "parts": parts}, ensure_ascii=False))
+    _folder(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         _replace(folder / "samples.jsonl", "\n".join(lines) + "\n")
         _replace(folder / "results.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     except OSError as error:

@@ -68,19 +68,29 @@ def text_perplexity(model: Any, tokenizer: Any, path: Path, *, pad_id: int, max_
 
 
 def _documents(tokenizer: Any, path: Path, max_tokens: int) -> list[list[int]]:
-    """Ids of the documents of a text file, max_tokens of them in all. Raises UserError for a file that is not UTF-8 text."""
-    try:
-        with path.open(encoding="utf-8") as file:
-            text = file.read(max_tokens * 16)  # characters: more than any tokenizer puts into so many tokens
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"plain_text {path}: cannot be read as UTF-8 text: {error}") from error
+    """Ids of the documents of a text file, max_tokens of them in all."""
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     documents, left = [], max_tokens
-    for part in text.split(SEPARATOR):
+    for part in read_beginning(path, max_tokens * 16).split(SEPARATOR):
         ids = tokenizer(part.strip(), add_special_tokens=False, verbose=False)["input_ids"][:left]
         documents += [start + ids] if ids else []
         left -= len(ids)
     return documents
+
+
+def read_beginning(path: Path, characters: int = TEXT_TOKENS * 16) -> str:
+    """The beginning of a plain text file: by default more characters than any tokenizer puts into TEXT_TOKENS tokens.
+
+    Raises UserError for a file that is not UTF-8 text, or blank.
+    """
+    try:
+        with path.open(encoding="utf-8") as file:
+            text = file.read(characters)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"plain_text {path}: cannot be read as UTF-8 text: {error}") from error
+    if not text.strip():
+        raise UserError(f"plain_text {path}: is blank; perplexity needs a text")
+    return text
 
 
 def same_vocabulary(one: dict[str, int], other: dict[str, int]) -> bool:
