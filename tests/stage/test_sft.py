@@ -1,0 +1,225 @@
+"""Supervised fine-tuning: what it learns from, what it publishes, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from configs.errors import UserError
+from stages.registry import Registry
+from tests.stage.runs import TRAIN, metrics, run, settings, weights, workspace, write_rows
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return workspace(tmp_path_factory.mktemp("sft"))
+
+
+@pytest.fixture(scope="module")
+def published(place):
+    return run("sft", settings(place, "sft"))
+
+
+def encoded(place, part: str):
+    """Our ids and masks of one part, straight from the formatter."""
+    from configs.schema import SFTStage
+    from stages import data, models
+    from stages.tokens import load_tokens
+
+    cfg = SFTStage.model_validate(settings(place, "sft"))
+    tokens = load_tokens(models.find(cfg.init_from, cfg.registry))
+    rows = getattr(data.Splitter(cfg.split).split(data.read_demonstrations(cfg.data).rows), part)
+    return [tokens.formatter.demonstration(row) for row in rows]
+
+
+def by_hand(model, rows):
+    """Mean loss per completion token and the share that greedy decoding gets right, row by row."""
+    loss, right, count = 0.0, 0, 0
+    for row in rows:
+        ids = torch.tensor([row["input_ids"]])
+        with torch.no_grad():
+            logprobs = model(ids).logits[0, :-1].double().log_softmax(-1)
+        for position, (token, counts) in enumerate(zip(row["input_ids"][1:], row["completion_mask"][1:], strict=True)):
+            if counts:
+                loss -= logprobs[position, token].item()
+                right += int(logprobs[position].argmax() == token)
+                count += 1
+    return loss / count, right / count
+
+
+def test_published_model_loads_plainly_and_its_metrics_weigh_every_token_alike(place, published):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(published.model_dir)
+    loss, accuracy = by_hand(model, encoded(place, "validation"))
+    assert published.info("metrics")["loss"] == pytest.approx(loss, rel=1e-5)
+    assert published.info("metrics")["token_accuracy"] == pytest.approx(accuracy, abs=1e-9)
+
+
+def test_first_loss_is_the_base_models_loss_on_completions_only(place, published):
+    from transformers import AutoModelForCausalLM
+
+    from stages.training.plan import Plan, row_order
+
+    rows = encoded(place, "train")
+    first = row_order(Plan(len(rows), 8, 2, 1, 1, 1, 0), 0)
+    loss, _ = by_hand(AutoModelForCausalLM.from_pretrained(place / "base"), [rows[index] for index in first])
+    assert metrics(place, "sft", "loss")[0] == pytest.approx(loss, rel=1e-5)
+
+
+def test_generation_stops_at_eos_and_restricts_nothing(published):
+    from transformers import AutoTokenizer, GenerationConfig
+
+    config = GenerationConfig.from_pretrained(published.model_dir)
+    tokenizer = AutoTokenizer.from_pretrained(published.model_dir)
+    assert config.eos_token_id in (258, [258])
+    assert config.pad_token_id == 256 != tokenizer.eos_token_id
+    assert config.top_k in (None, 0)
+    assert config.top_p in (None, 1.0)
+    assert tokenizer.chat_template
+
+
+def test_manifest_says_what_the_run_was(place, published):
+    info = published.manifest["info"]
+    assert info["data"]["rows"]["train"] + info["data"]["rows"]["validation"] + info["data"]["rows"]["test"] == 60
+    assert info["seed"] == 0
+    assert info["config"]["train"]["batch_size"] == 8
+    assert {"digest", "template_digest", "eos_ids", "pad_id"} <= set(info["tokenizer"])
+    assert published.manifest["parents"][0]["role"] == "init_from"
+    results = Registry(place / "registry").evaluations(published)
+    assert results[0]["eval_set"] == info["data"]["parts"]["validation"]
+
+
+def test_resumable_saves_are_gone_after_publishing(place, published):
+    assert not (place / "out-sft" / "resume").exists()
+
+
+def test_cutting_the_batch_differently_changes_nothing(place):
+    """1 x 8, 2 x 4 and 8 x 1 micro-batches give one trajectory, with completions of different lengths."""
+    losses = []
+    for size in (8, 4, 1):
+        run("sft", settings(place, "sft", {"micro_batch_size": size, "max_steps": 4}, name=f"cut{size}", output=str(place / "out-sft")))
+        losses.append(metrics(place, "sft", "loss"))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0] == pytest.approx(losses[2], rel=1e-5)
+
+
+def test_adapter_loads_with_peft_on_its_base(place):
+    from peft import AutoPeftModelForCausalLM
+
+    checkpoint = run("sft", settings(place, "sft", {"max_steps": 3}, name="lora", lora={"rank": 4, "alpha": 8}))
+    assert checkpoint.info("stage_info")["adapter"]["base"] == str(place / "base")
+    model = AutoPeftModelForCausalLM.from_pretrained(checkpoint.model_dir)
+    loss, _ = by_hand(model.eval(), encoded(place, "validation"))
+    assert checkpoint.info("metrics")["loss"] == pytest.approx(loss, rel=1e-4)
+    assert all("lora" in name for name in weights(checkpoint))
+
+
+def test_a_full_checkpoint_trained_on_an_adapter(place):
+    """The adapter is merged into its base and trained on; the result is whole."""
+    run("sft", settings(place, "sft", {"max_steps": 3}, name="lora", lora={"rank": 4, "alpha": 8}))
+    checkpoint = run("sft", settings(place, "sft", {"max_steps": 1}, name="on-lora", init_from="sft/lora"))
+    assert (checkpoint.model_dir / "config.json").exists()
+    assert not (checkpoint.model_dir / "adapter_config.json").exists()
+
+
+def test_best_state_is_published_after_early_stopping(place):
+    """With a learning rate that wrecks the model, the best evaluation is the first; training stops two later."""
+    train = {"learning_rate": 0.5, "eval_every": 1, "max_steps": 20, "early_stopping_patience": 2}
+    checkpoint = run("sft", settings(place, "sft", train, name="stop"))
+    evaluations = metrics(place, "sft", "eval_loss")
+    best = min(range(len(evaluations)), key=evaluations.__getitem__)
+    assert len(evaluations) == best + 3 < 20
+    assert checkpoint.info("metrics")["loss"] == pytest.approx(evaluations[best], rel=1e-5)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_step(place):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(place / "base")
+    model.model.norm.weight.data[3] = float("nan")
+    model.save_pretrained(place / "broken")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (place / "broken" / name).write_bytes((place / "base" / name).read_bytes())
+    with pytest.raises(UserError, match=r"not finite at step 1.*learning_rate"):
+        run("sft", settings(place, "sft", name="nan", init_from=str(place / "broken"), output=str(place / "out-nan")))
+    assert not Registry(place / "registry").list("sft", "nan")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train": TRAIN | {"batch_size": 6, "micro_batch_size": 4}}, "train.batch_size 6 is not a multiple of 4"),
+        ({"train": TRAIN | {"batch_size": 512}}, "training rows, fewer than one batch"),
+        ({"trainer": {"max_length": 5}}, "trainer.max_length: set max_length instead"),
+        ({"trainer": {"no_such": 5}}, "no_such"),
+        ({"train": TRAIN | {"early_stopping_patience": 2, "save_every": 2}}, "must be equal"),
+        ({"max_length": 4}, "longer than max_length"),
+    ],
+)
+def test_refusals_say_what_to_do_and_publish_nothing(place, changes, message):
+    with pytest.raises(UserError, match=message):
+        run("sft", settings(place, "sft", name="refused", output=str(place / "out-refused"), **changes))
+    assert not Registry(place / "registry").list("sft", "refused")
+
+
+def test_rows_over_the_length_are_counted(place):
+    file = write_rows(place / "long.jsonl", [json.loads(line) for line in (place / "sft.jsonl").read_text().splitlines()])
+    with file.open("a") as stream:
+        stream.write(json.dumps({"prompt": "a long one", "completion": "x" * 200}) + "\n")
+    values = settings(place, "sft", {"max_steps": 1}, name="long", data=str(file), split={"validation": 0.0, "test": 0.0})
+    assert run("sft", values).info("data")["dropped"]["overlong"] == {"train": 1, "validation": 0}
+    with pytest.raises(UserError, match="more than max_length"):
+        run("sft", values | {"overlong": "error"})
+
+
+class TestPacking:
+    def rows(self, place):
+        from stages.sft import labelled
+
+        return [labelled(row) for row in encoded(place, "train")]
+
+    def loss(self, model, rows, padding_free: bool):
+        """Summed loss per completion token, as the trainer counts it."""
+        from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+        batch = DataCollatorForLanguageModeling(pad_token_id=256, padding_free=padding_free)(rows)
+        labels = batch.pop("labels")
+        with torch.no_grad():
+            logprobs = model(**batch, use_cache=False).logits[:, :-1].double().log_softmax(-1)
+        target, counted = labels[:, 1:].clamp(min=0), labels[:, 1:] != -100
+        return -(logprobs.gather(-1, target[..., None]).squeeze(-1) * counted).sum().item() / counted.sum().item()
+
+    def test_packed_equals_unpacked(self, place):
+        from transformers import AutoModelForCausalLM
+
+        from stages.training.packing import pack_rows
+
+        model, rows = AutoModelForCausalLM.from_pretrained(place / "base"), self.rows(place)[:12]
+        packed = pack_rows(rows, 128)
+        assert len(packed) < len(rows)
+        assert sum(len(row["input_ids"]) for row in packed) == sum(len(row["input_ids"]) for row in rows)
+        assert self.loss(model, packed, True) == pytest.approx(self.loss(model, rows, False), rel=1e-5)
+
+    def test_a_packed_run_publishes(self, place):
+        checkpoint = run("sft", settings(place, "sft", {"max_steps": 2, "batch_size": 2, "micro_batch_size": 1}, name="packed", packing=True))
+        assert math.isfinite(checkpoint.info("metrics")["loss"])
+
+    def test_refused_where_rows_see_one_another(self, place, monkeypatch):
+        from transformers import AutoModelForCausalLM
+
+        from stages.training.packing import refuse_leaks
+
+        model = AutoModelForCausalLM.from_pretrained(place / "base")
+        refuse_leaks(model, self.rows(place))
+        forward = model.forward
+
+        def leaking(input_ids, position_ids, use_cache):
+            return forward(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), position_ids=position_ids)
+
+        monkeypatch.setattr(model, "forward", leaking)
+        with pytest.raises(UserError, match="see one another"):
+            refuse_leaks(model, self.rows(place))
