@@ -74,6 +74,8 @@ def test_figures_of_two_models(tmp_path, folders):
     lines = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
     assert len(lines) == 2 * 12
     mine = [line["score"] for line in lines if line["model"] == "two"]
+    texts = [line["completion"] for line in lines if line["model"] == "two"]
+    assert all(first != second for first, second in zip(texts[::2], texts[1::2], strict=True)), "samples of one prompt are drawn anew"
     assert np.mean(mine) == pytest.approx(two["score"]["mean"])
     assert [len(row) for row in rows(result)] == [len(HEADINGS)] * 2
 
@@ -147,7 +149,7 @@ def test_a_plain_text_that_cannot_be_used(tmp_path, folders, monkeypatch, conten
 def test_an_output_that_cannot_be_a_folder(tmp_path, folders, monkeypatch):
     monkeypatch.setattr("stages.evaluation.evaluate._measure_all", None)
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="output .*cannot be a folder"):
+    with pytest.raises(UserError, match=r"output .*cannot be a folder"):
         evaluate(config(tmp_path, {"one": folders["one"]}, output=str(tmp_path / "file" / "out")))
 
 
