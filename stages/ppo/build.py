@@ -17,7 +17,7 @@ from rewards.combine import WeightedSum
 from rewards.model import RewardModelScorer
 from stages import models
 from stages.ppo.forward import prove_head
-from stages.ppo.modules import POLICY, REWARD, VALUE, AdapterSwitch, PolicyAndValue, Reference
+from stages.ppo.modules import POLICY, REWARD, VALUE, AdapterSwitch, PolicyAndValue, Reference, is_of
 from stages.registry import Parent
 from stages.scorers import reward_scorer, scorer_of
 from stages.tokens import ModelTokens
@@ -174,7 +174,7 @@ def _one_backbone(
     peft_model.to(device)
     backbone = peft_model.get_base_model()
     for name, parameter in backbone.named_parameters():
-        parameter.requires_grad_(f".{POLICY}." in name or f".{VALUE}." in name)
+        parameter.requires_grad_(is_of(name, POLICY) or is_of(name, VALUE))
     switch = AdapterSwitch(backbone, [POLICY, VALUE])
     trained = PolicyAndValue(backbone, None, head, temperature=cfg.sampling.temperature, switch=switch).to(device)
 

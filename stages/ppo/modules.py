@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -24,6 +25,11 @@ class Outputs(NamedTuple):
     entropy: Tensor | None  # [B, T]
 
 
+def is_of(parameter: str, adapter: str) -> bool:
+    """Whether the parameter of this name is the adapter's; a layer of the model may be called "value" too."""
+    return re.search(rf"\.lora_\w+\.{adapter}(\.|$)", parameter) is not None
+
+
 class AdapterSwitch:
     """Chooses which adapter of a shared backbone is on, leaving what is trainable trainable.
 
@@ -35,7 +41,7 @@ class AdapterSwitch:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         self.layers = [module for module in backbone.modules() if isinstance(module, BaseTunerLayer)]
-        self.trainable = [p for n, p in backbone.named_parameters() if any(f".{adapter}." in n for adapter in trained)]
+        self.trainable = [p for n, p in backbone.named_parameters() if any(is_of(n, adapter) for adapter in trained)]
         self._restore()
 
     def _restore(self) -> None:
@@ -98,7 +104,7 @@ class PolicyAndValue(nn.Module):
 
     def value_parameters(self) -> list[nn.Parameter]:
         """Trained parameters of the value function alone."""
-        named = [p for n, p in self.named_parameters() if n.startswith(("value_trunk.", "value_head.")) or f".{VALUE}." in n]
+        named = [p for n, p in self.named_parameters() if n.startswith(("value_trunk.", "value_head.")) or is_of(n, VALUE)]
         return [p for p in named if p.requires_grad]
 
 

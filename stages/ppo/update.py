@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from configs.errors import UserError
 from configs.schema import PPOStage
 from stages.ppo import maths
 from stages.ppo.modules import PolicyAndValue
@@ -58,10 +60,14 @@ def update_policy(trained: Any, optimizer: Any, accelerator: Any, experience: Ex
     """Every epoch and minibatch of one iteration. Returns metrics, means over the real tokens of all processes.
 
     Each minibatch is one optimizer step. Its loss is one mean over all its completion tokens on all processes: tokens of a
-    micro-batch are summed and divided by the whole count.
+    micro-batch are summed and divided by the whole count. A step whose gradients are not finite is skipped and counted.
+
+    Raises:
+        UserError: all of them were skipped.
     """
     module: PolicyAndValue = accelerator.unwrap_model(trained)
     steps: list[dict[str, float]] = []
+    skipped = 0
     for epoch in range(cfg.train.num_ppo_epochs):
         for rows in minibatches(
             len(experience.tokens.mask), cfg.train.num_minibatches, seed=cfg.seed, iteration=iteration, epoch=epoch
@@ -71,12 +77,21 @@ def update_policy(trained: Any, optimizer: Any, accelerator: Any, experience: Ex
                 for parameter in module.policy_parameters():
                     parameter.grad = None
             norms = _clip(module, accelerator, cfg.train.max_grad_norm)
-            optimizer.step()
+            if all(map(math.isfinite, norms.values())):  # gradients are those of all processes, so all decide alike
+                optimizer.step()
+                steps.append(_step_metrics(totals, experience, rows, accelerator) | norms)
+            else:
+                skipped += 1
             optimizer.zero_grad(set_to_none=True)
-            steps.append(_step_metrics(totals, experience, rows, accelerator) | norms)
+    if not steps:
+        raise UserError(
+            f"no optimizer step of iteration {iteration + 1} had gradients that are finite numbers, so nothing was learned from it; "
+            "the last resumable save is intact: lower train.learning_rate and run again"
+        )
     means = {key: sum(step[key] for step in steps) / len(steps) for key in steps[0]}
     return means | {"policy/max_ratio": max(step["policy/max_ratio"] for step in steps), "policy/first_ratio": steps[0]["policy/max_ratio"],
-                    "policy/first_approx_kl": steps[0]["policy/approx_kl"], "policy/first_clip_fraction": steps[0]["policy/clip_fraction"]}  # fmt: skip
+                    "policy/first_approx_kl": steps[0]["policy/approx_kl"], "policy/first_clip_fraction": steps[0]["policy/clip_fraction"],
+                    "policy/skipped_steps": skipped}  # fmt: skip
 
 
 def _accumulate(trained: Any, accelerator: Any, experience: Experience, rows: Tensor, cfg: PPOStage) -> Totals:
