@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+LETTERS = "BCDFGHJKLMNPQRSTVWXZ"  # an order number is one of these and two digits
 ITEMS = (
     "kettle", "lamp", "jacket", "backpack", "blender", "keyboard", "mug", "blanket", "chair", "shelf", "tent", "watch",
     "toaster", "guitar", "scarf", "helmet", "camera", "speaker", "pillow", "mirror", "drill", "wallet", "heater", "bicycle",
@@ -62,7 +63,7 @@ PROBLEMS: dict[str, Problem] = {
 }  # fmt: skip
 
 GREETINGS = ("", "Hi.", "Hello.", "Good morning.", "Excuse me.", "This is bad!", "I am upset.", "Listen!", "Dear team.")
-PLACES = ("Order #{order}:", "About order #{order}:", "My order is #{order} and", "In order #{order}")
+PLACES = ("Order {order}:", "About order {order}:", "My order is {order} and", "In order {order}")
 CLOSINGS = (
     "",
     "Please help.",
@@ -88,15 +89,15 @@ POLITE_KEY = r"\b(sorry|thank|apologise|happy to help|lovely)\b"
 CURT_KEY = r"\b(fault|careful|complaining|not this again|bother|all you get|think first)\b"
 
 BOTH = (
-    "I see the {item} in order #{order}.",
-    "This is about the {item} of order #{order}.",
-    "I found order #{order} with the {item}.",
+    "I see the {item} in order {order}.",
+    "This is about the {item} of order {order}.",
+    "I found order {order} with the {item}.",
 )
 ITEM_ONLY = ("I see the {item} in our system.", "This is about the {item}.", "I found the {item} you bought.")
 ORDER_ONLY = (
-    "I see order #{order} in our system.",
-    "This is about order #{order}.",
-    "I found order #{order} with your goods.",
+    "I see order {order} in our system.",
+    "This is about order {order}.",
+    "I found order {order} with your goods.",
 )
 NEITHER = ("I see what you bought in our system.", "This is about your goods.", "I found what you bought here.")
 NO_REMEDY = ("We will look into it some day.", "There is nothing we can do.", "Please wait and see.")

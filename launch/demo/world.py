@@ -8,9 +8,7 @@ gold; the preference labels are drawn from a Bradley-Terry model on the differen
 from __future__ import annotations
 
 import itertools
-import json
 import math
-import os
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,7 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from launch.demo import wording as w
+from launch.jsonl import write_jsonl
+from rewards.protocol import text_of
 
+ORDER_KEY = r"\b[A-Z]\d+\b"
 WEIGHTS = {"order": 0.2, "item": 0.2, "remedy": 0.3, "polite": 0.2, "concise": 0.1}
 CONCISE_WORDS = 28  # no answer without rambling is longer
 LABEL_SLOPE = 13.0  # P(a preferred to b) = sigmoid(LABEL_SLOPE * (gold(a) - gold(b))); one label in eight is wrong
@@ -53,9 +54,14 @@ class Way:
 GOOD = Way("right", "right", "right", "polite", False)
 
 
+def draw_order(rng: random.Random) -> str:
+    """An order number such as K47: one letter and two digits."""
+    return f"{rng.choice(w.LETTERS)}{rng.randrange(10, 100)}"
+
+
 def draw_case(rng: random.Random) -> Case:
-    """A random case. The digits of an order number differ, which makes copying it easy to learn for a small model."""
-    order = "".join(rng.sample("0123456789", 3))
+    """A random case."""
+    order = draw_order(rng)
     item, problem = rng.choice(w.ITEMS), rng.choice(list(w.PROBLEMS))
     complaint = rng.choice(w.PROBLEMS[problem].complaints).format(item=item)
     place = rng.choice(w.PLACES).format(order=order)
@@ -72,21 +78,23 @@ def draw_cases(rng: random.Random, count: int) -> list[Case]:
     return list(cases.values())
 
 
-def draw_way(rng: random.Random, quality: float) -> Way:
-    """A random way to answer, each part of it right with probability `quality`, independently of the others."""
+def draw_way(rng: random.Random, quality: float, naming: float | None = None) -> Way:
+    """A random way to answer, each part of it right with probability `quality`, independently of the others.
 
-    def part(wrong: str, absent: str) -> str:
-        if rng.random() < quality:
-            return "right"
-        return rng.choice((wrong, absent))
+    `naming` is the probability for order and item, where it differs.
+    """
 
+    def part(share: float) -> str:
+        return "right" if rng.random() < share else rng.choice(("wrong", "absent"))
+
+    naming = quality if naming is None else naming
     tone = "polite" if rng.random() < quality else rng.choice(("plain", "curt"))
-    return Way(part("wrong", "absent"), part("wrong", "absent"), part("wrong", "absent"), tone, rng.random() >= quality)
+    return Way(part(naming), part(naming), part(quality), tone, rng.random() >= quality)
 
 
 def answer(case: Case, way: Way, rng: random.Random) -> str:
     """The text of an answer to `case`, given in this way."""
-    order = case.order if way.order == "right" else "".join(rng.sample("0123456789", 3))
+    order = case.order if way.order == "right" else draw_order(rng)
     item = case.item if way.item == "right" else rng.choice([i for i in w.ITEMS if i != case.item])
     forms = {
         (True, True): w.BOTH,
@@ -117,8 +125,8 @@ def answer(case: Case, way: Way, rng: random.Random) -> str:
 def read_message(message: str) -> dict[str, str]:
     """The order, item and problem that a customer's message names; what it does not name is absent from the result."""
     found = {}
-    if order := re.search(r"#(\d+)", message):
-        found["order"] = order[1]
+    if order := re.search(ORDER_KEY, message):
+        found["order"] = order[0]
     items = named_items(message)
     if len(items) == 1:
         found["item"] = items.pop()
@@ -141,7 +149,7 @@ def rubric(case: dict[str, str], completion: str) -> dict[str, float]:
     other is offered, 0.5 with others beside it, else 0. polite: 1 with a courtesy and no rudeness, 0.5 with neither, else 0.
     concise: 1 up to CONCISE_WORDS words, falling to 0 at twice as many, times the share of word pairs that do not repeat.
     """
-    orders, items = set(re.findall(r"#(\d+)", completion)), named_items(completion)
+    orders, items = set(re.findall(ORDER_KEY, completion)), named_items(completion)
     offered = {name for name, problem in w.PROBLEMS.items() if re.search(problem.key, completion, re.IGNORECASE)}
     right = case.get("problem") in offered
     rude, courteous = (bool(re.search(key, completion, re.IGNORECASE)) for key in (w.CURT_KEY, w.POLITE_KEY))
@@ -171,17 +179,13 @@ def gold(prompts: Sequence[Any], completions: Sequence[Any], **columns: Sequence
     """
     scores = []
     for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        text = _text(completion).strip()
+        text = text_of(completion).strip()
         given = {
             key: str(columns[key][i]) for key in ("order", "item", "problem") if columns.get(key) and columns[key][i]
         }
-        parts = rubric({**read_message(_text(prompt)), **given}, text)
+        parts = rubric({**read_message(text_of(prompt)), **given}, text)
         scores.append(sum(WEIGHTS[name] * value for name, value in parts.items()) if text else 0.0)
     return scores
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else str(value[-1]["content"])
 
 
 # ---- files
@@ -222,17 +226,3 @@ def write_data(
     write_jsonl(folder / "pairs.jsonl", preferences(rng, compared, pair_quality))
     rest = cases[demonstrations_rows + pairs_rows :]
     write_jsonl(folder / "prompts.jsonl", ({"prompt": case.message, **case.columns()} for case in rest))
-
-
-def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> int:
-    """Write rows to a file that is either complete or absent, and return their number."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    count, unfinished = 0, path.with_name(f".{path.name}.{os.getpid()}")
-    with unfinished.open("w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            count += 1
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
-    return count

@@ -10,8 +10,8 @@ import pytest
 
 from launch.demo import wording, world
 
-MESSAGE = "Hi. My order is #417 and the kettle is cracked. Please help."
-RIGHT = "I am sorry about that. I see the kettle in order #417. We will send a replacement today."
+MESSAGE = "Hi. My order is K47 and the kettle is cracked. Please help."
+RIGHT = "I am sorry about that. I see the kettle in order K47. We will send a replacement today."
 
 
 def cases(count: int, seed: int = 3) -> list[world.Case]:
@@ -22,8 +22,8 @@ def test_gold_by_hand() -> None:
     # Weights: order 0.2, item 0.2, remedy 0.3, polite 0.2, concise 0.1.
     answers = {
         RIGHT: 1.0,
-        RIGHT.replace("417", "418"): 0.8,  # another order: order 0
-        RIGHT.replace("in order #417", "in our system"): 0.86,  # no order: order 0.3
+        RIGHT.replace("K47", "K48"): 0.8,  # another order: order 0
+        RIGHT.replace("in order K47", "in our system"): 0.86,  # no order: order 0.3
         RIGHT.replace("kettle", "lamp"): 0.8,
         RIGHT.replace("send a replacement", "refund the second payment"): 0.7,
         RIGHT + " You get a refund today.": 0.85,  # a second remedy: half
@@ -43,7 +43,7 @@ def test_gold_counts_words_and_repetition() -> None:
 
 
 def test_gold_reads_columns_before_the_message() -> None:
-    columns = {"order": ["418"], "item": ["kettle"], "problem": ["broken"]}
+    columns = {"order": ["K48"], "item": ["kettle"], "problem": ["broken"]}
     assert world.gold([MESSAGE], [RIGHT], **columns) == pytest.approx([0.8])
     chat = [{"role": "user", "content": MESSAGE}]
     assert world.gold([chat], [[{"role": "assistant", "content": RIGHT}]]) == pytest.approx([1.0])
