@@ -30,7 +30,7 @@ class Machine:
         from configs.machines import FOLDER, count_gpus
 
         stated = int(self.settings.get("num_processes") or 1)
-        return count_gpus() or stated if self.path == FOLDER / "gpu_ddp.yaml" else stated
+        return count_gpus() or stated if self.path.resolve() == FOLDER.resolve() / "gpu_ddp.yaml" else stated
 
     @property
     def use_cpu(self) -> bool:
@@ -69,7 +69,8 @@ def load_machine(machine: str, processes: int | None) -> Machine:
         settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, yaml.YAMLError) as error:
         raise UserError(f"{path}: the machine file cannot be read: {error}") from error
-    return Machine(path, settings)
+    here = os.path.relpath(path)
+    return Machine(path if here.startswith("..") else Path(here), settings)
 
 
 def stage_command(module: str, config_file: Path, machine: Machine, processes: int | None = None) -> Command:

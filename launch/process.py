@@ -19,7 +19,7 @@ from typing import IO
 
 FORWARDED = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
 PR_SET_PDEATHSIG = 1
-# What torch's elastic agent writes once a worker has failed: a report about the agent, not about the user's mistake.
+# What torch's elastic agent (or Python, on Ctrl-C) writes once a worker has failed: about itself, not about the user's mistake.
 AGENT_REPORT = re.compile(rb"^(Traceback \(most recent|[WE]\d{4} \d\d:|\[rank\d+\]|error: )")
 WORKER_EXIT_2 = re.compile(rb"exitcode\s*:\s*2\b")
 
@@ -41,6 +41,8 @@ class _Stream:
     log: IO[bytes]
     to_stderr: bool
     on_line: Callable[[str], None] | None = None
+    mute_from: re.Pattern[bytes] | None = None
+    stopping: Callable[[], bool] = lambda: False
     said_error: bool = False
     worker_exit_2: bool = False
     muted: bool = False
@@ -52,7 +54,8 @@ class _Stream:
             self.log.write(line + b"\n")
             self.log.flush()
             self.worker_exit_2 |= bool(WORKER_EXIT_2.search(line))
-            self.muted = self.muted or (self.said_error and bool(AGENT_REPORT.match(line)))
+            self.muted = self.muted or (bool(AGENT_REPORT.match(line)) and (self.said_error or self.stopping()))
+            self.muted = self.muted or bool(self.mute_from and self.mute_from.search(line))
             self.said_error |= line.startswith(b"error: ")
             if not self.muted:
                 self._show(line)
@@ -95,11 +98,13 @@ def run_child(
     to_stderr: bool = False,
     on_line: Callable[[str], None] | None = None,
     on_start: Callable[[int], None] | None = None,
-    grace: float = 60.0,
+    mute_from: re.Pattern[bytes] | None = None,
+    grace: float = 300.0,
 ) -> Outcome:
     """Run `argv` in its own process group until it ends; SIGINT, SIGTERM, SIGHUP and SIGUSR1 that reach us go to the group.
 
-    A second SIGINT or SIGTERM, or `grace` seconds after the first, kills the group. Output is appended to `log_file`.
+    A second SIGINT or SIGTERM, or `grace` seconds after the first, kills the group. Output is appended to `log_file`;
+    from the first line that matches `mute_from` on it is not shown.
     Returns the outcome: the child's own exit code (a stage that saves on SIGTERM says so with its code), 128 + n where signal n
     ended it, 130 after SIGINT, and 2 where a worker under `accelerate launch` ended with a user error.
     """
@@ -117,7 +122,7 @@ def run_child(
         if on_start is not None:
             on_start(child.pid)
         assert child.stdout is not None
-        stream = _Stream(f"[{prefix}] ".encode() if prefix else b"", log, to_stderr, on_line)
+        stream = _Stream(f"[{prefix}] ".encode() if prefix else b"", log, to_stderr, on_line, mute_from, lambda: bool(signals.received))
         reader = threading.Thread(target=stream.copy, args=(child.stdout,), daemon=True)
         reader.start()
         code = child.wait()
@@ -128,6 +133,8 @@ def run_child(
         code = 128 + signal.SIGINT
     elif code == 1 and stream.said_error and stream.worker_exit_2:
         code = 2
+    elif code == 1 and signal.SIGTERM in signals.received:
+        code = 128 + signal.SIGTERM  # the elastic agent's own way to end after SIGTERM
     interrupted = any(number != getattr(signal, "SIGUSR1", None) for number in signals.received)
     return Outcome(code, time.monotonic() - started, interrupted)
 

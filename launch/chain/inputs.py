@@ -14,6 +14,8 @@ from typing import Any
 IGNORED = frozenset({"output", "registry", "machine", "processes", "allow_changed"})
 # Keys whose values may name a file or folder whose content counts.
 FILE_KEYS = frozenset({"path", "test_prompts", "template", "init_from", "reference", "value_init", "checkpoint", "plain_text"})
+# What reads configs and what stores results decide nothing about them: a clearer error message is no reason to train again.
+NOT_COUNTED = ("configs", "stages.registry")
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -66,11 +68,11 @@ def code_digest(module: str) -> str:
 def code_files(module: str) -> dict[str, str]:
     """Module -> digest of its source, for a module and what it imports of this project (or of its own package)."""
     seen: dict[str, str] = {}
-    waiting = [module]
+    waiting = [module, f"{module}.__main__"]
     while waiting:
         name = waiting.pop()
         source = _source(name)
-        if name in seen or source is None:
+        if name in seen or source is None or any(name == skip or name.startswith(f"{skip}.") for skip in NOT_COUNTED):
             continue
         stat = source.stat()
         seen[name], imported = _read_source(name, source, stat.st_mtime_ns, stat.st_size)
@@ -100,10 +102,10 @@ def _source(name: str) -> Path | None:
 
 
 def _imports(name: str, source: Path) -> list[str]:
-    """Names of modules beside `source` or in this project that it imports, its packages and its __main__ included."""
+    """Names of modules beside `source` or in this project that it imports, its package included."""
     package = name if source.name == "__init__.py" else name.rpartition(".")[0]
     ours = {"stages", "rewards", "configs", "launch"} | ({name.split(".")[0]} if "." in name else set())
-    found = [package, f"{name}.__main__"] if source.name == "__init__.py" else [package]
+    found = [package]
     for node in ast.walk(ast.parse(source.read_bytes())):
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names]

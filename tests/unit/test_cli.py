@@ -176,6 +176,21 @@ def test_a_crash_is_not_taken_for_a_user_error(tmp_path):
     assert _child("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", tmp_path).code == 137
 
 
+def test_the_traceback_of_an_interrupt_is_for_the_log(tmp_path):
+    code = (
+        "import os, sys\nfrom pathlib import Path\nfrom launch.process import run_child\n"
+        "child = 'import os, time\\nprint(\\'ready\\', flush=True)\\ntime.sleep(60)'\n"
+        "print(run_child([sys.executable, '-c', child], dict(os.environ), Path(sys.argv[1])).code)"
+    )
+    log = tmp_path / "x.log"
+    parent = subprocess.Popen([sys.executable, "-c", code, str(log)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    assert parent.stdout.readline() == "ready\n"
+    parent.send_signal(signal.SIGINT)
+    assert parent.communicate(timeout=20) == ("130\n", "")
+    assert "KeyboardInterrupt" in log.read_text()
+
+
 PARENT = """
 import os, sys
 from pathlib import Path
