@@ -11,7 +11,7 @@ from configs.schema import StageConfig, TRLStage
 from stages import models
 from stages.registry import Parent, Registry
 from stages.tokens import ModelTokens
-from stages.training.ranks import from_rank_0, say
+from stages.training.ranks import from_rank_0, say, world_size
 
 
 def digest(parent: Parent) -> str:
@@ -55,12 +55,12 @@ def publish_checkpoint(
 ) -> str:
     """Publish what `write(folder)` writes as STAGE/NAME, from rank 0; every rank calls this and gets the reference.
 
-    `info` is completed with config, seed and inputs key.
+    `info` is completed with config, seed, inputs key and the number of processes.
 
     Raises:
         UserError: on every rank, when publishing failed on rank 0.
     """
-    record = {"config": cfg.model_dump(mode="json"), "seed": cfg.seed, "inputs_key": os.environ.get("ALIGN_INPUTS_KEY"), **info}
+    record = {"config": cfg.model_dump(mode="json"), "seed": cfg.seed, "inputs_key": os.environ.get("ALIGN_INPUTS_KEY"), "processes": world_size(), **info}
 
     def on_rank_0() -> tuple[str, str]:
         registry = Registry(cfg.registry)

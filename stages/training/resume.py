@@ -159,7 +159,10 @@ def train(trainer: Any, cfg: TRLStage, now: dict[str, Any]) -> None:
         UserError: the saves were made from other inputs, or the loss is not finite.
     """
     save = choose_save(Path(trainer.args.output_dir), cfg, now)
-    trainer.args.max_steps = steps_to_train(save, trainer.args.max_steps, cfg.train.early_stopping_patience)
+    steps = steps_to_train(save, trainer.args.max_steps, cfg.train.early_stopping_patience)
+    if steps < trainer.args.max_steps:  # the Trainer looks at max_steps after a step only; without rows left it takes none
+        trainer.args.max_steps = steps
+        trainer.train_dataset = trainer.train_dataset.select(range(steps * cfg.train.batch_size))
     trainer.train(resume_from_checkpoint=str(save) if save else None)
 
 

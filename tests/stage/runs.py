@@ -14,7 +14,7 @@ from stages.registry import Checkpoint, Registry
 from tests.tiny import tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
-WORDS = "apple pear plum fig lime kiwi date nut".split()
+WORDS = ["apple", "pear", "plum", "fig", "lime", "kiwi", "date", "nut"]
 TRAIN = {"batch_size": 8, "micro_batch_size": 4, "learning_rate": 1e-3, "log_every": 1, "eval_every": 3, "warmup": 0.0}
 ENVIRONMENT = os.environ | {
     "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT),

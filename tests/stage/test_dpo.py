@@ -126,7 +126,7 @@ def test_other_losses_run_and_are_evaluated(place, loss_type):
 
 
 def test_smoothing_that_no_code_would_read_is_refused(place):
-    with pytest.raises(UserError, match="label_smoothing 0.1 is not used by loss_type sigmoid"):
+    with pytest.raises(UserError, match=r"label_smoothing 0\.1 is not used by loss_type sigmoid"):
         run("dpo", settings(place, "dpo", name="refused", init_from="sft/one", label_smoothing=0.1))
 
 

@@ -1,0 +1,66 @@
+"""Two processes under accelerate launch give what one gives: losses, evaluations, published weights and metrics."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+import torch
+
+from stages.registry import Registry
+from tests.stage.runs import ENVIRONMENT, ROOT, command, metrics, run_apart, settings, weights, workspace
+
+TOLERANCE = 1e-4  # relative, fp32
+TRAIN = {"max_steps": 12, "micro_batch_size": 2, "learning_rate": 3e-3}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return workspace(tmp_path_factory.mktemp("two"), rows=66)
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])
+def test_two_processes_equal_one(place, stage):
+    """60-odd rows of different lengths in batches of 8, into the second epoch; validation sets that 2 x 2 does not divide."""
+    found = {}
+    for processes in (1, 2):
+        values = settings(place, stage, TRAIN, name=f"p{processes}", output=str(place / f"out-{stage}"))
+        done = run_apart(stage, values, place / f"{stage}.json", processes)
+        assert done.returncode == 0, done.stderr
+        found[processes] = {key: metrics(place, stage, key) for key in ("loss", "eval_loss")}
+        assert done.stdout.count("published") == 1
+    assert len(found[1]["loss"]) == 12
+    for key in ("loss", "eval_loss"):
+        assert found[2][key] == pytest.approx(found[1][key], rel=TOLERANCE)
+    registry = Registry(place / "registry")
+    one, two = (registry.resolve(f"{stage}/p{processes}") for processes in (1, 2))
+    assert (one.info("processes"), two.info("processes")) == (1, 2)
+    first, second = weights(one), weights(two)
+    assert all(torch.allclose(first[name], second[name], rtol=1e-3, atol=1e-5) for name in first)
+    numbers = {key: value for key, value in one.info("metrics").items() if isinstance(value, float)}
+    assert {key: two.info("metrics")[key] for key in numbers} == pytest.approx(numbers, rel=1e-3, abs=1e-5)
+
+
+def test_a_user_error_under_two_processes_ends_all_of_them_with_one_message(place):
+    values = settings(place, "sft", name="refused", output=str(place / "refused"), data=str(place / "missing.jsonl"))
+    done = run_apart("sft", values, place / "refused.json", 2)
+    assert done.returncode != 0
+    assert sum(line.startswith("error: ") and "missing.jsonl" in line for line in done.stderr.splitlines()) == 1
+    assert not Registry(place / "registry").list("sft", "refused")
+
+
+def test_a_failure_to_publish_reaches_every_rank(place):
+    """The registry's folder is a file: rank 0 fails, rank 1 learns of it, nothing hangs."""
+    (place / "blocked").write_text("not a folder")
+    values = settings(place, "sft", {"max_steps": 1}, name="refused", output=str(place / "refused"), registry=str(place / "blocked"))
+    done = run_apart("sft", values, place / "refused.json", 2)
+    assert done.returncode != 0
+    assert any(line.startswith("error: ") for line in done.stderr.splitlines())
+
+
+def test_a_user_error_of_one_process_is_one_line_and_exit_code_2(place):
+    values = settings(place, "sft", name="refused", output=str(place / "refused"), data=str(place / "missing.jsonl"))
+    done = subprocess.run(command("sft", values, place / "refused.json"), env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
