@@ -61,6 +61,38 @@ def find(asked: str, registry_root: Path, stages: tuple[str, ...] | None = None)
     return Origin(asked, None, None)
 
 
+def verify(*origins: Origin) -> None:
+    """Compare every byte of published checkpoints, and of what lies under adapters, with the hashes in the manifests, each once.
+
+    `find` looks at names and sizes only; a flipped bit in the weights shows here, before hours go into training from them.
+    Reads all files: call it on one rank.
+
+    Raises:
+        UserError: a checkpoint that is damaged, an adapter whose base has changed or is gone.
+    """
+    waiting, seen = list(origins), set()
+    while waiting:
+        origin = waiting.pop(0)
+        if origin.identity in seen:
+            continue
+        seen.add(origin.identity)
+        if origin.checkpoint is not None and origin.registry is not None:
+            origin.registry.resolve(origin.checkpoint.ref, deep=True)
+        if is_adapter(origin):
+            waiting.append(adapter_base(origin))
+            if origin.checkpoint is not None and waiting[-1].checkpoint is None:
+                _check_outside_base(origin.checkpoint, waiting[-1].asked)
+
+
+def _check_outside_base(adapter: Checkpoint, base: str) -> None:
+    """Raise where a folder from outside the registry no longer holds the weights that an adapter was trained on."""
+    from stages.registry import contract
+
+    if adapter.info("stage_info")["adapter"].get("base_digest") and not Path(base).is_dir():
+        raise UserError(f"{adapter.ref} is an adapter trained on the folder {base}, which is not there any more; bring it back unchanged")
+    contract.check_base_under_adapter(adapter, base)
+
+
 def is_adapter(origin: Origin) -> bool:
     """Whether the model folder holds an adapter rather than whole weights."""
     return (Path(origin.folder) / "adapter_config.json").is_file()
@@ -143,7 +175,7 @@ def load_policy(origin: Origin, *, dtype: torch.dtype = torch.float32, attn_impl
 
         base = load_policy(adapter_base(origin), dtype=dtype, attn_implementation=attn_implementation)
         resize_to(base, adapter_vocabulary(origin))
-        model = PeftModel.from_pretrained(base, origin.folder).merge_and_unload()
+        model = PeftModel.from_pretrained(base, origin.folder).merge_and_unload().requires_grad_(True)  # peft froze the base
     else:
         model = from_pretrained(AutoModelForCausalLM, origin.folder, dtype=dtype, attn_implementation=attn_implementation)
     return without_dropout(model)
@@ -208,7 +240,7 @@ def load_scorer(origin: Origin, *, dtype: torch.dtype = torch.float32, attn_impl
         policy = load_policy(adapter_base(origin), dtype=dtype, attn_implementation=attn_implementation)
         resize_to(policy, adapter_vocabulary(origin))
         base = scorer_from_policy(policy, pad_id=pad_id_of(origin), seed=0)
-        model = PeftModel.from_pretrained(base, origin.folder).merge_and_unload()
+        model = PeftModel.from_pretrained(base, origin.folder).merge_and_unload().requires_grad_(True)  # peft froze the base
     else:
         model = from_pretrained(
             AutoModelForSequenceClassification, origin.folder, dtype=dtype, attn_implementation=attn_implementation, num_labels=1

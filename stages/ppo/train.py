@@ -13,12 +13,12 @@ from configs.errors import UserError
 from configs.schema import PPOStage
 from stages import data, models
 from stages.ppo import maths, report, state
-from stages.ppo.build import PPOModels, build_models
+from stages.ppo.build import PPOModels, build_models, find_all
 from stages.ppo.collect import Clock, PromptSet, collect_rollout, experience_of
 from stages.ppo.modules import POLICY
 from stages.ppo.update import update_policy
 from stages.tokens import ModelTokens, load_tokens
-from stages.training import resume, text
+from stages.training import ready, resume, text
 from stages.training.publish import publish_checkpoint
 from stages.training.ranks import rank, say
 
@@ -27,10 +27,12 @@ def main(cfg: PPOStage) -> None:
     """Train a policy with PPO against a scorer, starting from an SFT checkpoint."""
     accelerator = start(cfg)
     origin = models.find(cfg.init_from, cfg.registry, stages=("sft", "dpo", "ppo"))
+    ready.check(cfg, "ppo", *find_all(cfg, origin))
     tokens = load_tokens(origin, cfg.template)
+    for note in tokens.notes:
+        say(f"tokenizer: {note}")
     built = build_models(cfg, origin, tokens, accelerator.device)
-    limit = text.fit(built.trained.policy, tokens, cfg)
-    prompts, data_info = load_prompts(cfg, tokens.formatter, limit)
+    prompts, data_info = load_prompts(cfg, tokens.formatter, text.row_limit(built.trained.policy, cfg))
     identity = resume.identity(
         cfg, data=data_info["fingerprint"], tokenizer=tokens.key, parents=[p.manifest_hash or p.digest or p.source or "" for p in built.parents]
     )

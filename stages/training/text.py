@@ -17,6 +17,11 @@ def fit(model: Any, tokens: ModelTokens, cfg: StageConfig) -> int:
     model.requires_grad_(True)  # weights that an adapter was merged into are still frozen
     models.resize_to(model, len(tokens.tokenizer))
     model.config.pad_token_id = tokens.pad_id  # a sequence classifier finds its last token by it
+    return row_limit(model, cfg)
+
+
+def row_limit(model: Any, cfg: StageConfig) -> int:
+    """The tokens a row may have: max_length, or the model's positions if fewer."""
     positions = getattr(model.config, "max_position_embeddings", None) or cfg.max_length
     if positions < cfg.max_length:
         say(f"max_length: the model has {positions} positions, so rows of at most {positions} tokens are used, not {cfg.max_length}")
