@@ -22,11 +22,12 @@ def main(cfg: DPOStage) -> None:
 
     from stages import data, models
     from stages.tokens import load_tokens
-    from stages.training import build, measures, plan, publish, ranks, resume, text
+    from stages.training import build, measures, plan, publish, ranks, ready, resume, text
 
     refuse_unread_smoothing(cfg)
     origin = models.find(cfg.init_from, cfg.registry, stages=("sft", "dpo", "ppo"))
     tied_to = models.find(cfg.reference, cfg.registry, stages=("sft", "dpo", "ppo")) if cfg.reference else origin
+    ready.check(cfg, STAGE, origin, tied_to)
     parents = ranks.from_rank_0("reading the parents", lambda: [origin.parent("init_from"), tied_to.parent("reference")])
     tokens = load_tokens(origin, cfg.template)
     refuse_other_tokens(tokens, tied_to, cfg)

@@ -37,6 +37,7 @@ def evaluate(cfg: EvalConfig, say: Callable[[str], None] = lambda line: None) ->
     for origin in origins.values():
         check_split(origin, cfg)
     chosen = choose_prompts(cfg)
+    models.verify(*origins.values(), *scorer_origins(cfg))
     _check_files(cfg)
     readers = {label: load_reader(label, origin, cfg.template) for label, origin in origins.items()}
     prompts = that_fit(chosen, list(readers.values()), cfg.sampling.max_new_tokens)
@@ -82,9 +83,13 @@ def _folder(path: Path) -> None:
         raise UserError(f"output {path}: cannot be a folder: {error}") from error
 
 
+def scorer_origins(cfg: EvalConfig) -> list[models.Origin]:
+    """The reward models among the scorers."""
+    return [models.find(spec.checkpoint, cfg.registry, stages=("reward",)) for spec in cfg.scorers if spec.kind == "model"]
+
+
 def _scorer_ids(cfg: EvalConfig) -> dict[str, str]:
-    asked = [spec.checkpoint for spec in cfg.scorers if spec.kind == "model"]
-    return {name: models.find(name, cfg.registry, stages=("reward",)).identity for name in asked}
+    return {origin.asked: origin.identity for origin in scorer_origins(cfg)}
 
 
 def _measure_all(

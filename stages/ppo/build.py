@@ -44,7 +44,7 @@ def build_models(cfg: PPOStage, origin: models.Origin, tokens: ModelTokens, devi
     policy = models.load_policy(origin, attn_implementation=cfg.attn_implementation)
     models.resize_to(policy, len(tokens.tokenizer))
     prove_head(policy)
-    reference_origin = models.find(cfg.reference, cfg.registry) if cfg.reference else origin
+    reference_origin = find_reference(cfg, origin)
     parents = [origin.parent("init_from"), reference_origin.parent("reference")]
     built = (_one_backbone if cfg.lora else _separate)(cfg, origin, reference_origin, policy, tokens, device, parents)
     models.assert_no_dropout(built.trained)
@@ -190,6 +190,17 @@ def _one_backbone(
         other = models.load_policy(reference_origin, dtype=models.weights_dtype(cfg.train.precision, frozen=True)).to(device)
         reference = Reference(_freeze(other), temperature=cfg.sampling.temperature)
     return PPOModels(trained, reference, scorer, peft_model, origin, parents)
+
+
+def find_reference(cfg: PPOStage, origin: models.Origin) -> models.Origin:
+    """The model that KL is measured to."""
+    return models.find(cfg.reference, cfg.registry, stages=("sft", "dpo", "ppo")) if cfg.reference else origin
+
+
+def find_all(cfg: PPOStage, origin: models.Origin) -> list[models.Origin]:
+    """Every model that a run starts from, `origin` first."""
+    value = [models.find(cfg.value_init, cfg.registry, stages=("reward",))] if cfg.value_init else []
+    return [origin, find_reference(cfg, origin), *_reward_origins(cfg), *value]
 
 
 def _reward_origins(cfg: PPOStage) -> list[models.Origin]:

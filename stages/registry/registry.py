@@ -98,6 +98,13 @@ class Registry:
         assert isinstance(published, Checkpoint), published
         return published
 
+    def check_publishable(self, family: str) -> None:
+        """Find out before hours of training that stage/name could not be published. Raises UserError."""
+        folder = self._make("checkpoints", family)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise UserError(f"{folder} may not be written, so {family} could not be published: check its owner, or choose another registry folder")
+        check_room(self.root, 0)
+
     def _make(self, folder: str, doing: str) -> Path:
         try:
             durable_mkdir(self.root / folder)
@@ -109,14 +116,14 @@ class Registry:
 
     # ---- finding
 
-    def resolve(self, ref: str, stage: str | tuple[str, ...] | None = None) -> Checkpoint:
-        """The checkpoint a reference means, quickly verified. `stage`: the stage or stages it must come from.
+    def resolve(self, ref: str, stage: str | tuple[str, ...] | None = None, *, deep: bool = False) -> Checkpoint:
+        """The checkpoint a reference means, quickly verified, or deeply. `stage`: the stage or stages it must come from.
 
         Raises UserError when there is none (saying what there is), when it is damaged, when the stage is another. A
         damaged newest version is an error, never a reason to take an older one.
         """
         path = self.root / "checkpoints" / self._locate(ref)
-        if problems := check(path):
+        if problems := check(path, deep):
             shown = "".join(f"\n  {problem}" for problem in problems[:5])
             more = f"\n  and {len(problems) - 5} more" if len(problems) > 5 else ""
             raise UserError(
