@@ -62,13 +62,24 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     return parser
 
 
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The parsed command line. `key=value` may stand anywhere: argparse gives back those that come after an option."""
+    parser = build_parser(argv)
+    args, rest = parser.parse_known_args(argv)
+    if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}; see: align {args.verb} --help")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    return args
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one `align` command and return its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         # Set before any library is imported: TRL and transformers report usage when objects are constructed.
         os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-        args = build_parser(argv).parse_args(argv)
+        args = parse(argv)
         handler = getattr(args, "handler", None) or args.func
         return int(handler(args) or 0)
     except UserError as error:

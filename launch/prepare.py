@@ -42,6 +42,7 @@ def prepare(step: dict[str, Any]) -> None:
     if missing:
         raise UserError(f"{step['run']} ended without writing {', '.join(missing)}; correct `writes:` of the step, or the function")
     record = Path(step["record"])
+    record.parent.mkdir(parents=True, exist_ok=True)
     part = record.with_name(f".{record.name}.{os.getpid()}")
     done = {
         "key": step["key"],

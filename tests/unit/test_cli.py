@@ -54,6 +54,19 @@ def test_no_verb_and_unknown_verb_exit_2(capsys):
     assert "Traceback" not in capsys.readouterr().err
 
 
+def test_overrides_may_stand_anywhere():
+    args = cli.parse(["sft", "a=1", "--config", "f.yaml", "b=2", "--dry-run", "c=3"])
+    assert (args.overrides, args.config, args.dry_run) == (["a=1", "b=2", "c=3"], "f.yaml", True)
+    assert cli.parse(["run", "--only", "sft", "chain.yaml", "--json", "x=1"]).overrides == ["x=1"]
+
+
+def test_an_unknown_option_exits_2(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.parse(["sft", "--config", "f.yaml", "--epochs", "2"])
+    assert stop.value.code == 2
+    assert "unrecognized arguments: --epochs" in capsys.readouterr().err
+
+
 def _verb(monkeypatch, error: BaseException | None = None, result: int | None = None):
     class Module:
         @staticmethod
@@ -197,7 +210,7 @@ from pathlib import Path
 from launch.process import run_child
 child = '''
 import os, signal, sys, time, subprocess
-grandchild = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+grandchild = subprocess.Popen(["sleep", "60"])
 def stop(number, frame):
     print("saved on", number, flush=True); sys.exit(3)
 signal.signal(signal.SIGTERM, stop); signal.signal(signal.SIGINT, stop)
