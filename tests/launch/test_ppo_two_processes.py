@@ -1,0 +1,100 @@
+"""PPO on two processes, started by a real `accelerate launch` with the machine file that ships, gives what one process gives."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from configs.errors import UserError
+from configs.schema import PPOStage
+from stages.ppo.train import start
+from stages.registry import Registry
+from tests.launch.ppo_worker import values_of, work
+from tests.stage.ppo_runs import metrics, publish_reward, run, settings, weights, workspace
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def launch(*module_and_arguments):
+    """accelerate launch with two CPU processes; the finished child."""
+    environment = {k: v for k, v in os.environ.items() if k != "MASTER_PORT"} | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    machine = ROOT / "configs/accelerate/cpu_ddp.yaml"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(machine), "--main_process_port", "0", "-m"]
+    return subprocess.run([*command, *map(str, module_and_arguments)], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Everything once in this process, and once in two."""
+    folder = workspace(tmp_path_factory.mktemp("two"))
+    publish_reward(folder, "whole")
+    publish_reward(folder, "adapter", lora=True)
+    work(folder, "one")
+    done = launch("tests.launch.ppo_worker", folder, "two")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_row_14_one_update_of_a_fixed_rollout_is_the_same_on_two_processes(place):
+    from safetensors.torch import load_file
+
+    one, two = (load_file(place / f"update-{n}.safetensors") for n in (1, 2))
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], atol=1e-6 if not name.startswith("metric:") else 1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("mode", ["full", "lora", "head"])
+def test_trap_4_row_14_two_processes_have_the_trajectory_of_one(place, mode):
+    """Five iterations of four optimizer steps: every metric that no clock measured, within 1e-4."""
+    one, two = (metrics(values_of(place, mode, label)) for label in ("one", "two"))
+    assert [line["iteration"] for line in two] == [1, 2, 3, 4, 5]
+    for a, b in zip(one, two, strict=True):
+        a.pop("rollout/sampler_gap"), b.pop("rollout/sampler_gap")  # rounding itself
+        assert b == pytest.approx(a, rel=1e-4, abs=2e-5)
+    assert len({line["objective/score"] for line in one}) == 5
+    first, second = (weights(Registry(place / "registry").resolve(f"ppo/{mode}-{label}")) for label in ("one", "two"))
+    assert max((first[name] - second[name]).abs().max().item() for name in first) < 1e-4
+
+
+def test_row_14_one_iteration_gives_the_same_new_weights_on_two_processes(place):
+    first, second = (weights(Registry(place / "registry").resolve(f"ppo/once-{label}")) for label in ("one", "two"))
+    start = weights(Registry(place / "registry").resolve("sft/one"))
+    assert max((first[name] - start[name]).abs().max().item() for name in first) > 1e-4
+    assert max((first[name] - second[name]).abs().max().item() for name in first) < 1e-6
+
+
+def test_trap_14_a_run_of_two_processes_that_was_killed_ends_as_the_uninterrupted_one(place, monkeypatch):
+    """SIGKILL of every rank in iteration 4; one process is refused, for its sums would differ; two go on to the same bits."""
+    whole = values_of(place, "mortal", "two")
+    values = whole | {"output": str(place / "killed"), "name": "killed"}
+    config = place / "killed.json"
+    config.write_text(json.dumps(values))
+    monkeypatch.setenv("PPO_TEST_DIES_AT", "kill:4")
+    assert launch("stages.ppo", "--config", config).returncode != 0
+    monkeypatch.delenv("PPO_TEST_DIES_AT")
+    assert len(metrics(values)) == 3
+    with pytest.raises(UserError, match="processes was 2, is 1"):
+        run(values)
+    again = launch("stages.ppo", "--config", config)
+    assert again.returncode == 0, again.stderr
+    assert "continuing from checkpoint-2" in again.stdout
+    assert again.stdout.count("published") == 1
+    assert metrics(values) == metrics(whole)
+    resumed, straight = (weights(Registry(place / "registry").resolve(f"ppo/{name}")) for name in ("killed", "mortal-two"))
+    assert all(torch.equal(resumed[name], straight[name]) for name in straight)
+
+
+def test_a_batch_that_two_processes_cannot_share_is_named(place, monkeypatch):
+    accelerator = SimpleNamespace(num_processes=2, distributed_type="MULTI_CPU")
+    monkeypatch.setattr("accelerate.Accelerator", lambda **_: accelerator)
+    values = settings(place, "odd", {"rollout_batch_size": 10, "num_minibatches": 2})
+    with pytest.raises(UserError, match=r"rollout_batch_size 10 is not a multiple of train.num_minibatches 2 x 2 process\(es\)"):
+        start(PPOStage.model_validate(values))
