@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from configs.errors import UserError
-from stages.training.ranks import rank, say
+from stages.training.ranks import leave, rank, say
 
 __all__ = ["rank", "run", "say"]
 
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 GRACE_SECONDS = 10.0  # for rank 0 to print its message before the launcher ends it because another rank has left
 
 
@@ -27,6 +30,7 @@ def run(main: Callable[[Any], None], kind: str, argv: Sequence[str] | None = Non
     parser.add_argument("--config", required=True, metavar="FILE", help="the stage's YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the file's, such as train.epochs=2")
     arguments = parser.parse_args(argv)
+    end_with_the_launcher()
     try:
         from configs.load import load
 
@@ -37,6 +41,23 @@ def run(main: Callable[[Any], None], kind: str, argv: Sequence[str] | None = Non
             time.sleep(GRACE_SECONDS)
         print(f"error: {error}" if rank() == 0 else f"error: [rank {rank()}] {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    finally:
+        leave()
+
+
+def end_with_the_launcher() -> None:
+    """Have Linux end this process when the launcher that started it dies.
+
+    `accelerate launch` starts its processes in sessions of their own: after a kill -9 of the launcher they would train on,
+    and the run that is started again would find them writing to its folder.
+    """
+    launched = any(name.startswith("ACCELERATE_") for name in os.environ) or "TORCHELASTIC_RUN_ID" in os.environ
+    if not launched or not sys.platform.startswith("linux"):
+        return
+    launcher = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != launcher:  # it died before the call above
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def refuse_foreign_accumulation() -> None:

@@ -14,6 +14,7 @@ def fit(model: Any, tokens: ModelTokens, cfg: StageConfig) -> int:
     """Grow the embeddings for a new pad token; the tokens a row may have: max_length, or the model's positions if fewer."""
     for note in tokens.notes:
         say(f"tokenizer: {note}")
+    models.check_lora_targets(model, getattr(cfg, "lora", None))
     model.requires_grad_(True)  # weights that an adapter was merged into are still frozen
     models.resize_to(model, len(tokens.tokenizer))
     model.config.pad_token_id = tokens.pad_id  # a sequence classifier finds its last token by it

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
+import time
 
 import pytest
 import torch
@@ -39,6 +41,29 @@ def test_two_processes_equal_one(place, stage):
     assert all(torch.allclose(first[name], second[name], rtol=1e-3, atol=1e-5) for name in first)
     numbers = {key: value for key, value in one.info("metrics").items() if isinstance(value, float)}
     assert {key: two.info("metrics")[key] for key in numbers} == pytest.approx(numbers, rel=1e-3, abs=1e-5)
+
+
+def test_a_killed_launcher_takes_its_processes_along_and_run_again_they_end_as_if_nothing_had_happened(place):
+    long = {"max_steps": 40, "save_every": 5, "eval_every": 10, "micro_batch_size": 2}
+    whole = settings(place, "sft", long, name="whole", output=str(place / "out-long"))
+    done = run_apart("sft", whole, place / "long.json", 2)
+    assert done.returncode == 0, done.stderr
+    broken = whole | {"name": "broken"}
+    process = subprocess.Popen(
+        command("sft", broken, place / "long.json", 2), env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (place / "out-long" / "resume" / "checkpoint-10" / "sealed.json").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)  # the launcher's; its processes must end with it
+    process.wait()
+    again = run_apart("sft", broken, place / "long.json", 2)
+    assert again.returncode == 0, again.stderr
+    assert "continuing from checkpoint-" in again.stdout
+    first, second = (weights(Registry(place / "registry").resolve(f"sft/{name}")) for name in ("whole", "broken"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_a_user_error_under_two_processes_ends_all_of_them_with_one_message(place):

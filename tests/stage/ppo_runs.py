@@ -125,6 +125,12 @@ def share_of_vowels(prompts: list[Any], completions: list[Any], **_: Any) -> lis
     return [sum(c in "aeiou" for c in str(text)) / 10 + 0.01 * len(str(text)) for text in completions]
 
 
+def bonus(prompts: list[Any], completions: list[Any], bonus: list[int], finished: list[bool], **_: Any) -> list[float]:
+    """A score that stands beside the prompt."""
+    assert len(finished) == len(bonus)
+    return [float(value) for value in bonus]
+
+
 calls = 0
 
 

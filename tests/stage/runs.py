@@ -67,9 +67,9 @@ def command(stage: str, values: dict[str, Any], file: Path, processes: int = 1) 
     file.write_text(json.dumps(values))
     if processes == 1:
         return [sys.executable, "-m", f"stages.{stage}", "--config", str(file)]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes), "--num_machines", "1"]
-    fixed = ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    return [*launch, *fixed, "-m", f"stages.{stage}", "--config", str(file)]
+    # The machine file, because `--cpu --num_processes 2` on its own starts one process.
+    machine = ["--config_file", str(ROOT / "configs/accelerate/cpu_ddp.yaml"), "--num_processes", str(processes), "--main_process_port", "0"]
+    return [sys.executable, "-m", "accelerate.commands.launch", *machine, "-m", f"stages.{stage}", "--config", str(file)]
 
 
 def run_apart(stage: str, values: dict[str, Any], file: Path, processes: int = 1) -> subprocess.CompletedProcess[str]:

@@ -77,6 +77,21 @@ def test_trap_11_a_run_starts_with_ratio_one_and_no_kl_to_its_reference(place, m
     assert not (Path(values["output"]) / "resume").exists()
 
 
+@pytest.mark.parametrize("mode", ["reward", "lora", "other reference"])
+def test_trap_11_row_8_in_bf16_the_reference_is_still_the_start_policy(place, mode):
+    """A reference whose embeddings and norms were stored in bf16 would round what the policy does not: KL from the first step."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)  # the arithmetic is fixed once per process
+    try:
+        cfg, accelerator, tokens, built, prompts = assembled(settings(place, "bf16", {"precision": "bf16", "rollout_batch_size": 32}, **MODES[mode]))
+        rollout = rollout_of(cfg, accelerator, tokens, built, prompts)
+    finally:
+        AcceleratorState._reset_state(True)
+    assert torch.equal(rollout.old_logprobs, rollout.ref_logprobs)
+    assert rollout.sampler_gap.max() > 1e-4, "bf16 was not used"
+
+
 def test_trap_3_kl_to_the_reference_grows_when_the_policy_moves_and_the_score_rises(place):
     """Eight iterations with a large step: k1, the mean over samples of the policy, must come out positive."""
     values = settings(place, "moves", {"iterations": 8, "rollout_batch_size": 64, "micro_batch_size": 64, "learning_rate": 2e-2}, lora=LORA, kl_coef=0.0, missing_eos="none")
@@ -233,6 +248,22 @@ def test_one_backbone_value_head_starts_at_zero_without_a_reward_model(place):
     assert built.trained.value_head.weight.eq(0).all()
 
 
+def test_one_backbone_on_a_base_that_is_itself_base_and_adapter(place):
+    """SFT with adapters, a reward adapter on that, PPO with adapters on that: one backbone all the same."""
+    if not Registry(place / "registry").list("ppo", "under"):
+        run(settings(place, "under", {"iterations": 1}, lora=LORA))
+    publish_reward(place, "above", lora=True, base="ppo/under", seed=8)
+    chain = settings(place, "chain", init_from="ppo/under", lora=LORA, scorers=[{"kind": "model", "checkpoint": "reward/above"}])
+    *_, built, _ = assembled(chain)
+    inside, alone = next(iter(built.scorer.parts.values())).scorer, reward_scorer("reward/above", place / "registry")
+    assert isinstance(inside, AdapterScorer)
+    rows = [[5, 6, 7], [8]], [[9, 10], [11, 12, 13]]
+    torch.testing.assert_close(inside.score_ids(*rows), alone.score_ids(*rows), atol=1e-5, rtol=0)
+    run(chain)
+    assert metrics(chain)[0]["objective/kl"] == pytest.approx(0, abs=1e-5)
+    models.load_policy(models.find("ppo/chain", place / "registry"))
+
+
 # -- full training
 
 
@@ -367,6 +398,24 @@ def test_row_3_the_adaptive_controller_moves_once_per_iteration(place):
     run(values)
     # KL far below 50: the error is clipped at -.2, with 8 samples each step is a factor of 1 - .2 * 8 / 100.
     assert [m["objective/kl_coef"] for m in metrics(values)] == pytest.approx([0.1 * (1 - 0.016) ** i for i in range(4)])
+
+
+def test_columns_of_the_prompts_reach_the_scorer_and_reserved_names_are_refused(place, tmp_path):
+    prompts = tmp_path / "columns.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": text, "bonus": i}) + "\n" for i, text in enumerate(PROMPTS)))
+    scorer = [{"kind": "python", "function": "tests.stage.ppo_runs:bonus"}]
+    cfg, accelerator, tokens, built, loaded = assembled(settings(place, prompts=str(prompts), scorers=scorer))
+    rollout = rollout_of(cfg, accelerator, tokens, built, loaded)
+    rows = [ids[mask].tolist() for ids, mask in zip(rollout.tokens.prompt_ids, rollout.tokens.prompt_mask, strict=True)]
+    assert rollout.scores.tolist() == [rows_of_prompts(tokens).index(row) for row in rows]
+    for name in ("completion_ids", "finished", "prompts"):
+        prompts.write_text(json.dumps({"prompt": "a dog", name: 1}) + "\n")
+        with pytest.raises(UserError, match=f"column '{name}'"):
+            assembled(settings(place, prompts=str(prompts), scorers=scorer))
+
+
+def rows_of_prompts(tokens):
+    return [tokens.formatter.prompt_ids(text) for text in PROMPTS]
 
 
 # -- what a person gets wrong
