@@ -112,7 +112,10 @@ def dump(model: BaseModel) -> str:
 def save(model: BaseModel, path: Path | str) -> None:
     """Write `dump(model)` to a file, whole or not at all."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
-    part.write_text(dump(model), encoding="utf-8")
-    part.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(dump(model), encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}; give another output folder with output=PATH") from error

@@ -57,7 +57,6 @@ def run_stage(args: argparse.Namespace) -> int:
     config_file = cfg.output / ("plan.yaml" if args.dry_run else "config.yaml")  # a dry run leaves a real run's config alone
     command = stage_command(f"stages.{stage}", config_file, machine, cfg.processes)
     record = {"stage": stage, "name": cfg.name, "output": str(cfg.output), "config": str(config_file), "command": command.typed}
-    cfg.output.mkdir(parents=True, exist_ok=True)
     save(cfg, config_file)
     if args.dry_run:
         print(json.dumps(record) if args.json else command.typed)

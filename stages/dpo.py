@@ -10,7 +10,6 @@ from stages.training import entry
 if TYPE_CHECKING:
     from configs.schema import DPOStage
     from stages.models import Origin
-    from stages.tokens import ModelTokens
 
 STAGE = "dpo"
 SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")  # the losses of TRL that read label_smoothing
@@ -21,7 +20,7 @@ def main(cfg: DPOStage) -> None:
     from trl import DPOConfig, DPOTrainer
 
     from stages import data, models
-    from stages.tokens import load_tokens
+    from stages.tokens import load_tokens, refuse_other_tokens
     from stages.training import build, measures, plan, publish, ranks, ready, resume, text
 
     refuse_unread_smoothing(cfg)
@@ -79,20 +78,6 @@ def load_reference(policy: Any, tied_to: Origin, cfg: DPOStage, *, shared: bool)
 def ids(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The columns that DPO reads."""
     return [{key: pair[key] for key in ("prompt_ids", "chosen_ids", "rejected_ids")} for pair in pairs]
-
-
-def refuse_other_tokens(tokens: ModelTokens, tied_to: Origin, cfg: DPOStage) -> None:
-    """Raise where the reference would read the policy's ids as other text."""
-    from stages.registry import contract
-    from stages.tokens import load_tokens
-
-    if tied_to.asked == cfg.init_from:
-        return
-    if tied_to.checkpoint is not None:
-        contract.check_same_tokenizer(tied_to.checkpoint, tokens.facts | {"name": cfg.init_from})
-        contract.check_template(tied_to.checkpoint, tokens.facts | {"name": cfg.init_from})
-    elif load_tokens(tied_to, cfg.template).facts["digest"] != tokens.facts["digest"]:
-        raise UserError(f"reference {tied_to.asked} has another tokenizer than init_from {cfg.init_from}; use models that descend from one")
 
 
 def refuse_unread_smoothing(cfg: DPOStage) -> None:

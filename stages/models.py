@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,16 @@ def find(asked: str, registry_root: Path, stages: tuple[str, ...] | None = None)
         return Origin(asked, registry.resolve(asked, stage=stages), registry)
     if asked.startswith((".", "/", "~")) or asked.count("/") > 1:
         raise UserError(f"model {asked!r}: no such folder; give a Hugging Face folder, a registry name such as sft/demo, or a hub name")
+    _refuse_misspelt_stage(asked, registry_root)
     return Origin(asked, None, None)
+
+
+def _refuse_misspelt_stage(asked: str, registry_root: Path) -> None:
+    """Raise for stf/demo where the registry holds sft/demo: the hub would be searched for it in vain, for a minute without network."""
+    owner, _, name = asked.partition("@")[0].partition("/")
+    meant = difflib.get_close_matches(owner, ("sft", "reward", "dpo", "ppo"), n=1)
+    if meant and (registry_root / "registry.json").is_file() and Registry(registry_root, create=False).list(meant[0], name):
+        raise UserError(f"{asked!r} is no checkpoint of {registry_root}. Did you mean {meant[0]}/{name}?")
 
 
 def verify(*origins: Origin) -> None:
@@ -68,8 +78,11 @@ def verify(*origins: Origin) -> None:
     Reads all files: call it on one rank.
 
     Raises:
-        UserError: a checkpoint that is damaged, an adapter whose base has changed or is gone.
+        UserError: a checkpoint that is damaged, a folder whose weights are cut off, NaN or infinite, an adapter whose base has changed or
+            is gone.
     """
+    from stages.registry import contract
+
     waiting, seen = list(origins), set()
     while waiting:
         origin = waiting.pop(0)
@@ -78,6 +91,8 @@ def verify(*origins: Origin) -> None:
         seen.add(origin.identity)
         if origin.checkpoint is not None and origin.registry is not None:
             origin.registry.resolve(origin.checkpoint.ref, deep=True)
+        elif Path(origin.folder).is_dir():
+            contract.check_finite(Path(origin.folder), origin.asked)
         if is_adapter(origin):
             waiting.append(adapter_base(origin))
             if origin.checkpoint is not None and waiting[-1].checkpoint is None:
@@ -149,14 +164,18 @@ def uses_bf16(precision: str) -> bool:
 
 def from_pretrained(cls: Any, folder: str, **kwargs: Any) -> Any:
     """`from_pretrained` with errors a person can act on, and no progress bar for each shard."""
+    from safetensors import SafetensorError
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     try:
         return cls.from_pretrained(folder, trust_remote_code=False, **kwargs)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"cannot load {folder!r}: {first}") from error
+        advice = "look at the files in this folder, or get them again" if Path(folder).is_dir() else (
+            "give a Hugging Face folder, a registry name such as sft/demo, or a hub name that can be reached from here"
+        )  # fmt: skip
+        raise UserError(f"cannot load {folder!r}: {first} ({advice})") from error
 
 
 def load_tokenizer(origin: Origin) -> PreTrainedTokenizerBase:
@@ -272,6 +291,26 @@ def assert_no_dropout(model: nn.Module) -> None:
     """Raise where a dropout is left: PPO's update must recompute exactly what the rollout stored."""
     left = [name for name, module in model.named_modules() if isinstance(module, nn.Dropout) and module.p > 0]
     assert not left, f"dropout is on in {left[:3]}"
+
+
+def check_lora_targets(model: Any, lora: Lora | None) -> None:
+    """Raise UserError where `lora.target_modules` names layers that the model does not have."""
+    if lora is None or lora.target_modules == "all-linear":
+        return
+    names = [name for name, module in model.named_modules() if name]
+    wanted = [lora.target_modules] if isinstance(lora.target_modules, str) else lora.target_modules
+    if isinstance(lora.target_modules, str):  # peft takes one text as a regular expression over whole names
+        missing = wanted if not any(re.fullmatch(lora.target_modules, name) for name in names) else []
+    else:
+        missing = [target for target in wanted if not any(name == target or name.endswith(f".{target}") for name in names)]
+    if missing:
+        linear = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
+        close = difflib.get_close_matches(missing[0], linear, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise UserError(
+            f"lora.target_modules: {type(model).__name__} has no module {', '.join(map(repr, missing))}; its linear layers are "
+            f"{', '.join(linear)}; all-linear takes all of them but the head.{hint}"
+        )
 
 
 def lora_config(lora: Lora, task: str) -> Any:

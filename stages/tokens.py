@@ -50,12 +50,23 @@ def load_tokens(origin: models.Origin, template: str = "auto") -> ModelTokens:
         recorded = origin.checkpoint.info("tokenizer")
         if tokenizer_digest(tokenizer) != recorded["digest"]:
             raise UserError(f"{origin.checkpoint.ref}: its tokenizer files do not hold the tokenizer it was published with; run: align registry verify {origin.checkpoint.ref} --deep")
+        contract.check_pad_eos(recorded, origin.checkpoint.ref)
         tokens = _prepared(tokenizer, template, list(recorded["eos_ids"]), ())
         contract.check_template(origin.checkpoint, tokens.facts)
-        contract.check_pad_eos(tokens.facts, origin.checkpoint.ref)
         return tokens
     special = ensure_special_tokens(tokenizer, *_configs(origin))
     return _prepared(tokenizer, template, list(special.eos_ids), special.notes)
+
+
+def refuse_other_tokens(tokens: ModelTokens, reference: models.Origin, cfg: Any) -> None:
+    """Raise UserError where the reference of a stage would read the policy's ids as other text."""
+    if reference.asked == cfg.init_from:
+        return
+    if reference.checkpoint is not None:
+        contract.check_same_tokenizer(reference.checkpoint, tokens.facts | {"name": cfg.init_from})
+        contract.check_template(reference.checkpoint, tokens.facts | {"name": cfg.init_from})
+    elif load_tokens(reference, cfg.template).facts["digest"] != tokens.facts["digest"]:
+        raise UserError(f"reference {reference.asked} has another tokenizer than init_from {cfg.init_from}; use models that descend from one")
 
 
 def _prepared(tokenizer: Any, template: str, eos_ids: list[int], notes: tuple[str, ...]) -> ModelTokens:

@@ -17,10 +17,19 @@ from rewards.combine import WeightedSum
 from rewards.model import RewardModelScorer
 from stages import models
 from stages.ppo.forward import prove_head
-from stages.ppo.modules import POLICY, REWARD, VALUE, AdapterSwitch, PolicyAndValue, Reference, is_of
+from stages.ppo.modules import (
+    POLICY,
+    REWARD,
+    VALUE,
+    AdapterSwitch,
+    PolicyAndValue,
+    Reference,
+    is_of,
+    store_linear_weights,
+)
 from stages.registry import Parent
 from stages.scorers import reward_scorer, scorer_of
-from stages.tokens import ModelTokens
+from stages.tokens import ModelTokens, refuse_other_tokens
 
 
 @dataclass
@@ -45,6 +54,7 @@ def build_models(cfg: PPOStage, origin: models.Origin, tokens: ModelTokens, devi
     models.resize_to(policy, len(tokens.tokenizer))
     prove_head(policy)
     reference_origin = find_reference(cfg, origin)
+    refuse_other_tokens(tokens, reference_origin, cfg)
     parents = [origin.parent("init_from"), reference_origin.parent("reference")]
     built = (_one_backbone if cfg.lora else _separate)(cfg, origin, reference_origin, policy, tokens, device, parents)
     models.assert_no_dropout(built.trained)
@@ -55,9 +65,7 @@ def _separate(
     cfg: PPOStage, origin: models.Origin, reference_origin: models.Origin, policy: Any, tokens: ModelTokens, device: torch.device, parents: list[Parent]
 ) -> PPOModels:
     """Full training: policy and value function are trained, reference and reward model are frozen copies."""
-    frozen = models.weights_dtype(cfg.train.precision, frozen=True)
-    reference = models.load_policy(reference_origin, dtype=frozen, attn_implementation=cfg.attn_implementation).to(device)
-    models.resize_to(reference, len(tokens.tokenizer))
+    reference = _frozen_reference(cfg, reference_origin, tokens, device)
     scorer = build_scorers(cfg.scorers, _loader(cfg, parents, lambda o: _frozen_scorer(o, cfg, device)))
     trunk, head = (None, _fresh_head(policy, cfg, zero=True)) if cfg.value_function == "head" else _value_copy(cfg, origin, parents, tokens)
     if cfg.train.gradient_checkpointing:
@@ -65,7 +73,7 @@ def _separate(
             if model is not None:
                 model.gradient_checkpointing_enable({"use_reentrant": False})
     module = PolicyAndValue(policy, trunk, head, temperature=cfg.sampling.temperature).to(device)
-    return PPOModels(module, Reference(_freeze(reference), temperature=cfg.sampling.temperature), scorer, policy, None, parents)
+    return PPOModels(module, Reference(reference, temperature=cfg.sampling.temperature), scorer, policy, None, parents)
 
 
 def _value_copy(cfg: PPOStage, origin: models.Origin, parents: list[Parent], tokens: ModelTokens) -> tuple[Any, nn.Linear]:
@@ -112,6 +120,14 @@ def _fresh_head(model: Any, cfg: PPOStage, *, zero: bool) -> nn.Linear:
     return models.scalar_head(model.get_input_embeddings().weight.shape[1], seed=cfg.seed, zero=zero)
 
 
+def _frozen_reference(cfg: PPOStage, origin: models.Origin, tokens: ModelTokens, device: torch.device) -> Any:
+    """A copy of the reference that rounds as the policy does: where autocast would cast a linear layer's weight, it is kept cast."""
+    reference = models.load_policy(origin, attn_implementation=cfg.attn_implementation)
+    models.resize_to(reference, len(tokens.tokenizer))
+    store_linear_weights(reference, models.weights_dtype(cfg.train.precision, frozen=True))
+    return _freeze(reference.to(device))
+
+
 def _freeze(model: Any) -> Any:
     return model.requires_grad_(False).eval()
 
@@ -156,6 +172,7 @@ def _one_backbone(
     assert cfg.lora is not None
     if cfg.train.gradient_checkpointing:
         raise UserError("train.gradient_checkpointing is not available with adapters on one backbone: a layer recomputed in the backward pass would use the wrong adapter; set it to false")
+    models.check_lora_targets(policy, cfg.lora)
     torch.manual_seed(cfg.seed)
     peft_model = get_peft_model(policy, models.lora_config(cfg.lora, "CAUSAL_LM"), adapter_name=POLICY)
     in_place = {o.identity: o for o in _reward_origins(cfg) if _is_on(o, origin, tokens)}
@@ -187,8 +204,8 @@ def _one_backbone(
     if reference_origin.identity == origin.identity:
         reference = Reference(backbone, temperature=cfg.sampling.temperature, switch=switch)
     else:
-        other = models.load_policy(reference_origin, dtype=models.weights_dtype(cfg.train.precision, frozen=True)).to(device)
-        reference = Reference(_freeze(other), temperature=cfg.sampling.temperature)
+        other = _frozen_reference(cfg, reference_origin, tokens, device)
+        reference = Reference(other, temperature=cfg.sampling.temperature)
     return PPOModels(trained, reference, scorer, peft_model, origin, parents)
 
 

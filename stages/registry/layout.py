@@ -44,6 +44,8 @@ def open_root(root: Path, create: bool) -> None:
         link_new(
             root / MARK, seal({"format": FORMAT, "version": VERSION, "created": now(), "id": secrets.token_hex(8)})
         )
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"{root} cannot be a registry: a folder of this path is a file; choose another path") from error
     except OSError as error:
         if told := storage_error(error, f"opening the registry {root}"):
             raise told from error
