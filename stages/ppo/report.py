@@ -13,6 +13,7 @@ from stages.ppo import maths
 from stages.ppo.collect import Clock
 from stages.ppo.rollout import Experience, Rollout
 from stages.training.progress import duration
+from stages.training.resume import write_durably
 
 
 def metrics_of(rollout: Rollout, experience: Experience, rewards: Tensor, cfg: PPOStage, *, kl_coef: float, clock: Clock) -> dict[str, float]:
@@ -71,7 +72,7 @@ class MetricsFile:
                         kept.append(text)
                 except (ValueError, KeyError):
                     break  # a line torn by a kill, and nothing after it can be trusted
-        path.write_text("".join(f"{text}\n" for text in kept))
+        write_durably(path, "".join(f"{text}\n" for text in kept))
 
     def add(self, iteration: int, metrics: dict[str, float]) -> None:
         """Append the metrics of the iteration with this number, counted from 1."""

@@ -49,8 +49,8 @@ def _uniforms(seeds: Sequence[int], length: int) -> Tensor:
 
 
 def _pick(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens [B] at the given quantiles of softmax(logits [B, V]), and their log-probs [B]."""
-    logprobs = torch.log_softmax(logits.float(), dim=-1)
+    """Tokens [B] at the given quantiles of softmax(logits [B, V] in float32), and their log-probs [B]."""
+    logprobs = torch.log_softmax(logits, dim=-1)
     cumulative = logprobs.double().exp().cumsum(dim=-1)
     threshold = uniforms.unsqueeze(1) * cumulative[:, -1:]
     tokens = torch.searchsorted(cumulative, threshold, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
@@ -99,7 +99,7 @@ def _sample_batch(
         out = model(
             input_ids=inputs, attention_mask=attention, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
         )
-        picked, picked_logprobs = _pick(out.logits[:, -1] / sampling.temperature, uniforms[alive, step])
+        picked, picked_logprobs = _pick(out.logits[:, -1].float() / sampling.temperature, uniforms[alive, step])
         tokens[alive, step], logprobs[alive, step] = picked, picked_logprobs
         if sampling.stop_at_eos:
             now = torch.isin(picked, eos) & ~ended[alive]

@@ -11,6 +11,7 @@ import torch
 
 from configs.errors import UserError
 from configs.schema import PPOStage
+from rewards.protocol import scorer_prompt
 from stages import data, models
 from stages.ppo import maths, report, state
 from stages.ppo.build import PPOModels, build_models, find_all
@@ -21,6 +22,8 @@ from stages.tokens import ModelTokens, load_tokens
 from stages.training import ready, resume, text
 from stages.training.publish import publish_checkpoint
 from stages.training.ranks import rank, say
+
+RESERVED = {"prompts", "completions", "prompt_ids", "completion_ids", "token_key", "finished"}
 
 
 def main(cfg: PPOStage) -> None:
@@ -71,19 +74,21 @@ def load_prompts(cfg: PPOStage, formatter: data.Formatter, limit: int) -> tuple[
         UserError: unreadable prompts, or none left.
     """
     splits = data.Splitter(cfg.split).split(data.read_prompts(cfg.prompts).rows)
+    _refuse_reserved(splits.train)
     rows, dropped = data.encode_prompts(
         formatter, splits.train, max_length=limit, max_new_tokens=cfg.sampling.max_new_tokens, overlong=cfg.overlong
     )
     say(f"ppo: {len(rows)} prompts to train on, {len(splits.validation)} for validation, {len(splits.test)} held out, {dropped} too long")
-    prompts = PromptSet([r["prompt_ids"] for r in rows], [_text(r["row"]) for r in rows], [r["row"].columns for r in rows])
+    prompts = PromptSet([r["prompt_ids"] for r in rows], [scorer_prompt(r["row"].prompt) for r in rows], [r["row"].columns for r in rows])
     fingerprint = splits.report["fingerprint"]["train"]
     return prompts, splits.report | {"fingerprint": fingerprint, "dropped": {"too_long": dropped}}
 
 
-def _text(prompt: data.Prompt) -> Any:
-    """What a scorer sees of a prompt: its text when it is one user message, else its messages."""
-    single = len(prompt.prompt) == 1
-    return prompt.prompt[0].content if single else [message.as_dict() for message in prompt.prompt]
+def _refuse_reserved(prompts: list[data.Prompt]) -> None:
+    """Columns go to the scorers by name, so none may have the name of what PPO itself hands them."""
+    for prompt in prompts:
+        for name in sorted(RESERVED & prompt.columns.keys()):
+            raise UserError(f"{prompt.where}: column {name!r} has the name of something that scorers get from PPO; rename or leave out this column")
 
 
 def output_folder(cfg: PPOStage) -> Path:

@@ -82,6 +82,15 @@ def test_row_8_the_samplers_log_probs_are_those_of_a_training_forward(kind, temp
     assert gap < 1e-5
 
 
+def test_row_6_logits_of_half_precision_are_divided_by_the_temperature_in_float32():
+    """As the training forward does; dividing first would round the quotient to 8 bits."""
+    model, logits = mixed_model().bfloat16(), []
+    model.register_forward_hook(lambda *arguments: logits.append(arguments[-1].logits[:, -1]))
+    rows = draw(model, [[5, 6, 7]] * 16, stop_at_eos=False, max_new_tokens=4, temperature=0.7)
+    expected = torch.log_softmax(torch.stack(logits, dim=1).float() / 0.7, dim=-1).gather(2, torch.tensor([r.completion_ids for r in rows]).unsqueeze(2))
+    torch.testing.assert_close(torch.tensor([r.logprobs for r in rows]), expected.squeeze(2), atol=1e-6, rtol=0)
+
+
 def test_row_5_a_completion_ends_with_the_first_of_any_eos_id():
     model, (prompts, _) = mixed_model(), ragged_ids(60)
     rows = draw(model, prompts, eos=[2, 9, 30], max_new_tokens=20)

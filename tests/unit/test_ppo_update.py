@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -253,6 +254,27 @@ def test_trap_5_metrics_leave_padding_out():
     assert m["rollout/eos_rate"] == 0.5
     assert m["rollout/short_completions"] == 0.5
     assert m["value/explained_variance"] == pytest.approx(1.0)
+
+
+def test_trap_14_a_kill_while_old_lines_are_dropped_loses_no_metrics(tmp_path, monkeypatch):
+    """A resumed run drops the lines it will do again; until the shorter file is whole, the longer one stays."""
+    from pathlib import Path
+
+    path = tmp_path / "metrics.jsonl"
+    lines = "".join(f'{{"iteration": {i}, "x": {i}}}\n' for i in (1, 2, 3))
+    path.write_text(lines + '{"iteration": 4, "x"')
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        for name in ("replace", "rename"):
+            patch.setattr(Path, name, killed)
+        with pytest.raises(KeyboardInterrupt):
+            report.MetricsFile(path, 2)
+    assert path.read_text().startswith(lines)
+    report.MetricsFile(path, 2).add(3, {"x": 9})
+    assert [line["x"] for line in map(json.loads, path.read_text().splitlines())] == [1, 2, 9]
 
 
 def test_row_17_the_policys_and_the_value_functions_parameters_are_told_apart():
