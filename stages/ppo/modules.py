@@ -108,6 +108,18 @@ class PolicyAndValue(nn.Module):
         return [p for p in named if p.requires_grad]
 
 
+def store_linear_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Keep the weights of linear layers in `dtype`, and embeddings and norms as they are.
+
+    Under autocast to `dtype` the model then computes what it would with all weights in float32, in about half the memory. Stored
+    wholly in bf16 it would round embeddings and the residual stream, and show a KL to the policy it is a copy of.
+    """
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and id(module.weight) not in embeddings:
+            module.to(dtype)
+
+
 class Reference:
     """The frozen model that KL is measured to: a model of its own, or the backbone with its adapters off."""
 

@@ -20,7 +20,18 @@ from stages.ppo.update import update_policy
 from stages.registry import Registry
 from stages.scorers import reward_scorer
 from stages.tokens import load_tokens
-from tests.stage.ppo_runs import LORA, PROMPTS, assembled, metrics, publish_reward, run, settings, weights, workspace
+from tests.stage.ppo_runs import (
+    LORA,
+    PROMPTS,
+    assembled,
+    metrics,
+    publish_policy,
+    publish_reward,
+    run,
+    settings,
+    weights,
+    workspace,
+)
 
 WHOLE, ADAPTER = ({"kind": "model", "checkpoint": f"reward/{name}"} for name in ("whole", "adapter"))
 
@@ -28,6 +39,7 @@ WHOLE, ADAPTER = ({"kind": "model", "checkpoint": f"reward/{name}"} for name in 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = workspace(tmp_path_factory.mktemp("ppo"))
+    publish_policy(folder, "two")  # the same weights, another checkpoint
     publish_reward(folder, "whole")
     publish_reward(folder, "adapter", lora=True, seed=6)
     return folder
@@ -55,7 +67,7 @@ MODES = {
     "reward": {"scorers": [WHOLE]},
     "lora": {"lora": LORA},
     "lora with reward adapter": {"lora": LORA, "scorers": [ADAPTER]},
-    "other reference": {"lora": LORA, "reference": "sft/one@1"},
+    "other reference": {"lora": LORA, "reference": "sft/two"},
 }
 
 
@@ -408,7 +420,7 @@ def test_columns_of_the_prompts_reach_the_scorer_and_reserved_names_are_refused(
     rollout = rollout_of(cfg, accelerator, tokens, built, loaded)
     rows = [ids[mask].tolist() for ids, mask in zip(rollout.tokens.prompt_ids, rollout.tokens.prompt_mask, strict=True)]
     assert rollout.scores.tolist() == [rows_of_prompts(tokens).index(row) for row in rows]
-    for name in ("completion_ids", "finished", "prompts"):
+    for name in ("finished", "token_key"):
         prompts.write_text(json.dumps({"prompt": "a dog", name: 1}) + "\n")
         with pytest.raises(UserError, match=f"column '{name}'"):
             assembled(settings(place, prompts=str(prompts), scorers=scorer))
