@@ -6,6 +6,7 @@ import importlib
 import inspect
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -77,7 +78,10 @@ class PythonFunction:
             returned = self._function(prompts=list(prompts), completions=list(completions), **chosen)
         except Exception as error:
             where = self._first_failure(prompts, completions, chosen)
-            raise UserError(f"scorer {self.name}: failed {where}: {type(error).__name__}: {error}") from error
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            raise UserError(
+                f"scorer {self.name}: failed {where}: {type(error).__name__}: {error} ({last.filename}:{last.lineno}, in {last.name}); correct the function"
+            ) from error
         return check_scores(self.name, returned, len(completions))
 
     def _first_failure(self, prompts: Sequence[Text], completions: Sequence[Text], columns: dict[str, Any]) -> str:

@@ -52,7 +52,7 @@ def find(asked: str, registry_root: Path, stages: tuple[str, ...] | None = None)
     """
     if Path(asked).is_dir():
         if not (Path(asked) / "config.json").is_file() and not (Path(asked) / "adapter_config.json").is_file():
-            raise UserError(f"{asked} is a folder without config.json; expected a Hugging Face model folder")
+            raise UserError(f"{asked} is a folder without config.json; expected a Hugging Face model folder, as save_pretrained writes it")
         return Origin(asked, None, None)
     if PUBLISHED.match(asked):
         registry = Registry(registry_root, create=False)
@@ -182,6 +182,9 @@ def load_tokenizer(origin: Origin) -> PreTrainedTokenizerBase:
     """The tokenizer that lies with the model (for a published adapter too)."""
     from transformers import AutoTokenizer
 
+    folder = Path(origin.folder)
+    if folder.is_dir() and not any(folder.glob("*token*")) and not (folder / "vocab.json").is_file():
+        raise UserError(f"{folder} holds a model and no tokenizer (tokenizer.json, tokenizer_config.json); copy the tokenizer's files there")
     return from_pretrained(AutoTokenizer, origin.folder)
 
 
@@ -226,7 +229,10 @@ def scorer_from_policy(policy: Any, *, pad_id: int, seed: int) -> Any:
         with torch.device("meta"):
             scorer = AutoModelForSequenceClassification.from_config(config)
     except ValueError as error:
-        raise UserError(f"{type(policy).__name__} has no sequence-classification model in transformers, so it can't be a reward model") from error
+        raise UserError(
+            f"{type(policy).__name__} has no sequence-classification model in transformers, so it can't be a reward model; "
+            "start from another model, or leave the reward stage out and give PPO other scorers"
+        ) from error
     head = getattr(scorer, "score", None)
     if not isinstance(head, nn.Linear):
         raise UserError(f"{type(scorer).__name__} has no linear head named `score`; it can't be a reward model here")

@@ -52,7 +52,7 @@ def load_tokens(origin: models.Origin, template: str = "auto") -> ModelTokens:
             raise UserError(f"{origin.checkpoint.ref}: its tokenizer files do not hold the tokenizer it was published with; run: align registry verify {origin.checkpoint.ref} --deep")
         contract.check_pad_eos(recorded, origin.checkpoint.ref)
         tokens = _prepared(tokenizer, template, list(recorded["eos_ids"]), ())
-        contract.check_template(origin.checkpoint, tokens.facts)
+        contract.check_template(origin.checkpoint, tokens.facts | {"name": f"template: {template}"})
         return tokens
     special = ensure_special_tokens(tokenizer, *_configs(origin))
     return _prepared(tokenizer, template, list(special.eos_ids), special.notes)

@@ -51,7 +51,7 @@ class PPOStage(StageConfig):
 
     prompts: Sources = Field(description="Prompts that completions are sampled for.")
     reference: str | None = Field(default=None, description="Frozen model of the KL penalty; null is init_from.")
-    scorers: list[ScorerSpec] = Field(min_length=1, description="What scores a completion; several are summed by weight.")
+    scorers: list[ScorerSpec] = Field(min_length=1, description="What scores a completion; several are summed by weight. In a chain with a `reward` section: its model.")
     lora: Lora | None = Field(default=None, description="Adapters on one shared backbone; null is full training.")
     value_function: Literal["auto", "adapter", "copy", "head"] = Field(
         default="auto",

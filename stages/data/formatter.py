@@ -140,7 +140,7 @@ class Formatter:
             )
         except jinja2.TemplateError as error:
             roles = ", ".join(message.role for message in messages)
-            raise UserError(f"the template {self.template.name!r} cannot render turns of {roles}: {error}") from None
+            raise UserError(f"the template {self.template.name!r} cannot render turns of {roles}: {error}; correct it, or set `template` to plain or chatml") from None
 
     # -- segments
 
@@ -200,7 +200,7 @@ class Formatter:
         question = as_messages("?")
         answer = self._after(self.render(question, True), self.render((*question, Message("assistant", probe)), False))
         if probe not in answer:
-            raise UserError(f"the template {self.template.name!r} does not show what the assistant says")
+            raise UserError(f"the template {self.template.name!r} does not show what the assistant says; it must write message['content'] of every turn")
         separator, _, tail = answer.partition(probe)
         names = {token.content: index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         names |= {self.tokenizer.convert_ids_to_tokens(index): index for index in known}

@@ -53,7 +53,7 @@ def read_rows(kind: Kind, sources: Sequence[Source]) -> Loaded[Any]:
         more = f"\n  … and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         raise UserError(
             f"{len(problems)} bad row{'s' if len(problems) > 1 else ''} in {kind} "
-            f"(line numbers in .jsonl, .csv and .txt; indices from 0 in .json and .parquet):\n{shown}{more}"
+            f"(line numbers in .jsonl, .csv and .txt; indices from 0 in .json and .parquet):\n{shown}{more}\nCorrect these rows or take them out; nothing was trained."
         )
     if kind == "pairs":
         rows = _drop_equal(cast("list[PreferencePair]", rows), report)

@@ -38,6 +38,7 @@ def check_template(checkpoint: Checkpoint, other: Checkpoint | Mapping[str, Any]
         "template_digest",
         "chat template",
         "prompts would be laid out unlike those it was trained on",
+        "Leave `template` out (auto takes the checkpoint's own), or use checkpoints that descend from one model",
     )
 
 
@@ -117,7 +118,9 @@ def check_finite(model_dir: Path, what: str | None = None) -> None:
             )
 
 
-def _same(checkpoint: Checkpoint, other: Checkpoint | Mapping[str, Any], key: str, what: str, why: str) -> None:
+def _same(
+    checkpoint: Checkpoint, other: Checkpoint | Mapping[str, Any], key: str, what: str, why: str, advice: str = "Use checkpoints that descend from one model"
+) -> None:
     name = other.ref if isinstance(other, Checkpoint) else str(other.get("name", "the one given here"))
     facts = (other.info("tokenizer") or {}) if isinstance(other, Checkpoint) else other
     mine = (checkpoint.info("tokenizer") or {}).get(key)
@@ -127,8 +130,7 @@ def _same(checkpoint: Checkpoint, other: Checkpoint | Mapping[str, Any], key: st
         raise UserError(f"{lacking} does not record its {what} ({key}), so it cannot be checked. Publish it again")
     if mine != theirs:
         raise UserError(
-            f"{checkpoint.ref} and {name} have different {what}s ({mine[:12]}… and {theirs[:12]}…): {why}. "
-            "Use checkpoints that descend from one model"
+            f"{checkpoint.ref} and {name} have different {what}s ({mine[:12]}… and {theirs[:12]}…): {why}. {advice}"
         )
 
 

@@ -128,7 +128,8 @@ class Registry:
             more = f"\n  and {len(problems) - 5} more" if len(problems) > 5 else ""
             raise UserError(
                 f"{ref} ({path}) is damaged:{shown}{more}\nSee all of it: align registry verify {_quoted(ref)} --deep "
-                f"--registry {self.root}. Publish it again, or name a sound version."
+                f"--registry {self.root}. Train it again (in a chain: align run CHAIN.yaml --from "
+                f"{ref.partition('/')[0]}), or name a sound version."
             )
         checkpoint = read_checkpoint(path)
         assert isinstance(checkpoint, Checkpoint)
@@ -288,9 +289,10 @@ class Registry:
         if asked.value not in aliases:
             known = sorted(aliases)
             there = f"aliases {', '.join(known)}; " if known else "no alias; "
+            to_set = f" To set it: align registry alias {asked.family} {asked.value} REF"
             raise UserError(
                 f"{asked.family} has no alias {asked.value!r} in {self.root}; it has {there}{_some(versions)}."
-                f"{did_you_mean(asked.value, [*known, 'latest', 'best'])}"
+                f"{did_you_mean(asked.value, [*known, 'latest', 'best']) or to_set}"
             )
         if aliases[asked.value] not in versions.values():
             raise UserError(
