@@ -43,10 +43,10 @@ def _let_it_end(base: Path) -> None:
     model.save_pretrained(base)
 
 
-def publish_policy(folder: Path, name: str) -> Checkpoint:
+def publish_policy(folder: Path, name: str, template: str = "raw") -> Checkpoint:
     """The base as sft/NAME."""
     origin = models.Origin(str(folder / "base"), None, None)
-    tokens = load_tokens(origin, "raw")
+    tokens = load_tokens(origin, template)
     policy = models.load_policy(origin)
     write = lambda place: models.save_model(policy, tokens.tokenizer, place, eos_ids=tokens.eos_ids)  # noqa: E731
     return Registry(folder / "registry").publish("sft", name, write, parents=[origin.parent("init_from")], info={"tokenizer": tokens.facts})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -211,6 +212,36 @@ def test_one_backbone_scores_as_the_reward_model_loaded_alone(place):
     torch.testing.assert_close(inside.score_ids(prompts, completions), expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(rollout.scores, expected, atol=1e-5, rtol=0)  # before the update, too
     assert (inside.mean, inside.std) == (alone.mean, alone.std) == (0.3, 2.0)
+
+
+def test_trap_8_the_reward_adapters_scores_do_not_depend_on_the_batch(place):
+    built, rollout, _ = one_update(settings(place, lora=LORA, scorers=[ADAPTER]))
+    scorer = next(iter(built.scorer.parts.values())).scorer
+    prompts = [ids[mask].tolist() for ids, mask in zip(rollout.tokens.prompt_ids, rollout.tokens.prompt_mask, strict=True)]
+    completions = [ids[mask].tolist() for ids, mask in zip(rollout.tokens.completion_ids, rollout.tokens.mask, strict=True)]
+    alone = torch.cat([scorer.score_ids([p], [c]) for p, c in zip(prompts, completions, strict=True)])
+    for size in (1, 2, 8):
+        scorer.batch_size = size
+        torch.testing.assert_close(scorer.score_ids(prompts[::-1], completions[::-1]).flip(0), alone, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("template", ["raw", "plain", "chatml"])
+def test_trap_19_the_score_is_read_at_the_eos_that_a_rollout_ends_with(place, template):
+    """Whatever a template writes after EOS: ids of a rollout and text of an answer are scored at the same token."""
+    publish_policy(place, f"speaks-{template}", template)
+    publish_reward(place, f"hears-{template}", base=f"sft/speaks-{template}")
+    values = settings(place, init_from=f"sft/speaks-{template}", scorers=[{"kind": "model", "checkpoint": f"reward/hears-{template}"}])
+    cfg, accelerator, tokens, built, prompts = assembled(values)
+    scorer = next(iter(built.scorer.parts.values())).scorer
+    assert scorer.token_key == tokens.key
+    said = [tokens.formatter.completion_ids(text, "why") for text in ("because", "no idea at all")]
+    assert [ids[-1] for ids in said] == [258, 258]
+    by_ids = scorer.score_ids([tokens.formatter.prompt_ids("why")] * 2, said)
+    assert scorer(["why", "why"], ["because", "no idea at all"], finished=[True, True]) == pytest.approx(by_ids.tolist(), abs=1e-5)
+    beyond = scorer.score_ids([tokens.formatter.prompt_ids("why")] * 2, [[*ids, 198] for ids in said])
+    assert (beyond - by_ids).abs().min() > 1e-3, "another position has another score"
+    rollout = rollout_of(cfg, accelerator, tokens, built, prompts)
+    assert all(ids[mask][-1] == 258 for ids, mask, end in zip(rollout.tokens.completion_ids, rollout.tokens.mask, rollout.finished, strict=True) if end)
 
 
 def test_one_backbone_the_value_adapter_starts_as_the_centred_reward_adapter(place):
@@ -443,6 +474,14 @@ def test_bad_input_a_batch_that_cannot_be_shared_out(place):
     with pytest.raises(SystemExit) as left:
         command(main, "ppo", ["--config", str(config)])
     assert left.value.code == 2
+
+
+@pytest.mark.parametrize("kind", ["DEEPSPEED", "FSDP"])
+def test_trap_18_what_would_gather_weights_token_by_token_is_refused(place, kind, monkeypatch):
+    accelerator = SimpleNamespace(num_processes=2, distributed_type=f"DistributedType.{kind}")
+    monkeypatch.setattr("accelerate.Accelerator", lambda **_: accelerator)
+    with pytest.raises(UserError, match="use a DDP machine file"):
+        ppo_train.start(PPOStage.model_validate(settings(place)))
 
 
 @pytest.mark.parametrize(
