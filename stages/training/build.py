@@ -26,8 +26,14 @@ def output_folder(cfg: TRLStage, stage: str) -> Path:
 
 
 def in_order(rows: Rows, plan: Plan, seed: int) -> Any:
-    """The training rows as a datasets.Dataset in the order of the whole run; rows are stored once."""
-    return as_dataset(rows).select(row_order(plan, seed))
+    """The training rows as a datasets.Dataset in the order of the whole run; rows are stored once.
+
+    Within an optimizer step they are sorted by length: micro-batches then hold little padding, and the step is the same.
+    """
+    lengths = [max(len(value) for value in row.values() if isinstance(value, list)) for row in rows]
+    order = row_order(plan, seed)
+    steps = (sorted(order[start : start + plan.batch_size], key=lengths.__getitem__) for start in range(0, len(order), plan.batch_size))
+    return as_dataset(rows).select([row for step in steps for row in step])
 
 
 def as_dataset(rows: Rows) -> Any:
