@@ -60,6 +60,7 @@ class Command:
 
 def load_machine(machine: str, processes: int | None) -> Machine:
     """The machine file that `machine` names: auto, a name in configs/accelerate, or a path. Raises UserError if there is none."""
+    from configs.extras import check_machine_packages
     from configs.machines import machine_file
 
     path = Path(machine_file(machine, processes))
@@ -69,6 +70,7 @@ def load_machine(machine: str, processes: int | None) -> Machine:
         settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, yaml.YAMLError) as error:
         raise UserError(f"{path}: the machine file cannot be read: {error}") from error
+    check_machine_packages(settings, str(path))
     here = os.path.relpath(path)
     return Machine(path if here.startswith("..") else Path(here), settings)
 

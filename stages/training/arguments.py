@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
+from configs.extras import check_trainer_packages
 from configs.schema import TRLStage
 from stages.models import uses_bf16
 from stages.training.plan import Plan
@@ -32,11 +33,12 @@ def trl_arguments(cfg: TRLStage, plan: Plan, resume_folder: Path, *, has_validat
     """The arguments all three TRL configs share.
 
     Raises:
-        UserError: `trainer:` sets an argument that the stage decides itself.
+        UserError: `trainer:` sets an argument that the stage decides itself, or needs a package that is not installed.
     """
     import torch
 
     refuse_owned(cfg)
+    check_trainer_packages(cfg.trainer)
     train = cfg.train
     bf16 = uses_bf16(train.precision)
     # TrainingArguments takes mixed precision from this variable when neither bf16 nor fp16 is set: a machine file would win.
