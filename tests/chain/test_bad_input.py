@@ -7,12 +7,15 @@ but for the cases at the end, which run as they do for a person.
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 
 import pytest
 
 from launch.cli import main
-from tests.chain.bad_cases import CASES
-from tests.chain.bad_world import Case, World, make_world, run_child_here
+from tests.chain.bad_cases import CASES, chain, data, flipped, scorer, spoilt, stage
+from tests.chain.bad_world import TRAIN, Case, World, flip, make_world, run_child_here
+from tests.stage.runs import ENVIRONMENT, ROOT
 
 
 @pytest.fixture(scope="module")
@@ -50,4 +53,43 @@ def test_bad_input(case: Case, world: World, monkeypatch, capfd) -> None:
     assert main(argv) == 2
     out, err = capfd.readouterr()
     check_message(case, out, err)
+    assert world.written_since(before) == []
+
+
+APART = [
+    # name, processes, what to spoil and run, what the message says
+    ("broken-JSON-before-two-processes-train", 2, data("sft", "odd.jsonl", ['{"prompt": "e",']), ("odd.jsonl:1", "broken JSON")),
+    ("flipped-bit-that-rank-0-alone-sees", 2, spoilt(flipped("sft"), stage("reward")), ("sft/tiny@1", "its content changed")),
+    ("scorer-that-fails-on-rank-1-alone", 2, scorer("raises_on_rank_1"), ("[rank 1]", "raises_on_rank_1", "KeyError: 'order'")),
+    ("scorer-that-fails", 1, scorer("raises"), ("on prompt 0", "KeyError: 'order'", "bad_scorers.py")),
+    ("chain-with-a-broken-row", 1, lambda world: chain(sft={"data": world.rows("odd.jsonl", ["{"]), "train": TRAIN})(world), ("odd.jsonl:1", "broken JSON")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "processes", "arrange", "says"), APART, ids=[entry[0] for entry in APART])
+def test_bad_input_in_processes_of_its_own(name, processes, arrange, says, world: World) -> None:
+    """The real thing: `align` starts the stage (under accelerate launch where there are two processes), and nobody hangs."""
+    argv = arrange(world)
+    options = [f"machine={'cpu_ddp' if processes == 2 else 'cpu'}", f"processes={processes}"]
+    before = world.files()
+    run = subprocess.run(
+        [sys.executable, "-m", "launch.cli", *argv, *options], env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 2, run.stdout + run.stderr
+    check_message(Case(name, arrange, says), run.stdout, run.stderr)
+    assert world.written_since(before) == []
+
+
+def test_plain_accelerate_launch_tells_the_error_and_ends(world: World) -> None:
+    """As a cluster starts it. The launcher adds its own report and ends with 1; ours is one line, told once."""
+    flip(world.sft.model_dir / "model.safetensors")
+    config = stage("dpo")(world)[-1]
+    before = world.files()
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu_ddp.yaml", "--main_process_port", "0"]
+    run = subprocess.run([*launch, "-m", "stages.dpo", "--config", config], env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert run.returncode != 0
+    told = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
+    assert len(told) == 1, run.stderr
+    assert "sft/tiny@1" in told[0]
+    assert run.stderr.index("error: ") < run.stderr.index("Traceback"), "the launcher's report comes after the error"
     assert world.written_since(before) == []
