@@ -15,7 +15,6 @@ def fit(model: Any, tokens: ModelTokens, cfg: StageConfig) -> int:
     for note in tokens.notes:
         say(f"tokenizer: {note}")
     models.check_lora_targets(model, getattr(cfg, "lora", None))
-    model.requires_grad_(True)  # weights that an adapter was merged into are still frozen
     models.resize_to(model, len(tokens.tokenizer))
     model.config.pad_token_id = tokens.pad_id  # a sequence classifier finds its last token by it
     return row_limit(model, cfg)
