@@ -52,16 +52,22 @@ def exact(trainer_class: Any, measure: Measure) -> Any:
 
 
 class StopAtNonFinite(TrainerCallback):
-    """Raises before the optimizer would take a step whose loss is not finite on any process."""
+    """Raises before the optimizer would take a step whose loss or gradient is not finite on any process.
+
+    Before, because weights that such a step has broken would go into the next save, and a resume would start from them.
+    """
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """All ranks agree by a sum, so all of them raise and none waits for the others."""
-        bad = self.trainer.accelerator.reduce(self.trainer.nonfinite.float(), "sum").item()
-        if bad:
-            raise UserError(not_finite("the loss is not finite", state.global_step + 1))
+        gradients = [p.grad for p in self.trainer.model.parameters() if p.grad is not None]  # none of them under DeepSpeed
+        norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=args.device)
+        flags = torch.stack([self.trainer.nonfinite.float(), (~torch.isfinite(norm)).float().to(args.device)])
+        loss, gradient = self.trainer.accelerator.reduce(flags, "sum").tolist()
+        if loss or gradient:
+            raise UserError(not_finite(f"the {'loss' if loss else 'gradient'} is not finite", state.global_step + 1))
 
 
 @torch.no_grad()

@@ -136,11 +136,28 @@ def test_best_state_is_published_after_early_stopping(place):
     assert checkpoint.info("metrics")["loss"] == pytest.approx(evaluations[best], rel=1e-5)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_before_the_step(place):
-    """A learning rate of 1e30 breaks the weights in step 1, so the loss of step 2 is NaN."""
-    values = settings(place, "sft", {"learning_rate": 1e30, "eval_every": 50}, name="nan", output=str(place / "out-nan"))
+def test_weights_that_break_in_training_stop_the_run_before_the_step(place):
+    """A learning rate of 1e30 breaks the weights in step 1, so the gradient of step 2 is NaN; no save holds broken weights."""
+    train = {"learning_rate": 1e30, "eval_every": 50, "save_every": 1, "log_every": 50}
+    values = settings(place, "sft", train, name="nan", output=str(place / "out-nan"))
     with pytest.raises(UserError, match=r"not finite at step 2.*learning_rate"):
         run("sft", values)
+    assert not Registry(place / "registry").list("sft", "nan")
+    assert [path.name for path in (place / "out-nan" / "resume").glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_step(place, monkeypatch):
+    from trl import SFTTrainer
+
+    original = SFTTrainer.training_step
+
+    def second_step_is_nan(self, *args, **kwargs):
+        loss = original(self, *args, **kwargs)
+        return loss * math.nan if self.state.global_step == 1 else loss
+
+    monkeypatch.setattr(SFTTrainer, "training_step", second_step_is_nan)
+    with pytest.raises(UserError, match=r"the loss is not finite at step 2.*learning_rate"):
+        run("sft", settings(place, "sft", {"log_every": 50}, name="nan", output=str(place / "out-nan-loss")))
     assert not Registry(place / "registry").list("sft", "nan")
 
 
