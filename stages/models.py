@@ -13,6 +13,7 @@ from torch import nn
 
 from configs.errors import UserError
 from configs.schema import Lora
+from stages.dropout import without_dropout
 from stages.registry import Checkpoint, Parent, Registry
 
 if TYPE_CHECKING:
@@ -38,6 +39,10 @@ class Origin:
     def identity(self) -> str:
         """The checkpoint's id, or the outside model's path or name."""
         return self.checkpoint.id if self.checkpoint else self.asked
+
+    def ancestors(self) -> list[Checkpoint]:
+        """The published checkpoints that this is and descends from, itself first; none for a model from outside."""
+        return self.registry.ancestors(self.checkpoint) if self.checkpoint and self.registry else []
 
     def parent(self, role: str) -> Parent:
         """The lineage entry of this origin."""
@@ -162,6 +167,11 @@ def uses_bf16(precision: str) -> bool:
     return supported or precision == "bf16"
 
 
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context in which a model of this precision computes: bf16 matrix products over float32 weights, or none."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=uses_bf16(precision))
+
+
 def from_pretrained(cls: Any, folder: str, **kwargs: Any) -> Any:
     """`from_pretrained` with errors a person can act on, and no progress bar for each shard."""
     from safetensors import SafetensorError
@@ -277,26 +287,6 @@ def pad_id_of(origin: Origin) -> int:
     """The pad id a checkpoint was published with."""
     assert origin.checkpoint is not None
     return int(origin.checkpoint.info("tokenizer")["pad_id"])
-
-
-def without_dropout(model: Any) -> Any:
-    """Set every dropout to 0, in modules and config, and switch to eval mode."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        elif isinstance(getattr(module, "attention_dropout", None), float):
-            vars(module)["attention_dropout"] = 0.0
-    for key in vars(model.config):
-        if key.endswith(("dropout", "pdrop")) and isinstance(getattr(model.config, key), float):
-            setattr(model.config, key, 0.0)
-    model.eval()
-    return model
-
-
-def assert_no_dropout(model: nn.Module) -> None:
-    """Raise where a dropout is left: PPO's update must recompute exactly what the rollout stored."""
-    left = [name for name, module in model.named_modules() if isinstance(module, nn.Dropout) and module.p > 0]
-    assert not left, f"dropout is on in {left[:3]}"
 
 
 def check_lora_targets(model: Any, lora: Lora | None) -> None:

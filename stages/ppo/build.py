@@ -16,6 +16,7 @@ from rewards.build import build_scorers
 from rewards.combine import WeightedSum
 from rewards.model import RewardModelScorer
 from stages import models
+from stages.dropout import check_no_dropout
 from stages.ppo.forward import prove_head
 from stages.ppo.modules import (
     POLICY,
@@ -27,6 +28,7 @@ from stages.ppo.modules import (
     is_of,
     store_linear_weights,
 )
+from stages.ppo.rollout import Tokens
 from stages.registry import Parent
 from stages.scorers import reward_scorer, scorer_of
 from stages.tokens import ModelTokens, refuse_other_tokens
@@ -57,8 +59,22 @@ def build_models(cfg: PPOStage, origin: models.Origin, tokens: ModelTokens, devi
     refuse_other_tokens(tokens, reference_origin, cfg)
     parents = [origin.parent("init_from"), reference_origin.parent("reference")]
     built = (_one_backbone if cfg.lora else _separate)(cfg, origin, reference_origin, policy, tokens, device, parents)
-    models.assert_no_dropout(built.trained)
+    _check_reproducible(built.trained, cfg, device)
     return built
+
+
+def _check_reproducible(trained: PolicyAndValue, cfg: PPOStage, device: torch.device) -> None:
+    """Refuse an architecture whose update would not compute what the rollout stored."""
+    ids = torch.arange(12, device=device).reshape(2, 6) % trained.policy.config.get_text_config().vocab_size
+    real = torch.ones_like(ids, dtype=torch.bool)
+    tokens = Tokens(ids[:, :3], real[:, :3], ids[:, 3:], real[:, 3:])
+
+    def forward() -> torch.Tensor:
+        with models.autocast(device, cfg.train.precision):
+            outputs = trained(tokens)
+        return torch.cat([outputs.logprobs, outputs.values], dim=1)
+
+    check_no_dropout(trained, forward)
 
 
 def _separate(

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from configs.errors import UserError
-from stages import models
+from stages import dropout, models
 from stages.ppo import forward, maths
 from stages.ppo.modules import PolicyAndValue, Reference
 from stages.ppo.rollout import Tokens, cut
@@ -157,19 +157,43 @@ def test_trap_7_a_head_starts_with_standard_deviation_one_over_root_of_d_plus_on
     assert torch.equal(models.scalar_head(8, seed=3).weight, models.scalar_head(8, seed=3).weight)
 
 
-def test_row_19_dropout_is_switched_off_wherever_it_hides_and_asserted():
-    from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+DROPOUTS = {  # architectures by where they keep a dropout rate: modules, numbers on modules, the config
+    "gpt2": dict(n_embd=16, n_layer=1, n_head=2, n_positions=32),
+    "llama": dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, attention_dropout=0.5),
+    "opt": dict(hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=32, word_embed_proj_dim=16, layerdrop=0.5),
+    "starcoder2": dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, residual_dropout=0.5, embedding_dropout=0.5),
+    "bloom": dict(hidden_size=16, n_layer=1, n_head=2, hidden_dropout=0.5, attention_dropout=0.5),
+    "biogpt": dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=32),
+    "xglm": dict(d_model=16, ffn_dim=16, num_layers=1, attention_heads=2, max_position_embeddings=32),
+}  # fmt: skip
 
-    from tests.tiny import tiny_config
 
-    noisy = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32, n_positions=32))
+@pytest.mark.parametrize("name", DROPOUTS)
+def test_row_19_dropout_is_switched_off_wherever_it_hides_and_asserted(name):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    tokens = dict(vocab_size=32, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **tokens, **DROPOUTS[name]))
+    ids = torch.arange(3, 19).reshape(2, 8)
+
+    def forward():
+        return model(input_ids=ids).logits.log_softmax(-1)
+
+    assert any(not torch.equal(forward(), forward()) for _ in range(5)), "a model without dropout proves nothing"
     with pytest.raises(AssertionError, match="dropout is on"):
-        models.assert_no_dropout(noisy)
-    for model in (noisy, LlamaForCausalLM(tiny_config(hidden=16, attention_dropout=0.5))):
-        models.without_dropout(model).train()
-        models.assert_no_dropout(model)
-        ids = torch.arange(3, 12).unsqueeze(0)
-        assert torch.equal(model(ids).logits, model(ids).logits)
+        dropout.check_no_dropout(model, forward)
+    dropout.without_dropout(model)
+    dropout.check_no_dropout(model, forward)
+    assert not model.training
+    model.train()
+    assert all(torch.equal(forward(), forward()) for _ in range(5))
+
+
+def test_row_19_noise_under_any_other_name_is_refused():
+    model = model_of()
+    model.lm_head.register_forward_hook(lambda module, _, out: out + module.training * torch.randn_like(out))
+    with pytest.raises(UserError, match="differ by"):
+        dropout.check_no_dropout(model, lambda: model(input_ids=torch.arange(3, 9)[None]).logits)
 
 
 def test_the_reference_divides_by_the_temperature_too():
