@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +41,7 @@ class Origin:
         """The checkpoint's id, or the outside model's path or name."""
         return self.checkpoint.id if self.checkpoint else self.asked
 
-    def ancestors(self) -> list[Checkpoint]:
+    def ancestors(self) -> Sequence[Checkpoint]:
         """The published checkpoints that this is and descends from, itself first; none for a model from outside."""
         return self.registry.ancestors(self.checkpoint) if self.checkpoint and self.registry else []
 

@@ -58,6 +58,13 @@ class Chain(Strict):
             raise ValueError(f"the chain has no stage; give at least one of {', '.join(STAGES)}")
         return self
 
+    @model_validator(mode="after")
+    def _has_one_split(self) -> Chain:
+        other = [stage for stage in STAGES if getattr(self, stage) is not None and getattr(self, stage).split != self.split]
+        if other:
+            raise ValueError(f"{', '.join(other)}: has a split of its own; the stages of a chain share one, or prompts held out in one are trained on in another: set split at the top only")
+        return self
+
 
 def fill_places(data: dict[str, Any]) -> dict[str, Any]:
     """Say where the chain works and publishes, where it does not itself."""

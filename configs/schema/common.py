@@ -126,4 +126,7 @@ class StageConfig(Strict):
     machine: str = Field(default="auto", description="Machine file in configs/accelerate (or a path); auto takes the one that fits.")
     processes: PositiveInt | None = Field(default=None, description="Number of processes; null is the machine file's.")
     attn_implementation: str | None = Field(default=None, description="Attention kernel as transformers names it: sdpa, eager, flash_attention_2.")
-    allow_changed: list[str] = Field(default_factory=list, description="Resume although these have changed: data, tokenizer, processes, config.")
+    allow_changed: list[str] = Field(
+        default_factory=list,
+        description="Resume although these have changed: data, tokenizer, processes, config; split: start from a model that was trained under another split."
+    )

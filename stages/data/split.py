@@ -66,6 +66,14 @@ class Splitter:
             return "test"
         return "validation" if place < self.split_config.test + self.split_config.validation else "train"
 
+    def facts(self) -> dict[str, Any]:
+        """What manifests record of the split: equal facts mean equal parts. `always_test` is a digest of the prompts kept out."""
+        cfg, kept_out = self.split_config, "\n".join(sorted(self.always_test))
+        return {
+            "seed": cfg.seed, "validation": cfg.validation, "test": cfg.test, "test_prompts": len(self.always_test),
+            "always_test": blake3(kept_out.encode()).hexdigest() if self.always_test else None,
+        }  # fmt: skip
+
     def split(self, rows: Sequence[R], need_train: bool = True) -> Splits[R]:
         """All rows by part, file order kept. Raises UserError when nothing is left to train on (if `need_train`)."""
         parts: dict[Part, list[R]] = {"train": [], "validation": [], "test": []}
@@ -80,12 +88,7 @@ class Splitter:
             "rows": {part: len(members) for part, members in final.items()},
             "groups": groups,
             "fingerprint": {part: fingerprint(members) for part, members in final.items()},
-            "split": {
-                "seed": self.split_config.seed,
-                "validation": self.split_config.validation,
-                "test": self.split_config.test,
-                "test_prompts": len(self.always_test),
-            },
+            "split": self.facts(),
         }
         return Splits(train, parts["validation"], parts["test"], report)
 

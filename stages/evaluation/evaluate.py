@@ -34,8 +34,7 @@ def evaluate(cfg: EvalConfig, say: Callable[[str], None] = lambda line: None) ->
     """
     against, reference = _labels(cfg)
     origins = {label: models.find(asked, cfg.registry, stages=POLICIES) for label, asked in cfg.checkpoints.items()}
-    for origin in origins.values():
-        check_split(origin, cfg)
+    check_split(origins.values(), cfg)
     chosen = choose_prompts(cfg)
     models.verify(*origins.values(), *scorer_origins(cfg))
     _check_files(cfg)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from configs.errors import UserError
@@ -14,6 +14,7 @@ from stages.data.read import read_prompts
 from stages.data.rows import Prompt
 from stages.data.split import Splitter, group_key
 from stages.models import Origin
+from stages.registry import contract
 
 
 def choose_prompts(cfg: EvalConfig) -> list[Prompt]:
@@ -38,18 +39,13 @@ def choose_prompts(cfg: EvalConfig) -> list[Prompt]:
     return [row for row in chosen if first[group_key(row.prompt)] is row][: cfg.max_prompts]
 
 
-def check_split(origin: Origin, cfg: EvalConfig) -> None:
-    """Raise UserError where a checkpoint was trained under another split: our test prompts may be among its training rows."""
-    if cfg.subset == "all" or origin.checkpoint is None:
+def check_split(origins: Iterable[Origin], cfg: EvalConfig) -> None:
+    """Raise UserError where a model or what it descends from was trained under another split: it may have seen our test prompts."""
+    if cfg.subset == "all":
         return
-    theirs = (origin.checkpoint.info("data") or {}).get("split") or {}
-    differing = [key for key in ("seed", "validation", "test") if key in theirs and theirs[key] != getattr(cfg.split, key)]
-    if differing:
-        said = ", ".join(f"split.{key} is {getattr(cfg.split, key)} here and {theirs[key]} there" for key in differing)
-        raise UserError(
-            f"{origin.asked} was trained under another split: {said}; it may have seen these {cfg.subset} prompts. Use its split, or set "
-            "subset: all if no stage has trained on this file"
-        )
+    split = Splitter(cfg.split).facts()
+    for origin in origins:
+        contract.check_split(origin.ancestors(), split, "set subset: all if no stage has trained on this file")
 
 
 def eval_set(cfg: EvalConfig, prompts: Sequence[Prompt], scorer_ids: dict[str, str]) -> tuple[str, dict[str, Any]]:

@@ -6,7 +6,7 @@ Each returns None or raises UserError saying what was found, what was expected a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,27 @@ def check_base_under_adapter(
             f"{checkpoint.ref} is an adapter trained on {trained_on}, and would be put on {found}: its weights mean "
             "nothing there. Use the base it was trained on, or train the adapter again on this one"
         )
+
+
+def check_split(family: Sequence[Checkpoint], split: Mapping[str, Any], advice: str) -> None:
+    """A model and all it descends from were trained under one split: otherwise prompts held out here were trained on there.
+
+    family: the model first. split: facts {"seed", "validation", "test", "always_test"} as in a manifest's data.split. Fine for a
+    checkpoint that records no split.
+    """
+    for checkpoint in family:
+        theirs = (checkpoint.info("data") or {}).get("split")
+        if not theirs:
+            continue
+        differing = [key for key in ("seed", "validation", "test") if theirs.get(key) != split[key]]
+        said = [f"split.{key} is {split[key]} here and {theirs.get(key)} there" for key in differing]
+        said += ["split.test_prompts names other prompts here than there"] if theirs.get("always_test") != split["always_test"] else []
+        if said:
+            descent = "" if checkpoint is family[0] else f", from which {family[0].ref} descends,"
+            raise UserError(
+                f"{checkpoint.ref}{descent} was trained under another split: {', '.join(said)}; it may have seen prompts that are held "
+                f"out here. Use its split, or {advice}"
+            )
 
 
 def check_score_position(checkpoint: Checkpoint, expected: str = "last_token") -> None:

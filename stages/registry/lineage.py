@@ -48,6 +48,18 @@ def trace(checkpoint: Checkpoint, load: Callable[[str], Checkpoint | Problem | N
     return _node(checkpoint, None, None, load, set())
 
 
+def ancestors(checkpoint: Checkpoint, load: Callable[[str], Checkpoint | Problem | None]) -> list[Checkpoint]:
+    """The checkpoint and every one that it was made from, each once; those that are gone or damaged are left out."""
+    found, waiting = {checkpoint.id: checkpoint}, [checkpoint]
+    while waiting:
+        for entry in waiting.pop().manifest.get("parents", []):
+            parent = load(entry["id"]) if entry.get("id") not in (None, *found) else None
+            if isinstance(parent, Checkpoint):
+                found[parent.id] = parent
+                waiting.append(parent)
+    return list(found.values())
+
+
 def _node(
     checkpoint: Checkpoint,
     role: str | None,

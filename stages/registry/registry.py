@@ -22,7 +22,7 @@ from stages.registry.commit import commit
 from stages.registry.contract import check_finite, check_stage
 from stages.registry.integrity import Problem, check, read_checkpoint
 from stages.registry.layout import open_root
-from stages.registry.lineage import LineageNode, trace
+from stages.registry.lineage import LineageNode, ancestors, trace
 from stages.registry.manifest import Checkpoint, Parent
 from stages.registry.names import (
     FORMS,
@@ -155,6 +155,10 @@ class Registry:
     def lineage(self, ref: str) -> LineageNode:
         """What a checkpoint was made from, back to the models from outside. Raises UserError like `resolve`."""
         return trace(self.resolve(ref), self._load)
+
+    def ancestors(self, checkpoint: Checkpoint) -> Sequence[Checkpoint]:
+        """The checkpoint and every one of this registry that it was made from."""
+        return ancestors(checkpoint, self._load)
 
     def _load(self, checkpoint_id: str) -> Checkpoint | Problem | None:
         path = self.root / "checkpoints" / checkpoint_id

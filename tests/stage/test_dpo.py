@@ -177,5 +177,5 @@ def test_the_fused_head_agrees_with_plain_logits(place):
 def test_pairs_over_the_length_are_counted(place):
     rows = [json.loads(line) for line in (place / "pairs.jsonl").read_text().splitlines()]
     write_rows(place / "some.jsonl", [*rows, {"prompt": "long", "chosen": "x" * 300, "rejected": "y"}])
-    values = settings(place, "dpo", {"max_steps": 1}, name="some", init_from="sft/one", data=str(place / "some.jsonl"), split={"validation": 0, "test": 0})
+    values = settings(place, "dpo", {"max_steps": 1}, name="some", init_from="sft/one", data=str(place / "some.jsonl"), split={"validation": 0, "test": 0}, allow_changed=["split"])
     assert run("dpo", values).info("data")["dropped"]["overlong"] == {"train": 1, "validation": 0}

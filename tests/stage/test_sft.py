@@ -178,6 +178,14 @@ def test_refusals_say_what_to_do_and_publish_nothing(place, changes, message):
     assert not Registry(place / "registry").list("sft", "refused")
 
 
+def test_a_parent_of_another_split_is_refused(place, published):
+    """Its training rows may be validation rows here; who knows better says so."""
+    values = settings(place, "sft", {"max_steps": 1}, name="on", init_from="sft/tiny", split={"seed": 1}, output=str(place / "out-on"))
+    with pytest.raises(UserError, match=r"sft/tiny@1 was trained under another split: split\.seed is 1 here and 0 there"):
+        run("sft", values)
+    assert run("sft", values | {"allow_changed": ["split"]}).name == "on"
+
+
 def test_rows_over_the_length_are_counted(place):
     file = write_rows(place / "long.jsonl", [json.loads(line) for line in (place / "sft.jsonl").read_text().splitlines()])
     with file.open("a") as stream:

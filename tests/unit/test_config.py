@@ -152,6 +152,14 @@ def test_a_wrong_value_inside_the_shared_split_is_reported_once(write):
     ]
 
 
+def test_the_stages_of_a_chain_share_one_split(write):
+    found = problems(write(CHAIN.replace("reward:\n", "reward:\n  split: {seed: 4}\n")), "chain", ("assets=a",))
+    assert len(found) == 1
+    assert "reward: has a split of its own" in found[0]
+    write(dump(load(write(CHAIN + "split: {seed: 4}\n"), "chain", ["assets=a"])))  # what was resolved says it in every section
+    assert load("c.yaml", "chain").reward.split.seed == 4
+
+
 def test_a_stage_is_switched_off_from_the_command_line(write):
     cfg = load(write(CHAIN), "chain", ["assets=a", "reward=null", "ppo=null"])
     assert cfg.reward is None

@@ -81,6 +81,10 @@ def test_test_prompts_are_always_test(tmp_path):
     assert [row.messages[0].content for row in splits.test] == ["prompt 7", "prompt 8"]
     assert len(splits.train) == 8
     assert splits.report["split"]["test_prompts"] == 2
+    path.write_text("prompt 8\n prompt 7")  # the same prompts in another file
+    assert Splitter(Split(validation=0, test=0, test_prompts=path)).facts() == splitter.facts()
+    path.write_text("prompt 8\nprompt 6")
+    assert Splitter(Split(validation=0, test=0, test_prompts=path)).facts() != splitter.facts()
 
 
 def test_nothing_left_to_train_on_is_an_error(tmp_path):

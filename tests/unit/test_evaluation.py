@@ -234,6 +234,16 @@ def test_a_checkpoint_of_another_split_is_refused(tmp_path, folders):
         evaluate(cfg)
 
 
+def test_prompts_that_were_not_kept_out_of_training_are_refused(tmp_path, folders):
+    """split.test_prompts makes them test prompts here; the checkpoint was trained without, on most of them."""
+    registry = Registry(tmp_path / "registry")
+    publish(registry, "sft", folders["one"], models.load_policy(models.find(folders["one"], tmp_path)))
+    file = write_prompts(tmp_path / "kept-out.jsonl", [f"question {i}" for i in range(6)])
+    cfg = config(tmp_path, {"v1": "sft/tiny"}, subset="test", split={"test_prompts": str(file)})
+    with pytest.raises(UserError, match=r"sft/tiny@1 was trained under another split: split\.test_prompts"):
+        evaluate(cfg)
+
+
 def test_a_prompt_that_stands_twice_counts_once(tmp_path, folders):
     cfg = config(tmp_path, folders)
     write_prompts(tmp_path / "prompts.jsonl", ["a b", "c", "A  b", "d"])

@@ -6,7 +6,7 @@ import struct
 import pytest
 
 from configs.errors import UserError
-from stages.registry import Registry, contract
+from stages.registry import Parent, Registry, contract
 from stages.registry.finite import nonfinite_tensors
 from tests.unit.registry_samples import publish
 
@@ -45,6 +45,24 @@ def test_padding_is_not_the_end_of_a_text(facts, message):
     contract.check_pad_eos(TOKENIZER, "sft/demo@1")
     with pytest.raises(UserError, match=message):
         contract.check_pad_eos(TOKENIZER | facts, "sft/demo@1")
+
+
+SPLIT = {"seed": 0, "validation": 0.05, "test": 0.1, "always_test": None}
+
+
+def test_all_that_a_model_descends_from_was_trained_under_one_split(registry):
+    other = publish(registry, "sft/a", data={"split": SPLIT | {"seed": 1}})
+    same = publish(registry, "sft/b", data={"split": SPLIT})
+    plain = publish(registry, "sft/c")
+    family = [registry.ancestors(publish(registry, "ppo/x", data={"split": SPLIT}, parents=[Parent.of(p, "init_from")])) for p in (same, plain)]
+    for members in family:
+        assert len(members) == 2
+        contract.check_split(members, SPLIT, "give up")
+    child = publish(registry, "ppo/y", data={"split": SPLIT}, parents=[Parent.of(same, "reference"), Parent.of(other, "scorer")])
+    with pytest.raises(UserError, match=r"sft/a@1, from which ppo/y@1 descends, was .* split\.seed is 0 here and 1 there.* or give up"):
+        contract.check_split(registry.ancestors(child), SPLIT, "give up")
+    with pytest.raises(UserError, match=r"sft/b@1 was trained under another split: split\.test_prompts names other prompts"):
+        contract.check_split([same], SPLIT | {"always_test": "f" * 64}, "give up")
 
 
 def test_an_adapter_goes_on_its_own_base_only(registry, tmp_path):
