@@ -63,7 +63,9 @@ def last_token_scores(model: nn.Module, input_ids: Tensor, attention_mask: Tenso
     last = (columns * attention_mask.long()).argmax(-1)
     pooled = hidden[torch.arange(hidden.shape[0], device=hidden.device), last]  # [B, H]
     weight = next(found.parameters(), None)
-    return found(pooled if weight is None else pooled.to(weight.dtype)).squeeze(-1).float()
+    # Never in bf16: scores between 4 and 8 would be multiples of 1/32.
+    with torch.autocast(pooled.device.type, enabled=False):
+        return found(pooled if weight is None else pooled.to(weight.dtype)).squeeze(-1).float()
 
 
 @contextmanager
@@ -84,7 +86,9 @@ class RewardModelScorer:
     """Scores completions with a sequence classification model of one label. Scores are raw: neither centred nor scaled.
 
     tokens: the model's own formatter, for the text path. token_key: names tokenizer and template, equal for a policy whose ids
-    the model can read. mean, std: of its scores on the demonstrations. batch_size: rows per forward pass.
+    the model can read. mean, std: of its scores on the demonstrations. batch_size: rows per forward pass. autocast: dtype of
+    matrix products; None computes in the weights' own. The head stays in its own either way. eos_ids: the first is the one the
+    model was trained to read.
     """
 
     def __init__(
@@ -100,13 +104,14 @@ class RewardModelScorer:
         std: float = 1.0,
         batch_size: int = 32,
         head: nn.Module | None = None,
+        autocast: torch.dtype | None = None,
     ) -> None:
         if pad_id in set(eos_ids):
             raise UserError(f"reward model {name}: its pad token is its EOS ({pad_id}); train it with a pad token of its own")
         backbone_and_head(model, head)
         self.name, self.model, self.tokens, self.head = name, model, tokens, head
         self.pad_id, self.eos_ids, self.token_key = pad_id, list(eos_ids), token_key
-        self.mean, self.std, self.batch_size = mean, std, batch_size
+        self.mean, self.std, self.batch_size, self.autocast = mean, std, batch_size, autocast
         config = getattr(model, "config", None)
         self.max_length: int | None = getattr(config, "max_position_embeddings", None)
 
@@ -126,12 +131,17 @@ class RewardModelScorer:
         ids = list(self.tokens.completion_ids(text, prompt)) if text else [self.eos_ids[0]]
         return ids[:-1] if not finished and ids[-1] in self.eos_ids else ids
 
+    def _ended_as_trained(self, completion: Sequence[int]) -> list[int]:
+        """The completion with its last EOS replaced by the one that stood in the training data: a policy may have several."""
+        ids = list(completion)
+        return [*ids[:-1], self.eos_ids[0]] if ids and ids[-1] in self.eos_ids else ids
+
     def score_ids(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> Tensor:
         """Scores [B] (fp32, on the model's device) at the last token of each completion; rows carry no padding.
 
         An empty completion is scored at the end of its prompt. Raises UserError for a row longer than the model can read.
         """
-        rows = [[*prompt, *completion] for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
+        rows = [[*prompt, *self._ended_as_trained(completion)] for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
         device = next(self.model.parameters()).device
         scores = torch.empty(len(rows), device=device)
         longest = max(map(len, rows), default=0)
@@ -139,7 +149,8 @@ class RewardModelScorer:
             raise UserError(f"reward model {self.name}: a row has {longest} tokens, the model reads {self.max_length}; shorten prompts or completions")
         assert all(rows), "a row without any token cannot be scored"
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        with dropout_off(self.model), torch.no_grad():
+        precision = torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None)
+        with dropout_off(self.model), torch.no_grad(), precision:
             for start in range(0, len(order), self.batch_size):
                 chosen = order[start : start + self.batch_size]
                 ids, mask = _pad_right([rows[i] for i in chosen], self.pad_id, device)

@@ -208,10 +208,19 @@ def load_policy(origin: Origin, *, dtype: torch.dtype = torch.float32, attn_impl
 
         base = load_policy(adapter_base(origin), dtype=dtype, attn_implementation=attn_implementation)
         resize_to(base, adapter_vocabulary(origin))
-        model = PeftModel.from_pretrained(base, origin.folder).merge_and_unload().requires_grad_(True)  # peft froze the base
+        model = _merged(PeftModel.from_pretrained(base, origin.folder))
     else:
         model = from_pretrained(AutoModelForCausalLM, origin.folder, dtype=dtype, attn_implementation=attn_implementation)
     return without_dropout(model)
+
+
+def _merged(peft_model: Any) -> Any:
+    """The base with the adapter's update added to its weights, trainable again (peft froze it)."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    base = peft_model.get_base_model()
+    _refuse_tied(base, [module for module in base.modules() if isinstance(module, BaseTunerLayer)])
+    return peft_model.merge_and_unload().requires_grad_(True)
 
 
 def adapter_vocabulary(origin: Origin) -> int | None:
@@ -276,7 +285,7 @@ def load_scorer(origin: Origin, *, dtype: torch.dtype = torch.float32, attn_impl
         policy = load_policy(adapter_base(origin), dtype=dtype, attn_implementation=attn_implementation)
         resize_to(policy, adapter_vocabulary(origin))
         base = scorer_from_policy(policy, pad_id=pad_id_of(origin), seed=0)
-        model = PeftModel.from_pretrained(base, origin.folder).merge_and_unload().requires_grad_(True)  # peft froze the base
+        model = _merged(PeftModel.from_pretrained(base, origin.folder))
     else:
         model = from_pretrained(
             AutoModelForSequenceClassification, origin.folder, dtype=dtype, attn_implementation=attn_implementation, num_labels=1
@@ -290,16 +299,21 @@ def pad_id_of(origin: Origin) -> int:
     return int(origin.checkpoint.info("tokenizer")["pad_id"])
 
 
-def check_lora_targets(model: Any, lora: Lora | None) -> None:
-    """Raise UserError where `lora.target_modules` names layers that the model does not have."""
+def check_lora_targets(model: Any, lora: Lora | None, *, head: bool = True) -> None:
+    """Raise UserError where `lora.target_modules` names layers that the model does not have, or that can't have an adapter.
+
+    `head` false: nor may the output head have one.
+    """
     if lora is None or lora.target_modules == "all-linear":
         return
     names = [name for name, module in model.named_modules() if name]
     wanted = [lora.target_modules] if isinstance(lora.target_modules, str) else lora.target_modules
     if isinstance(lora.target_modules, str):  # peft takes one text as a regular expression over whole names
-        missing = wanted if not any(re.fullmatch(lora.target_modules, name) for name in names) else []
+        hit = [name for name in names if re.fullmatch(lora.target_modules, name)]
+        missing = wanted if not hit else []
     else:
-        missing = [target for target in wanted if not any(name == target or name.endswith(f".{target}") for name in names)]
+        hit = [name for name in names if any(name == target or name.endswith(f".{target}") for target in wanted)]
+        missing = [target for target in wanted if not any(name == target or name.endswith(f".{target}") for name in hit)]
     if missing:
         linear = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
         close = difflib.get_close_matches(missing[0], linear, n=1)
@@ -307,6 +321,19 @@ def check_lora_targets(model: Any, lora: Lora | None) -> None:
         raise UserError(
             f"lora.target_modules: {type(model).__name__} has no module {', '.join(map(repr, missing))}; its linear layers are "
             f"{', '.join(linear)}; all-linear takes all of them but the head.{hint}"
+        )
+    _refuse_tied(model, [model.get_submodule(name) for name in hit])
+    if not head and any(model.get_submodule(name) is model.get_output_embeddings() for name in hit):
+        raise UserError("lora.target_modules names the output head; in PPO the value function has an adapter of its own and no use for that layer: leave it out")
+
+
+def _refuse_tied(model: Any, layers: list[Any]) -> None:
+    """Raise where an adapter is on one of two layers that share their weights: merged, it would change the other one too."""
+    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    if outputs is not None and inputs.weight is outputs.weight and any(layer is inputs or layer is outputs for layer in layers):
+        raise UserError(
+            f"an adapter on the embedding or the output head of {type(model).__name__}, which share one weight: merged into it, the adapter would "
+            "change both; leave these layers out of lora.target_modules"
         )
 
 

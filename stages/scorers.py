@@ -10,16 +10,16 @@ from stages import models
 from stages.tokens import load_tokens
 
 
-def reward_scorer(asked: str, registry_root: Path, *, device: Any = None, dtype: Any = None, batch_size: int = 32) -> RewardModelScorer:
-    """The scorer of a published reward model, with its own tokenizer and template, centred by nobody yet.
+def reward_scorer(
+    asked: str, registry_root: Path, *, device: Any = None, batch_size: int = 32, attn_implementation: str | None = None
+) -> RewardModelScorer:
+    """The scorer of a published reward model in float32, with its own tokenizer and template, centred by nobody yet.
 
     Raises:
         UserError: the checkpoint is not a reward model, or is damaged.
     """
-    import torch
-
     origin = models.find(asked, registry_root, stages=("reward",))
-    model = models.load_scorer(origin, dtype=dtype or torch.float32)
+    model = models.load_scorer(origin, attn_implementation=attn_implementation)
     return scorer_of(origin, model.to(device) if device is not None else model, batch_size=batch_size)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ from stages.ppo.modules import (
 )
 from stages.ppo.rollout import Tokens
 from stages.registry import Parent
-from stages.scorers import reward_scorer, scorer_of
+from stages.scorers import scorer_of
 from stages.tokens import ModelTokens, refuse_other_tokens
 
 
@@ -96,13 +97,12 @@ def _value_copy(cfg: PPOStage, origin: models.Origin, parents: list[Parent], tok
     """A value model of its own: the reward model's trunk and head where there is one with the same tokens, else the policy's."""
     asked = cfg.value_init or next((s.checkpoint for s in cfg.scorers if s.kind == "model"), None)
     if asked is not None:
-        found = models.find(asked, cfg.registry, stages=("reward",))
+        found = _reward_origin(cfg, asked)
         assert found.checkpoint is not None
         if _same_tokens(found, tokens):
             parents.append(found.parent("value_init"))
             scorer = models.load_scorer(found, attn_implementation=cfg.attn_implementation)
-            head = _head_from(scorer.score.weight, mean=_centre(cfg, found))
-            return scorer.base_model, head
+            return scorer.base_model, _value_head(cfg, found, scorer.score)
         if cfg.value_init:
             raise UserError(f"value_init {asked} has another tokenizer than {cfg.init_from}; a value function reads the policy's ids")
     copy = models.load_policy(origin, attn_implementation=cfg.attn_implementation)
@@ -117,18 +117,18 @@ def _same_tokens(found: models.Origin, tokens: ModelTokens) -> bool:
     return all(tokens.facts[key] == theirs[key] for key in ("digest", "template_digest"))
 
 
-def _centre(cfg: PPOStage, found: models.Origin) -> float:
-    """What PPO subtracts from this reward model's scores: the value function starts out centred alike."""
+def _value_head(cfg: PPOStage, found: models.Origin, score: nn.Linear) -> nn.Linear:
+    """A value head that starts as what PPO makes of this reward model's score: centred, weighted and scaled as the scores are."""
     assert found.checkpoint is not None
-    return float(found.checkpoint.info("stage_info")["mean"]) if cfg.center_scores else 0.0
-
-
-def _head_from(weight: torch.Tensor, *, mean: float) -> nn.Linear:
-    """A value head that starts as the centred score."""
-    head = nn.Linear(weight.shape[1], 1)
+    info = found.checkpoint.info("stage_info")
+    mean = float(info["mean"]) if cfg.center_scores else 0.0
+    weights = [s.weight for s in cfg.scorers if s.kind == "model" and _reward_origin(cfg, s.checkpoint).identity == found.identity]
+    weight = sum(weights) if weights else 1.0  # a value_init that scores nothing
+    factor = weight / (abs(weight) * (info["std"] or 1.0)) if cfg.scale_scores else weight
+    head = nn.Linear(score.in_features, 1)
     with torch.no_grad():
-        head.weight.copy_(weight)
-        head.bias.fill_(-mean)
+        head.weight.copy_(factor * score.weight)
+        head.bias.copy_(factor * ((score.bias if score.bias is not None else 0.0) - torch.tensor([mean])))
     return head
 
 
@@ -152,7 +152,7 @@ def _loader(cfg: PPOStage, parents: list[Parent], load: Callable[[models.Origin]
     """What build_scorers calls for `kind: model`; each checkpoint becomes a parent."""
 
     def found(asked: str) -> RewardModelScorer:
-        origin = models.find(asked, cfg.registry, stages=("reward",))
+        origin = _reward_origin(cfg, asked)
         parents.append(origin.parent("scorer"))
         return load(origin)
 
@@ -160,10 +160,17 @@ def _loader(cfg: PPOStage, parents: list[Parent], load: Callable[[models.Origin]
 
 
 def _frozen_scorer(origin: models.Origin, cfg: PPOStage, device: torch.device) -> RewardModelScorer:
-    dtype = models.weights_dtype(cfg.train.precision, frozen=True)
-    scorer = reward_scorer(origin.asked, cfg.registry, device=device, dtype=dtype, batch_size=cfg.train.micro_batch_size)
-    _freeze(scorer.model)
-    return scorer
+    """A reward model of its own. One with an adapter merged in computes in float32: bf16 would round away what the adapter learned."""
+    dtype = _compute_dtype(cfg) if not models.is_adapter(origin) else None
+    model = models.load_scorer(origin, attn_implementation=cfg.attn_implementation)
+    if dtype is not None:
+        store_linear_weights(model, dtype)
+    return scorer_of(origin, _freeze(model.to(device)), batch_size=cfg.train.micro_batch_size, autocast=dtype)
+
+
+def _compute_dtype(cfg: PPOStage) -> torch.dtype | None:
+    """What matrix products are computed in, where that is not float32."""
+    return torch.bfloat16 if models.uses_bf16(cfg.train.precision) else None
 
 
 class AdapterScorer(RewardModelScorer):
@@ -188,33 +195,25 @@ def _one_backbone(
     assert cfg.lora is not None
     if cfg.train.gradient_checkpointing:
         raise UserError("train.gradient_checkpointing is not available with adapters on one backbone: a layer recomputed in the backward pass would use the wrong adapter; set it to false")
-    models.check_lora_targets(policy, cfg.lora)
+    models.check_lora_targets(policy, cfg.lora, head=False)
     torch.manual_seed(cfg.seed)
     peft_model = get_peft_model(policy, models.lora_config(cfg.lora, "CAUSAL_LM"), adapter_name=POLICY)
-    in_place = {o.identity: o for o in _reward_origins(cfg) if _is_on(o, origin, tokens)}
-    value_from = next(iter(in_place.values()), None)
-    if value_from is not None:
-        weight = add_reward_adapter(peft_model, value_from, VALUE)
-        head = _head_from(weight, mean=_centre(cfg, value_from))
-    else:
-        peft_model.add_adapter(VALUE, models.lora_config(cfg.lora, "CAUSAL_LM"))
-        head = _fresh_head(policy, cfg, zero=True)
-    heads = {}
-    for index, (identity, reward_origin) in enumerate(in_place.items()):
-        if index:
-            raise UserError("two reward adapters on one base; PPO keeps one in place: merge the other one on export, or use one")
-        heads[identity] = _head_from(add_reward_adapter(peft_model, reward_origin, REWARD), mean=0.0).to(device)
-    peft_model.to(device)
+    value_head, score_heads = _add_adapters(peft_model, cfg, [o for o in _reward_origins(cfg) if _is_on(o, origin, tokens)])
     backbone = peft_model.get_base_model()
+    store_linear_weights(backbone, models.weights_dtype(cfg.train.precision, frozen=True))
+    peft_model.to(device)
     for name, parameter in backbone.named_parameters():
         parameter.requires_grad_(is_of(name, POLICY) or is_of(name, VALUE))
     switch = AdapterSwitch(backbone, [POLICY, VALUE])
-    trained = PolicyAndValue(backbone, None, head, temperature=cfg.sampling.temperature, switch=switch).to(device)
+    trained = PolicyAndValue(backbone, None, value_head, temperature=cfg.sampling.temperature, switch=switch).to(device)
 
     def load(found: models.Origin) -> RewardModelScorer:
-        if found.identity not in heads:
+        if found.identity not in score_heads:
             return _frozen_scorer(found, cfg, device)
-        return scorer_of(found, backbone, batch_size=cfg.train.micro_batch_size, head=heads[found.identity], kind=AdapterScorer, switch=switch)
+        head = score_heads[found.identity].to(device)
+        return scorer_of(
+            found, backbone, batch_size=cfg.train.micro_batch_size, head=head, kind=AdapterScorer, switch=switch, autocast=_compute_dtype(cfg)
+        )
 
     scorer = build_scorers(cfg.scorers, _loader(cfg, parents, load))
     if reference_origin.identity == origin.identity:
@@ -225,6 +224,20 @@ def _one_backbone(
     return PPOModels(trained, reference, scorer, peft_model, origin, parents)
 
 
+def _add_adapters(peft_model: Any, cfg: PPOStage, rewards: list[models.Origin]) -> tuple[nn.Linear, dict[str, nn.Linear]]:
+    """Put the value adapter and those of `rewards` on the backbone: the value head, and the score heads by the reward model's identity."""
+    assert cfg.lora is not None
+    in_place = {o.identity: o for o in rewards}
+    if len(in_place) > 1:
+        raise UserError("two reward adapters on one base; PPO keeps one in place: merge the other one on export, or use one")
+    if not in_place:
+        peft_model.add_adapter(VALUE, models.lora_config(cfg.lora, "CAUSAL_LM"))
+        return _fresh_head(peft_model.get_base_model(), cfg, zero=True), {}
+    identity, reward = next(iter(in_place.items()))
+    value_head = _value_head(cfg, reward, add_reward_adapter(peft_model, reward, VALUE))
+    return value_head, {identity: add_reward_adapter(peft_model, reward, REWARD)}
+
+
 def find_reference(cfg: PPOStage, origin: models.Origin) -> models.Origin:
     """The model that KL is measured to."""
     return models.find(cfg.reference, cfg.registry, stages=("sft", "dpo", "ppo")) if cfg.reference else origin
@@ -232,12 +245,16 @@ def find_reference(cfg: PPOStage, origin: models.Origin) -> models.Origin:
 
 def find_all(cfg: PPOStage, origin: models.Origin) -> list[models.Origin]:
     """Every model that a run starts from, `origin` first."""
-    value = [models.find(cfg.value_init, cfg.registry, stages=("reward",))] if cfg.value_init else []
+    value = [_reward_origin(cfg, cfg.value_init)] if cfg.value_init else []
     return [origin, find_reference(cfg, origin), *_reward_origins(cfg), *value]
 
 
 def _reward_origins(cfg: PPOStage) -> list[models.Origin]:
-    return [models.find(s.checkpoint, cfg.registry, stages=("reward",)) for s in cfg.scorers if s.kind == "model"]
+    return [_reward_origin(cfg, s.checkpoint) for s in cfg.scorers if s.kind == "model"]
+
+
+def _reward_origin(cfg: PPOStage, asked: str) -> models.Origin:
+    return models.find(asked, cfg.registry, stages=("reward",))
 
 
 def _is_on(reward: models.Origin, origin: models.Origin, tokens: ModelTokens) -> bool:
@@ -248,21 +265,23 @@ def _is_on(reward: models.Origin, origin: models.Origin, tokens: ModelTokens) ->
     return base.identity == origin.identity or Path(base.folder).resolve() == Path(origin.folder).resolve()
 
 
-def add_reward_adapter(peft_model: Any, reward: models.Origin, name: str) -> torch.Tensor:
-    """Put a reward checkpoint's adapter on the backbone under `name`; returns its head's weight [1, d].
+def add_reward_adapter(peft_model: Any, reward: models.Origin, name: str) -> nn.Linear:
+    """Put a reward checkpoint's adapter on the backbone under `name`; returns its score head [d] -> 1.
 
     The checkpoint is a sequence classifier and the backbone a language model: the adapter's layers have the same names in
-    both, the score head is kept apart.
+    both, the score head is kept apart. Dropout of its training stays behind.
     """
     from peft import LoraConfig, set_peft_model_state_dict
     from safetensors.torch import load_file
 
     config = LoraConfig.from_pretrained(reward.folder)
-    config.modules_to_save, config.task_type, config.inference_mode = None, "CAUSAL_LM", False
+    config.modules_to_save, config.task_type, config.inference_mode, config.lora_dropout = None, "CAUSAL_LM", False, 0.0
     peft_model.add_adapter(name, config)
     weights = load_file(Path(reward.folder) / "adapter_model.safetensors")
-    head = next(tensor for key, tensor in weights.items() if "score" in key and key.endswith("weight") and "lora" not in key)
     adapter = {key: tensor for key, tensor in weights.items() if "lora" in key}
     result: Any = set_peft_model_state_dict(peft_model, adapter, adapter_name=name)
     assert not result.unexpected_keys, f"the reward adapter has layers the policy lacks: {result.unexpected_keys[:3]}"
-    return head
+    parts = {key.rpartition(".")[2]: tensor for key, tensor in weights.items() if re.search(r"(^|\.)score\.(weight|bias)$", key)}
+    head = nn.Linear(parts["weight"].shape[1], 1, bias="bias" in parts)
+    head.load_state_dict(parts)
+    return head.requires_grad_(False)

@@ -95,7 +95,9 @@ class PolicyAndValue(nn.Module):
                 hidden = hidden_states(self.policy.base_model, tokens)
         else:
             hidden = policy_hidden
-        return self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1).float()
+        # Never in bf16: values between 4 and 8 would be multiples of 1/32.
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1).float()
 
     def policy_parameters(self) -> list[nn.Parameter]:
         """Trained parameters of the policy (and of the value function where they are the same)."""
@@ -109,14 +111,15 @@ class PolicyAndValue(nn.Module):
 
 
 def store_linear_weights(model: nn.Module, dtype: torch.dtype) -> None:
-    """Keep the weights of linear layers in `dtype`, and embeddings and norms as they are.
+    """Keep the weights of linear layers in `dtype`; embeddings, norms, adapters and a score head stay as they are.
 
     Under autocast to `dtype` the model then computes what it would with all weights in float32, in about half the memory. Stored
     wholly in bf16 it would round embeddings and the residual stream, and show a KL to the policy it is a copy of.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and id(module.weight) not in embeddings:
+    for name, module in model.named_modules():
+        kept = ".lora_" in name or name == "score"
+        if isinstance(module, nn.Linear) and not kept and id(module.weight) not in embeddings:
             module.to(dtype)
 
 

@@ -53,18 +53,22 @@ def publish_policy(folder: Path, name: str, template: str = "raw") -> Checkpoint
 
 
 def publish_reward(
-    folder: Path, name: str, *, lora: bool = False, base: str = "sft/one", seed: int = 5, mean: float = 0.3, std: float = 2.0, tokens: ModelTokens | None = None
+    folder: Path, name: str, *, lora: bool = False, base: str = "sft/one", seed: int = 5, mean: float = 0.3, std: float = 2.0, tokens: ModelTokens | None = None,
+    dropout: float = 0.0, bias: float | None = None,
 ) -> Checkpoint:
     """A random reward model as reward/NAME: a whole model, or an adapter with a score head on `base`."""
     origin = models.find(base, folder / "registry")
     tokens = tokens or load_tokens(origin)
     scorer = models.scorer_from_policy(models.load_policy(origin), pad_id=tokens.pad_id, seed=seed)
+    if bias is not None:
+        scorer.score = models.scalar_head(scorer.score.in_features, seed=seed)
+        scorer.score.bias.data.fill_(bias)
     stage_info: dict[str, Any] = {"score_position": "last_token", "mean": mean, "std": std, "n": 10}
     torch.manual_seed(seed)
     if lora:
         from peft import get_peft_model
 
-        scorer = get_peft_model(scorer, models.lora_config(Lora(rank=3, alpha=5.0), "SEQ_CLS"))
+        scorer = get_peft_model(scorer, models.lora_config(Lora(rank=3, alpha=5.0, dropout=dropout), "SEQ_CLS"))
         stage_info["adapter"] = models.adapter_facts(origin)
     with torch.no_grad():
         for parameter in scorer.parameters():
