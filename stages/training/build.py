@@ -68,7 +68,7 @@ def build(
         raise UserError(f"TRL refuses the arguments of stage {stage}: {error}") from error
     trainer.train_dataset, trainer.eval_dataset = train, validation
     remove_printers(trainer)
-    callbacks = [Progress(stage, plan, folder / "metrics.jsonl"), StopAtNonFinite(trainer), SealSaves()]
+    callbacks = [Progress(stage, plan, folder / "metrics.jsonl"), StopAtNonFinite(trainer), SealSaves(trainer)]
     if cfg.train.early_stopping_patience and validation is not None:
         callbacks.append(StopEarly(cfg.train.early_stopping_patience, say))
     for callback in callbacks:

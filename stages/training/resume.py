@@ -12,12 +12,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from blake3 import blake3
 from transformers import TrainerCallback
 
 from configs.errors import UserError
 from configs.schema import StageConfig, TRLStage
 from stages.training.evaluation import stopped_early
+from stages.training.progress import not_finite
 from stages.training.ranks import rank, say, wait_for_everyone, world_size
 
 SEAL = "sealed.json"  # in a save: {relative path: [bytes, blake3]}
@@ -80,11 +82,17 @@ def saves(folder: Path) -> list[Path]:
 
 
 class SealSaves(TrainerCallback):
-    """Seals each save once all ranks have written their part."""
+    """Seals each save once all ranks have written their part, unless a trained weight is NaN or infinite."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Wait for all ranks; rank 0 seals."""
-        wait_for_everyone()
+        """All ranks agree that the weights are finite, else all raise and the save stays unsealed; rank 0 seals."""
+        trained = [getattr(p, "ds_tensor", p) for p in self.trainer.model.parameters() if p.requires_grad]  # of ZeRO-3 this rank's share
+        broken = torch.stack([~torch.isfinite(p.detach()).all() for p in trained]).any().float().to(args.device)
+        if self.trainer.accelerator.reduce(broken, "sum"):
+            raise UserError(not_finite("the weights are not finite", state.global_step))
         if state.is_world_process_zero:
             seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
         wait_for_everyone()

@@ -10,6 +10,7 @@ import torch
 
 from configs.errors import UserError
 from stages.registry import Registry
+from stages.training.resume import problem
 from tests.stage.runs import TRAIN, metrics, run, settings, weights, workspace, write_rows
 
 
@@ -144,6 +145,15 @@ def test_weights_that_break_in_training_stop_the_run_before_the_step(place):
         run("sft", values)
     assert not Registry(place / "registry").list("sft", "nan")
     assert [path.name for path in (place / "out-nan" / "resume").glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_broken_weights_are_never_in_a_save_that_a_resume_would_take(place):
+    """A learning rate beyond float32: loss and gradient of step 1 are finite, the weights after it are not."""
+    values = settings(place, "sft", {"learning_rate": 1e39, "save_every": 1, "eval_every": 50}, name="nan", output=str(place / "out-inf"))
+    with pytest.raises(UserError, match=r"the weights are not finite at step 1.*learning_rate"):
+        run("sft", values)
+    saves = list((place / "out-inf" / "resume").glob("checkpoint-*"))
+    assert [problem(save) for save in saves] == ["it was not finished"]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_the_step(place, monkeypatch):
