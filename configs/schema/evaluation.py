@@ -34,5 +34,6 @@ class EvalConfig(EvalSettings):
     reference: str | None = Field(default=None, description="Label that KL is measured to; null is `against`.")
     seed: int = Field(default=0, description="Seed of sampling and of the bootstrap.")
     template: str = Field(default="auto", description="Chat template of models that carry none.")
+    attn_implementation: str | None = Field(default=None, description="Attention kernel as transformers names it: sdpa, eager, flash_attention_2.")
     split: Split = Field(default_factory=Split, description="The split of the chain.")
     output: Path | None = Field(default=None, description="Folder for results.json and samples.jsonl; null writes none.")

@@ -92,6 +92,11 @@ class PPOStage(StageConfig):
             raise ValueError(f"value_function: {self.value_function} is for full training; with `lora:` use adapter (or auto)")
         if self.lora is not None and self.lora.dropout:
             raise ValueError(f"lora.dropout is {self.lora.dropout}; PPO recomputes what the rollout stored and needs 0")
+        if self.value_init is not None and (self.lora is not None or self.value_function == "head"):
+            raise ValueError("value_init is for a value copy (full training, value_function: copy); adapters start from the reward adapter among the scorers, a head at 0: leave it out")
+        models = [scorer for scorer in self.scorers if scorer.kind == "model" and scorer.weight]
+        if self.scale_scores and len(models) != 1:
+            raise ValueError(f"scale_scores divides by the spread of one reward model's scores, and the scorers hold {len(models)} reward models; set it to false")
         if self.train.rollout_batch_size % self.train.num_minibatches:
             raise ValueError(f"train.rollout_batch_size {self.train.rollout_batch_size} is not a multiple of train.num_minibatches {self.train.num_minibatches}")
         return self

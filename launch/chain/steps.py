@@ -99,6 +99,7 @@ def evaluation_config(chain: Any, output: Any) -> Any:
         reference=against,
         seed=chain.seed,
         template=chain.template,
+        attn_implementation=chain.attn_implementation,
         split=chain.split,
         output=output,
     )

@@ -41,7 +41,7 @@ def evaluate(cfg: EvalConfig, say: Callable[[str], None] = lambda line: None) ->
     readers = {label: load_reader(label, origin, cfg.template) for label, origin in origins.items()}
     prompts = that_fit(chosen, list(readers.values()), cfg.sampling.max_new_tokens)
     fingerprint, detail = eval_set(cfg, prompts, _scorer_ids(cfg))
-    scorer = build_scorers(cfg.scorers, lambda asked: reward_scorer(asked, cfg.registry, device=device()))
+    scorer = build_scorers(cfg.scorers, lambda asked: reward_scorer(asked, cfg.registry, device=device(), attn_implementation=cfg.attn_implementation))
     measured = _measure_all(cfg, readers, reference, prompts, scorer, say)
     result = {
         "eval_set": fingerprint, "eval_set_detail": detail, "against": against, "reference": reference, "too_long": len(chosen) - len(prompts),
@@ -95,11 +95,11 @@ def _measure_all(
     cfg: EvalConfig, readers: dict[str, Reader], reference: str, prompts: list[Prompt], scorer: WeightedSum, say: Callable[[str], None]
 ) -> dict[str, Measured]:
     """Every model's figures; beside the reference no more than one model is held at a time."""
-    held = load_subject(readers[reference])
+    held = load_subject(readers[reference], cfg)
     measured = {}
     for number, label in enumerate([reference, *(label for label in readers if label != reference)], start=1):
         say(f"eval {number}/{len(readers)}  {label}: {len(prompts)} prompts x {cfg.samples_per_prompt}")
-        subject = held if label == reference else load_subject(readers[label])
+        subject = held if label == reference else load_subject(readers[label], cfg)
         measured[label] = measure(subject, held, prompts, scorer, cfg)
         del subject
     return measured

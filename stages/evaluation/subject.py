@@ -72,9 +72,11 @@ def load_reader(label: str, origin: models.Origin, template: str) -> Reader:
     return Reader(label, origin, load_tokens(origin, "auto" if origin.checkpoint else template), room)
 
 
-def load_subject(reader: Reader) -> Subject:
+def load_subject(reader: Reader, cfg: EvalConfig) -> Subject:
     """Load the weights. Raises UserError for what cannot be loaded."""
-    model = models.load_policy(reader.origin, dtype=models.weights_dtype("auto", frozen=True)).to(device())
+    model = models.load_policy(
+        reader.origin, dtype=models.weights_dtype("auto", frozen=True), attn_implementation=cfg.attn_implementation
+    ).to(device())  # fmt: skip
     models.resize_to(model, len(reader.tokens.tokenizer))  # a pad token that had to be added is an input like any other
     return Subject(reader, model)
 

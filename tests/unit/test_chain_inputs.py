@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import pytest
 
 from configs.errors import UserError
+from configs.load import load_text
 from launch.chain import inputs
 from launch.chain.progress import Progress, duration
-from launch.chain.steps import Step, is_reference, steps_of
+from launch.chain.steps import Step, evaluation_config, is_reference, steps_of
 from launch.chain.summary import figures_of
 from launch.prepare import find, prepare
 
@@ -29,6 +30,12 @@ def test_steps_come_in_order_with_prepare_steps_before_their_stage():
     assert [(s.name, s.mode) for s in steps_of(chain, start="reward")] == [
         ("base", "given"), ("sft", "given"), ("pairs", "normal"), ("reward", "force"), ("ppo", "force"), ("eval", "force"),
     ]  # fmt: skip
+
+
+def test_the_evaluation_of_a_chain_shares_what_the_chain_says_once():
+    text = "name: demo\nbase: models/base\nattn_implementation: eager\ntemplate: chatml\nseed: 7\nsft: {data: rows.jsonl}\neval: {prompts: p.jsonl, scorers: [{kind: length, target: 3}]}\n"
+    evaluation = evaluation_config(load_text(text, "chain", "c.yaml"), "runs/eval")
+    assert (evaluation.attn_implementation, evaluation.template, evaluation.seed) == ("eager", "chatml", 7)
 
 
 def test_what_is_a_reference():

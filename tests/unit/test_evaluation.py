@@ -295,3 +295,21 @@ def test_vocabularies_that_differ_have_no_kl():
     assert same_vocabulary(base | {"<pad>": 2}, base)
     assert not same_vocabulary(base, {"a": 1, "b": 0})
     assert not same_vocabulary(base, {"a": 0, "c": 1, "d": 2})
+
+
+def test_every_model_of_an_evaluation_has_the_attention_kernel_that_was_asked_for(tmp_path, folders, monkeypatch):
+    kernels, load = [], models.from_pretrained
+
+    def remember(cls, folder, **arguments):
+        loaded = load(cls, folder, **arguments)
+        if cls.__name__.startswith("AutoModel"):
+            kernels.append(loaded.config._attn_implementation)
+        return loaded
+
+    monkeypatch.setattr(models, "from_pretrained", remember)
+    registry = Registry(tmp_path / "registry")
+    scorer = models.scorer_from_policy(models.load_policy(models.find(folders["one"], registry.root)), pad_id=PAD, seed=0)
+    publish(registry, "reward", folders["one"], scorer, score_position="last_token", mean=0.0, std=1.0)
+    kernels.clear()
+    evaluate(config(tmp_path, folders, attn_implementation="eager", scorers=[{"kind": "model", "checkpoint": "reward/tiny"}]))
+    assert kernels == ["eager"] * 3

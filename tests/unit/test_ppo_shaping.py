@@ -117,7 +117,8 @@ def test_row_1_kl_is_a_penalty_on_every_completion_token():
 
 
 def test_row_18_scores_are_centred_and_scaled_only_when_asked():
-    for changes, expected in (({}, -1.0), ({"scale_scores": True}, -0.5), ({"center_scores": False}, 1.0)):
+    scaled = {"scale_scores": True, "scorers": [{"kind": "model", "checkpoint": "reward/x"}]}
+    for changes, expected in (({}, -1.0), (scaled, -0.5), ({"center_scores": False}, 1.0)):
         rewards = experience_of(rollout_of(), config(**PLAIN, **changes), kl_coef=0.0, mean=2.0, std=2.0)[1]
         assert rewards.sum(1).tolist() == [expected, expected]
 
