@@ -19,6 +19,10 @@ from typing import Any
 CLASSES = {"sft": "SFTConfig", "reward": "RewardConfig", "dpo": "DPOConfig"}
 KINDS_WITH_TRAINER = tuple(CLASSES)
 
+_TOKENISED = "nothing: rows are tokenised before the trainer sees them"
+_SPECIAL = "nothing: the end-of-text and padding tokens are the tokenizer's"
+_ORDER = "nothing: the order of the rows follows from seed and every batch is full"
+_SAVES = "nothing: a stage keeps the saves that it resumes from itself"
 _OURS = {
     "learning_rate": "train.learning_rate",
     "per_device_train_batch_size": "train.micro_batch_size",
@@ -56,8 +60,25 @@ _OURS = {
     "fsdp": "machine",
     "fsdp_config": "machine",
     "model_init_kwargs": "attn_implementation (and init_from)",
-    "remove_unused_columns": "nothing: rows are tokenised before the trainer sees them",
-    "dataset_kwargs": "nothing: rows are tokenised before the trainer sees them",
+    "remove_unused_columns": _TOKENISED,
+    "dataset_kwargs": _TOKENISED,
+    "dataset_num_proc": _TOKENISED,
+    "dataset_text_field": "data",
+    "truncation_mode": "max_length (and overlong)",
+    "eos_token": _SPECIAL,
+    "pad_token": _SPECIAL,
+    "disable_dropout": "nothing: dropout is off in every stage",
+    "shuffle_dataset": _ORDER,
+    "train_sampling_strategy": _ORDER,
+    "dataloader_drop_last": _ORDER,
+    "ignore_data_skip": _ORDER,
+    "eval_on_start": "nothing: evaluations come every train.eval_every steps",
+    "metric_for_best_model": "nothing: the best state is the one with the lowest validation loss",
+    "greater_is_better": "nothing: the best state is the one with the lowest validation loss",
+    "average_tokens_across_devices": "nothing: losses are means over all processes",
+    "save_total_limit": _SAVES,
+    "save_only_model": _SAVES,
+    "restore_callback_states_from_checkpoint": _SAVES,
     "logging_nan_inf_filter": "nothing: a loss of NaN is shown as it is",
     "enable_jit_checkpoint": "nothing: stages save on SIGTERM themselves",
 }
@@ -65,11 +86,23 @@ OUR_FIELDS: dict[str, dict[str, str]] = {
     "sft": {
         **_OURS,
         "packing": "packing",
+        "eval_packing": "packing",
+        "padding_free": "packing",
+        "packing_strategy": "packing",
+        "loss_type": "nothing: the loss is the mean over completion tokens",
         "assistant_only_loss": "loss_on",
         "completion_only_loss": "nothing: the loss covers completions (see loss_on)",
     },
     "reward": {**_OURS, "center_rewards_coefficient": "center_coefficient"},
-    "dpo": {**_OURS, "beta": "beta", "loss_type": "loss_type", "label_smoothing": "label_smoothing"},
+    "dpo": {
+        **_OURS,
+        "beta": "beta",
+        "loss_type": "loss_type",
+        "label_smoothing": "label_smoothing",
+        "padding_free": "nothing: pairs are padded",
+        "precompute_ref_log_probs": "nothing: reference log-probs are computed with the policy's",
+        "sync_ref_model": "nothing: the reference stays as it is",
+    },
 }
 """TRL's argument -> the field of ours that sets it."""
 

@@ -57,7 +57,7 @@ def build(
         UserError: an argument that TRL refuses.
     """
     folder = output_folder(cfg, stage)
-    shared = trl_arguments(cfg, plan, folder / "resume", has_validation=validation is not None)
+    shared = trl_arguments(cfg, stage, plan, folder / "resume", has_validation=validation is not None)
     given = {"train_dataset": train, "eval_dataset": validation}
     if placeholder is not None:
         given = {key: placeholder if value is not None else None for key, value in given.items()}
@@ -69,7 +69,7 @@ def build(
     trainer.train_dataset, trainer.eval_dataset = train, validation
     remove_printers(trainer)
     callbacks = [Progress(stage, plan, folder / "metrics.jsonl"), StopAtNonFinite(trainer), SealSaves(trainer)]
-    if cfg.train.early_stopping_patience and validation is not None:
+    if cfg.train.early_stopping_patience:
         callbacks.append(StopEarly(cfg.train.early_stopping_patience, say))
     for callback in callbacks:
         trainer.add_callback(callback)

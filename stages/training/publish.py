@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from configs.errors import UserError
 from configs.schema import StageConfig, TRLStage
 from stages import models
 from stages.registry import Parent, Registry
@@ -29,8 +30,12 @@ def publish(
     evaluation on `eval_set` (a fingerprint), so that `@best:METRIC` can compare them.
 
     Raises:
-        UserError: on every rank, when publishing failed on rank 0.
+        UserError: on every rank, when publishing failed on rank 0, or where the tokenizer is no longer the one that was trained with.
     """
+    if tokens.tokenizer.pad_token_id != tokens.pad_id:
+        raise UserError(
+            f"training changed the padding token from id {tokens.pad_id} to {tokens.tokenizer.pad_token_id}; leave out what sets it under `trainer:`"
+        )
     accelerator = trainer.accelerator
     model = accelerator.unwrap_model(trainer.model)
     adapter = hasattr(model, "peft_config")

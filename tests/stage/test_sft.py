@@ -176,8 +176,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_step(place, monkeypa
     [
         ({"train": TRAIN | {"batch_size": 6, "micro_batch_size": 4}}, "train.batch_size 6 is not a multiple of 4"),
         ({"train": TRAIN | {"batch_size": 512}}, "training rows, fewer than one batch"),
-        ({"trainer": {"max_length": 5}}, "trainer.max_length: set max_length instead"),
+        ({"trainer": {"max_length": 5}}, r"trainer\.max_length: the stage sets this itself; set `max_length` instead"),
         ({"trainer": {"no_such": 5}}, "no_such"),
+        ({"trainer": {"pad_token": "<eos>"}}, r"trainer\.pad_token: the stage sets this itself; the end-of-text and padding tokens"),
+        ({"train": TRAIN | {"early_stopping_patience": 2}, "split": {"validation": 0}}, "early_stopping_patience needs validation rows"),
         ({"train": TRAIN | {"early_stopping_patience": 2, "save_every": 2}}, "must be equal"),
         ({"max_length": 4}, "longer than max_length"),
     ],
@@ -186,6 +188,20 @@ def test_refusals_say_what_to_do_and_publish_nothing(place, changes, message):
     with pytest.raises(UserError, match=message):
         run("sft", settings(place, "sft", name="refused", output=str(place / "out-refused"), **changes))
     assert not Registry(place / "registry").list("sft", "refused")
+
+
+def test_a_tokenizer_that_training_has_changed_is_not_published(place):
+    from configs.schema import SFTStage
+    from stages import models
+    from stages.tokens import load_tokens
+    from stages.training.publish import publish
+
+    cfg = SFTStage.model_validate(settings(place, "sft", name="changed"))
+    origin = models.find(cfg.init_from, cfg.registry)
+    tokens = load_tokens(origin)
+    tokens.tokenizer.pad_token = "<eos>"
+    with pytest.raises(UserError, match="padding token from id 256 to 258"):
+        publish(None, cfg, "sft", tokens, origin=origin, parents=[], info={}, eval_set=None)
 
 
 def test_a_parent_of_another_split_is_refused(place, published):

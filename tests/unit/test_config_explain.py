@@ -196,12 +196,24 @@ def test_trl_is_not_imported_to_check_its_arguments():
 
 
 def test_arguments_pass_or_are_refused_with_what_to_do():
-    assert check_trainer("sft", {"optim": "sgd", "save_total_limit": None, "logging_first_step": True, "adam_beta2": 0.98, "neftune_noise_alpha": 5}) == []
+    assert check_trainer("sft", {"optim": "sgd", "eval_accumulation_steps": None, "logging_first_step": True, "adam_beta2": 0.98, "neftune_noise_alpha": 5}) == []
     assert check_trainer("dpo", {}) == []
     assert check_trainer("dpo", {"beta": 0.1}) == ["beta: the stage sets this itself; set `beta` instead"]
     assert check_trainer("reward", {"adam_beta1": "x"}) == ["adam_beta1: found 'x'; expected a number"]
     assert check_trainer("sft", {"group_by_length": True})[0].startswith("group_by_length: SFTConfig has no such argument")
     assert check_trainer("sft", {"dataloader_num_workers": True}) == ["dataloader_num_workers: found True; expected a whole number"]
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_what_would_contradict_the_stage_is_refused(kind):
+    """Each of these passed through and broke something: pad = EOS in the published tokenizer, a TypeError, or no effect at all."""
+    values = {
+        "eos_token": "</s>", "pad_token": "</s>", "chat_template_path": "x", "model_init_kwargs": {}, "dataset_text_field": "text",
+        "eval_packing": True, "truncation_mode": "keep_end", "assistant_only_loss": True, "completion_only_loss": False, "shuffle_dataset": True,
+        "eval_on_start": True, "save_total_limit": 1, "dataset_num_proc": 4,
+    }  # fmt: skip
+    allowed = [key for key, value in values.items() if key in trainer_fields(kind) and not check_trainer(kind, {key: value})]
+    assert allowed == []
 
 
 @pytest.mark.parametrize("kind", CLASSES)
