@@ -13,6 +13,7 @@ from configs.trainer_args import check_trainer
 from stages.models import uses_bf16
 from stages.training.plan import Plan
 
+
 def trl_arguments(cfg: TRLStage, stage: str, plan: Plan, resume_folder: Path, *, has_validation: bool) -> dict[str, Any]:
     """The arguments all three TRL configs share.
 

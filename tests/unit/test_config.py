@@ -194,7 +194,7 @@ BAD = {
     "python object": (SFT + "seed: !!python/name:os.system x\n", "c.yaml:4: found tag:yaml.org,2002:python/name:os.system 'x'; expected plain text, a number, true, false or null"),
     "unknown trainer argument": (SFT + "trainer:\n  optimm: sgd\n", "c.yaml:5: trainer.optimm: SFTConfig has no such argument. Did you mean 'optim'?"),
     "trainer argument that is ours": (SFT + "trainer: {bf16: true}\n", "c.yaml:4: trainer.bf16: the stage sets this itself; set `train.precision` instead"),
-    "trainer argument of the wrong type": (SFT + "trainer: {save_total_limit: many}\n", "c.yaml:4: trainer.save_total_limit: found 'many'; expected a whole number or null"),
+    "trainer argument of the wrong type": (SFT + "trainer: {eval_accumulation_steps: many}\n", "c.yaml:4: trainer.eval_accumulation_steps: found 'many'; expected a whole number or null"),
 }  # fmt: skip
 
 
