@@ -18,7 +18,6 @@ from rewards.combine import WeightedSum
 from rewards.model import RewardModelScorer
 from stages import models
 from stages.dropout import check_no_dropout
-from stages.ppo.forward import prove_head
 from stages.ppo.modules import (
     POLICY,
     REWARD,
@@ -30,6 +29,7 @@ from stages.ppo.modules import (
     store_linear_weights,
 )
 from stages.ppo.rollout import Tokens
+from stages.ppo.support import prove
 from stages.registry import Parent
 from stages.scorers import scorer_of
 from stages.tokens import ModelTokens, refuse_other_tokens
@@ -55,7 +55,7 @@ def build_models(cfg: PPOStage, origin: models.Origin, tokens: ModelTokens, devi
     """
     policy = models.load_policy(origin, attn_implementation=cfg.attn_implementation)
     models.resize_to(policy, len(tokens.tokenizer))
-    prove_head(policy)
+    prove(policy)
     reference_origin = find_reference(cfg, origin)
     refuse_other_tokens(tokens, reference_origin, cfg)
     parents = [origin.parent("init_from"), reference_origin.parent("reference")]

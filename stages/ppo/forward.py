@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from configs.errors import UserError
 from stages.ppo.rollout import Tokens
 
 CHUNK_ELEMENTS = 2**24  # logits of one chunk: 64 MiB in float32
@@ -72,21 +71,3 @@ def token_outputs(model: Any, hidden: Tensor, tokens: Tokens, *, temperature: fl
 def _scatter(values: Tensor, mask: Tensor) -> Tensor:
     """Values of the True positions, in order, laid out as [B, T] with zeros elsewhere."""
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
-
-
-@torch.no_grad()
-def prove_head(model: Any) -> None:
-    """Compare our logits with the model's own on a short row.
-
-    Raises:
-        UserError: the architecture does something to its logits that `output_logits` does not know.
-    """
-    device = next(model.parameters()).device
-    ids = torch.arange(4, device=device).unsqueeze(0) % model.config.get_text_config().vocab_size
-    expected = model(input_ids=ids, use_cache=False).logits
-    found = output_logits(model, model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
-    gap = (expected - found).abs().max().item()
-    if not gap <= 1e-3 * max(1.0, expected.abs().max().item()):
-        raise UserError(
-            f"{type(model).__name__}: logits computed from its hidden states differ from its own by {gap:.3g}; PPO does not support this architecture"
-        )

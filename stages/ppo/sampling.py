@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
@@ -26,8 +27,10 @@ class Sample(NamedTuple):
 
 
 def completion_seed(seed: int, iteration: int, index: int) -> int:
-    """The seed of completion `index` of an iteration: distinct for distinct arguments, the same on any process."""
-    return ((seed * 1_000_003 + iteration) * 1_000_003 + index) % 2**63
+    """The seed of completion `index` of an iteration: 128 bits, distinct for distinct arguments, the same on any process."""
+    assert 0 <= iteration < 2**32, iteration
+    assert 0 <= index < 2**32, index
+    return (seed % 2**64) << 64 | iteration << 32 | index
 
 
 def left_pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -43,9 +46,11 @@ def left_pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -
 
 
 def _uniforms(seeds: Sequence[int], length: int) -> Tensor:
-    """[B, length] uniforms in [0, 1), each row from its own seed."""
-    rows = [torch.rand(length, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds]
-    return torch.stack(rows)
+    """[B, length] uniforms in [0, 1), each row from its own seed of up to 128 bits.
+
+    Philox (Salmon et al. 2011) takes all of them as its key; PyTorch's generator on the CPU would use the low 32.
+    """
+    return torch.from_numpy(np.stack([np.random.Generator(np.random.Philox(key=seed)).random(length) for seed in seeds]))
 
 
 def _pick(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from torch import nn
 
 from configs.errors import UserError
 from stages import dropout, models
-from stages.ppo import forward, maths
+from stages.ppo import forward, maths, support
 from stages.ppo.modules import PolicyAndValue, Reference
 from stages.ppo.rollout import Tokens, cut
 from tests.unit.ppo_samples import model_of, ragged_ids, tokens_of
@@ -230,10 +230,47 @@ def test_trap_3_trap_11_the_kl_is_zero_at_the_reference_and_grows_when_the_polic
 
 def test_an_architecture_with_another_output_is_refused():
     model = model_of()
-    forward.prove_head(model)
+    support.prove(model)
     model.config.logit_scale = 0.5
-    with pytest.raises(UserError, match="differ from its own"):
-        forward.prove_head(model)
+    with pytest.raises(UserError, match="hidden states differ from its own"):
+        support.prove(model)
+
+
+def test_row_20_an_architecture_that_reads_padding_is_refused(monkeypatch):
+    model = model_of()
+    original = model.model.forward
+    monkeypatch.setattr(model.model, "forward", lambda *a, attention_mask=None, position_ids=None, **k: original(*a, **k))
+    with pytest.raises(UserError, match="a row with padding before it has other logits than alone"):
+        support.prove(model)
+
+
+def test_row_20_an_architecture_whose_cache_forgets_the_padding_is_refused(monkeypatch):
+    """Right in a forward pass, wrong from the second sampled token on."""
+    model = model_of()
+    original = model.model.forward
+
+    def forgetful(*a, attention_mask=None, use_cache=None, **k):
+        later = use_cache and k["input_ids"].shape[1] == 1
+        return original(*a, attention_mask=None if later else attention_mask, use_cache=use_cache, **k)
+
+    monkeypatch.setattr(model.model, "forward", forgetful)
+    with pytest.raises(UserError, match="what it samples has other log-probs"):
+        support.prove(model)
+
+
+def test_row_5_an_architecture_without_a_cache_that_can_be_cut_is_refused():
+    from transformers import MambaConfig, MambaForCausalLM
+
+    with pytest.raises(UserError, match="MambaForCausalLM can't sample rows of different lengths together"):
+        support.prove(MambaForCausalLM(MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1)).eval())
+
+
+def test_the_rows_that_prove_sampling_do_not_end_together():
+    model = model_of(spread=1.0)
+    rows, seeds = support._rows(model), [support.completion_seed(0, 0, i) for i in (0, 1)]
+    free = support._sample(model, rows, seeds, [])
+    ended = support._sample(model, rows, seeds, free[0].completion_ids[:1])
+    assert len(ended[1].completion_ids) > len(ended[0].completion_ids) == 1
 
 
 @pytest.mark.parametrize("name", ["cohere", "granite", "gemma2"])
@@ -249,7 +286,7 @@ def test_architectures_that_scale_or_cap_their_logits_are_reproduced(name):
         "granite": lambda: tf.GraniteForCausalLM(tf.GraniteConfig(**sizes, logits_scaling=3.0)),
         "gemma2": lambda: tf.Gemma2ForCausalLM(tf.Gemma2Config(**sizes, final_logit_softcapping=0.5)),
     }[name]().eval()
-    forward.prove_head(model)
+    support.prove(model)
     prompts, completions = ragged_ids(2)
     tokens = tokens_of(prompts, completions)
     with torch.no_grad():

@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 
 from stages.ppo.collect import PromptSet
 from stages.ppo.forward import hidden_states, token_outputs
-from stages.ppo.sampling import completion_seed, sample
+from stages.ppo.sampling import _uniforms, completion_seed, sample
 from tests.unit.ppo_samples import model_of, ragged_ids, sampling, tokens_of
 
 EOS = [2]
@@ -47,6 +47,20 @@ def test_row_22_the_same_tokens_for_any_batch_size_order_and_share_of_processes(
 def test_row_22_seeds_differ_between_iterations_completions_and_runs():
     seeds = {completion_seed(s, i, n) for s in range(3) for i in range(50) for n in range(64)}
     assert len(seeds) == 3 * 50 * 64
+
+
+def test_row_22_every_bit_of_a_seed_counts():
+    """Seeds that differ in any one bit draw other numbers, and the same seed draws the same."""
+    first = completion_seed(-5, 3, 7)
+    assert first.bit_length() > 64
+    draws = _uniforms([first, *(first ^ (1 << bit) for bit in range(128))], 4)
+    assert len({tuple(row) for row in draws.tolist()}) == 129
+    assert torch.equal(_uniforms([first], 4)[0], draws[0])
+    assert torch.equal(_uniforms([first], 2)[0], draws[0, :2]), "a longer completion begins with the same draws"
+    assert completion_seed(0, 0, 1) != completion_seed(0, 1, 0) != completion_seed(1, 0, 0)
+    assert completion_seed(0, 4295, 0) != completion_seed(0, 0, 2**31)
+    wide = _uniforms(range(4000), 5)
+    assert abs(float(wide.mean()) - 0.5) < 4 / (12 * 20000) ** 0.5
 
 
 def test_trap_17_samples_follow_the_softmax_at_the_temperature_and_are_not_greedy():
