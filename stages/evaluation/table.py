@@ -18,7 +18,7 @@ def _row(label: str, figures: dict[str, Any], result: dict[str, Any]) -> tuple[s
     return (
         label,
         _estimate(figures["score"]["mean"], figures["score"]["se"], 3),
-        "–" if label == result["against"] else f"{figures['win_rate']:.3f} [{low:.3f}, {high:.3f}]",
+        "–" if label == result["against"] else f"{figures['win_rate']:.3f} [{low:.3f}, {high:.3f}] n={figures['prompts']}",
         "other tokens" if kl is None else "–" if label == result["reference"] else _estimate(kl["k1"], kl["k1_se"], 2),
         "–" if kl is None or label == result["reference"] else f"{kl['k3']:.2f}",
         f"{figures['length']:.1f}",
@@ -44,7 +44,7 @@ def show(result: dict[str, Any]) -> None:
     title = f"{count['prompts']} prompts ({detail['subset']}), {detail['samples_per_prompt']} completion(s) of each, evaluation set {result['eval_set']}"
     if result["too_long"]:
         title += f"; {result['too_long']} prompts too long"
-    table = Table(title=Text(title), caption=Text(f"win rate against {result['against']}, KL to {result['reference']} in nats"))
+    table = Table(title=Text(title), caption=Text(f"win rate against {result['against']} over n prompts, KL to {result['reference']} in nats"))
     for index, heading in enumerate(HEADINGS):
         table.add_column(heading, justify="left" if index == 0 else "right")
     for row in rows(result):

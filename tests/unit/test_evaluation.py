@@ -78,6 +78,7 @@ def test_figures_of_two_models(tmp_path, folders):
     assert all(first != second for first, second in zip(texts[::2], texts[1::2], strict=True)), "samples of one prompt are drawn anew"
     assert np.mean(mine) == pytest.approx(two["score"]["mean"])
     assert [len(row) for row in rows(result)] == [len(HEADINGS)] * 2
+    assert rows(result)[1][2].endswith("] n=6")
 
 
 def test_one_model_under_two_labels_is_the_same_and_differs_from_nothing(tmp_path, folders):
