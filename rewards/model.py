@@ -7,6 +7,7 @@ own pooling looks for the last token that is not the pad id, which misreads rows
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -119,13 +120,25 @@ class RewardModelScorer:
         """Scores of text, rendered with the model's own template.
 
         The column `finished` (list of bool), where it is given, says which completions ended with EOS; the others are scored at
-        their last token, without an EOS they never produced.
+        their last token, without an EOS they never produced. Of a row longer than the model reads the beginning is left out, with
+        a warning that says how many there were: how long text comes out in another tokenizer is known only when it is written.
         """
         finished = columns.get("finished") or [True] * len(completions)
         turns = [turns_of(prompt) for prompt in prompts]
         rows = zip(turns, map(text_of, completions), finished, strict=True)
         completion_ids = [self._completion_ids(prompt, text, end) for prompt, text, end in rows]
-        return self.score_ids([self.tokens.prompt_ids(prompt) for prompt in turns], completion_ids).tolist()
+        return self.score_ids(*self._cut_left([self.tokens.prompt_ids(prompt) for prompt in turns], completion_ids)).tolist()
+
+    def _cut_left(self, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
+        """Rows of at most max_length tokens, ending as they did."""
+        over = [max(0, len(p) + len(c) - self.max_length) if self.max_length else 0 for p, c in zip(prompt_ids, completion_ids, strict=True)]
+        if any(over):
+            cut = sum(map(bool, over))
+            warnings.warn(f"reward model {self.name}: {cut} of {len(over)} rows had more than the {self.max_length} tokens it reads; their beginning was left out", stacklevel=3)
+        return (
+            [prompt[n:] for prompt, n in zip(prompt_ids, over, strict=True)],
+            [ids[max(0, n - len(prompt)) :] for prompt, ids, n in zip(prompt_ids, completion_ids, over, strict=True)],
+        )
 
     def _completion_ids(self, prompt: tuple[Turn, ...], text: str, finished: bool) -> list[int]:
         ids = list(self.tokens.completion_ids(text, prompt)) if text else [self.eos_ids[0]]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from configs.errors import UserError
 from configs.schema import PPOStage
-from rewards.combine import WeightedSum
+from rewards.combine import Scores, WeightedSum
 from rewards.shaping import per_token_rewards, shape_scores
 from stages.ppo import maths
 from stages.ppo.modules import PolicyAndValue, Reference
@@ -89,7 +89,7 @@ def collect_rollout(
     gap = _sampler_gap(old, batch.mask, [s.logprobs for s in samples])
     rollout = Rollout(
         batch, torch.tensor([s.finished for s in samples], device=accelerator.device), old, ref, values,
-        torch.tensor(scores.total, device=accelerator.device), entropy, gap,
+        torch.tensor(scores.total, device=accelerator.device), entropy, *_parts(scores, accelerator.device), gap,
     )  # fmt: skip
     rollout = exchange(rollout, accelerator, tokens.pad_id)
     clock.scoring = time.monotonic() - started
@@ -100,6 +100,13 @@ def _columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
     """Columns of the prompts as lists; a column some prompts lack is None there."""
     names = {name for row in rows for name in row}
     return {name: [row.get(name) for row in rows] for name in sorted(names)}
+
+
+def _parts(scores: Scores, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Each scorer's own values [B, S] and where it applies [B, S]."""
+    rows = list(zip(*scores.parts.values(), strict=True))
+    values = torch.tensor([[0.0 if value is None else value for value in row] for row in rows], device=device)
+    return values, torch.tensor([[value is not None for value in row] for row in rows], device=device)
 
 
 def _tokens(prompts: list[list[int]], completions: list[list[int]], pad_id: int, device: torch.device) -> Tokens:
@@ -154,7 +161,8 @@ def exchange(rollout: Rollout, accelerator: Any, pad_id: int) -> Rollout:
     # The values' extra column follows each row's last token, so padding on the right keeps its meaning.
     return Rollout(
         tokens, gather(rollout.finished.long()).bool(), gather(rollout.old_logprobs), gather(rollout.ref_logprobs), gather(rollout.values),
-        gather(rollout.scores), gather(rollout.entropy), gather(rollout.sampler_gap),
+        gather(rollout.scores), gather(rollout.entropy), gather(rollout.parts), gather(rollout.parts_mask.long()).bool(),
+        gather(rollout.sampler_gap),
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,8 +17,10 @@ from stages.training.progress import duration
 from stages.training.resume import write_durably
 
 
-def metrics_of(rollout: Rollout, experience: Experience, rewards: Tensor, cfg: PPOStage, *, kl_coef: float, clock: Clock) -> dict[str, float]:
-    """Metrics over real tokens and over completions; KL is summed over a completion, in nats."""
+def metrics_of(
+    rollout: Rollout, experience: Experience, rewards: Tensor, cfg: PPOStage, *, kl_coef: float, clock: Clock, scorers: Sequence[str]
+) -> dict[str, float]:
+    """Metrics over real tokens and over completions; KL is summed over a completion, in nats. `scorers` names the columns of rollout.parts."""
     mask = rollout.tokens.mask
     lengths = mask.sum(dim=1).float()
     tokens = max(float(lengths.sum()), 1.0)
@@ -27,6 +30,7 @@ def metrics_of(rollout: Rollout, experience: Experience, rewards: Tensor, cfg: P
     return {
         "objective/score": float(rollout.scores.mean()),
         "objective/score_se": float(rollout.scores.std(unbiased=True) / count**0.5) if count > 1 else 0.0,
+        **part_means(rollout, scorers),
         "objective/kl": float(kl.mean()),
         "objective/kl_se": float(kl.std(unbiased=True) / count**0.5) if count > 1 else 0.0,
         "objective/kl_k3": float(maths.k3(rollout.old_logprobs, rollout.ref_logprobs, mask).sum(dim=1).mean()),
@@ -44,6 +48,12 @@ def metrics_of(rollout: Rollout, experience: Experience, rewards: Tensor, cfg: P
         "time/scoring": clock.scoring,
         "time/update": clock.update,
     }
+
+
+def part_means(rollout: Rollout, scorers: Sequence[str]) -> dict[str, float]:
+    """Each scorer's own mean over the completions it applies to; one that applies to none has no mean."""
+    columns = zip(scorers, rollout.parts.T, rollout.parts_mask.T, strict=True)
+    return {f"objective/score/{name}": float(values[mask].mean()) for name, values, mask in columns if mask.any()}
 
 
 def line(iteration: int, cfg: PPOStage, metrics: dict[str, float], seconds_left: float) -> str:

@@ -57,6 +57,8 @@ class Rollout:
     values: Tensor  # [B, T + 1]; [:, t] is the expected return before token t
     scores: Tensor  # [B] raw
     entropy: Tensor  # [B, T] nats
+    parts: Tensor  # [B, S] raw values of each scorer, unweighted
+    parts_mask: Tensor  # [B, S] bool, True where a scorer applies
     sampler_gap: Tensor  # [B] largest |sampler's log-prob - forward's| of a completion
 
     def __len__(self) -> int:

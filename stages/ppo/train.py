@@ -11,7 +11,8 @@ import torch
 
 from configs.errors import UserError
 from configs.schema import PPOStage
-from rewards.protocol import scorer_prompt
+from rewards.model import RewardModelScorer
+from rewards.protocol import scorer_prompt, turns_of
 from stages import data, models
 from stages.ppo import maths, report, state
 from stages.ppo.build import PPOModels, build_models, find_all
@@ -35,7 +36,8 @@ def main(cfg: PPOStage) -> None:
     for note in tokens.notes:
         say(f"tokenizer: {note}")
     built = build_models(cfg, origin, tokens, accelerator.device)
-    prompts, data_info = load_prompts(cfg, tokens.formatter, text.row_limit(built.trained.policy, cfg))
+    prompts, data_info = load_prompts(cfg, tokens.formatter, row_limit(cfg, built, tokens))
+    check_scorers_read(cfg, built, tokens, prompts)
     identity = resume.identity(
         cfg, data=data_info["fingerprint"], tokenizer=tokens.key, parents=[p.manifest_hash or p.digest or p.source or "" for p in built.parents]
     )
@@ -82,6 +84,31 @@ def load_prompts(cfg: PPOStage, formatter: data.Formatter, limit: int) -> tuple[
     prompts = PromptSet([r["prompt_ids"] for r in rows], [scorer_prompt(r["row"].prompt) for r in rows], [r["row"].columns for r in rows])
     fingerprint = splits.report["fingerprint"]["train"]
     return prompts, splits.report | {"fingerprint": fingerprint, "dropped": {"too_long": dropped}}
+
+
+def row_limit(cfg: PPOStage, built: PPOModels, tokens: ModelTokens) -> int:
+    """The tokens a row may have, so that every model that reads the policy's ids can read it."""
+    scorers = [part.scorer for part in built.scorer.parts.values()]
+    readers = [built.trained.policy, built.reference.model, *(s.model for s in scorers if getattr(s, "token_key", None) == tokens.key)]  # type: ignore[attr-defined]
+    readers += [built.trained.value_trunk] if built.trained.value_trunk is not None else []
+    return text.row_limit(min(readers, key=lambda model: getattr(model.config, "max_position_embeddings", None) or cfg.max_length), cfg)
+
+
+def check_scorers_read(cfg: PPOStage, built: PPOModels, tokens: ModelTokens, prompts: PromptSet) -> None:
+    """Make sure that a reward model with a tokenizer of its own can read about every row.
+
+    Raises:
+        UserError: the longest prompt leaves it no room for a completion.
+    """
+    for name, (scorer, _) in built.scorer.parts.items():
+        if not isinstance(scorer, RewardModelScorer) or scorer.token_key == tokens.key or scorer.max_length is None:
+            continue
+        longest = max(len(scorer.tokens.prompt_ids(turns_of(prompt))) for prompt in prompts.texts)
+        if longest + cfg.sampling.max_new_tokens > scorer.max_length:
+            raise UserError(
+                f"scorer {name} reads {scorer.max_length} tokens; the longest prompt has {longest} of its tokens, and sampling.max_new_tokens is "
+                f"{cfg.sampling.max_new_tokens}: lower max_length (it drops longer prompts) or sampling.max_new_tokens"
+            )
 
 
 def _refuse_reserved(prompts: list[data.Prompt]) -> None:
@@ -156,7 +183,7 @@ def run_iteration(
         built.trained.train()
     updates = update_policy(trained, optimizer, accelerator, experience, cfg, iteration)
     clock.update = time.monotonic() - started
-    metrics = report.metrics_of(rollout, experience, rewards, cfg, kl_coef=kl_coef, clock=clock) | updates
+    metrics = report.metrics_of(rollout, experience, rewards, cfg, kl_coef=kl_coef, clock=clock, scorers=list(scorer.parts)) | updates
     if cfg.adaptive_kl is not None:
         kl_coef = maths.adapt_kl_coef(
             kl_coef, metrics["objective/kl"], target=cfg.adaptive_kl.target, horizon=cfg.adaptive_kl.horizon, samples=len(rollout)

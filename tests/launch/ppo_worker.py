@@ -13,7 +13,7 @@ from tests.stage.ppo_runs import LORA, run, settings
 ADAPTER = {"kind": "model", "checkpoint": "reward/adapter"}
 WHOLE = {"kind": "model", "checkpoint": "reward/whole"}
 MODES = {
-    "full": {"scorers": [WHOLE], "whiten_rewards": True},
+    "full": {"scorers": [WHOLE, {"kind": "python", "function": "tests.stage.ppo_runs:sometimes", "weight": 0.5}], "whiten_rewards": True},
     "lora": {"lora": LORA, "scorers": [ADAPTER]},
     "head": {"value_function": "head"},
     "once": {"scorers": [WHOLE]},

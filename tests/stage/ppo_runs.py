@@ -54,7 +54,7 @@ def publish_policy(folder: Path, name: str, template: str = "raw") -> Checkpoint
 
 def publish_reward(
     folder: Path, name: str, *, lora: bool = False, base: str = "sft/one", seed: int = 5, mean: float = 0.3, std: float = 2.0, tokens: ModelTokens | None = None,
-    dropout: float = 0.0, bias: float | None = None,
+    dropout: float = 0.0, bias: float | None = None, positions: int | None = None,
 ) -> Checkpoint:
     """A random reward model as reward/NAME: a whole model, or an adapter with a score head on `base`."""
     origin = models.find(base, folder / "registry")
@@ -63,6 +63,7 @@ def publish_reward(
     if bias is not None:
         scorer.score = models.scalar_head(scorer.score.in_features, seed=seed)
         scorer.score.bias.data.fill_(bias)
+    scorer.config.max_position_embeddings = positions or scorer.config.max_position_embeddings
     stage_info: dict[str, Any] = {"score_position": "last_token", "mean": mean, "std": std, "n": 10}
     torch.manual_seed(seed)
     if lora:
@@ -133,6 +134,11 @@ def bonus(prompts: list[Any], completions: list[Any], bonus: list[int], finished
     """A score that stands beside the prompt."""
     assert len(finished) == len(bonus)
     return [float(value) for value in bonus]
+
+
+def sometimes(prompts: list[Any], completions: list[Any], **_: Any) -> list[float | None]:
+    """A score that does not apply to every completion."""
+    return [None if len(str(text)) % 2 else 0.1 * len(str(text)) for text in completions]
 
 
 calls = 0

@@ -9,9 +9,11 @@ from configs.errors import UserError
 from stages import models
 from stages.ppo.build import AdapterScorer
 from stages.ppo.collect import Clock, collect_rollout
+from stages.ppo.train import row_limit
 from stages.registry import Registry
 from stages.scorers import reward_scorer
-from tests.stage.ppo_runs import LORA, assembled, publish_reward, settings, workspace
+from stages.tokens import load_tokens
+from tests.stage.ppo_runs import LORA, assembled, metrics, publish_reward, run, settings, workspace
 from tests.tiny import tiny_model
 
 WHOLE, ADAPTER = ({"kind": "model", "checkpoint": f"reward/{name}"} for name in ("whole", "adapter"))
@@ -130,3 +132,34 @@ def test_every_model_of_a_run_has_the_attention_kernel_that_was_asked_for(place,
     scorers = [part.scorer.model for part in built.scorer.parts.values()]
     found = {module.config._attn_implementation for m in (built.trained, built.reference.model, *scorers) for module in m.modules() if hasattr(module, "config")}
     assert found == {"eager"}
+
+
+def test_each_scorers_own_mean_is_logged_over_the_completions_it_applies_to(place):
+    names = [f"tests.stage.ppo_runs:{name}" for name in ("share_of_vowels", "sometimes")]
+    values = settings(place, "parts", {"iterations": 1, "rollout_batch_size": 16}, scorers=[{"kind": "python", "function": name, "weight": 2.0} for name in names])
+    cfg, accelerator, tokens, built, prompts = assembled(values)
+    rollout = rollout_of(cfg, accelerator, tokens, built, prompts)
+    assert 0 < rollout.parts_mask[:, 1].sum() < 16
+    torch.testing.assert_close(2 * (rollout.parts * rollout.parts_mask).sum(1), rollout.scores)
+    run(values)
+    logged = metrics(values)[0]
+    assert logged[f"objective/score/{names[0]}"] == pytest.approx(rollout.parts[:, 0].mean().item())
+    assert logged[f"objective/score/{names[1]}"] == pytest.approx(rollout.parts[rollout.parts_mask[:, 1], 1].mean().item())
+
+
+@pytest.mark.parametrize("role", [{"scorers": [{"kind": "model", "checkpoint": "reward/short"}]}, {"value_init": "reward/short"}])
+def test_a_row_has_no_more_tokens_than_every_model_that_reads_it(place, role):
+    if not Registry(place / "registry").list("reward", "short"):
+        publish_reward(place, "short", positions=21)
+    cfg, _, tokens, built, _ = assembled(settings(place, **role))
+    assert row_limit(cfg, built, tokens) == 21
+    assert row_limit(cfg.model_copy(update={"max_length": 20}), built, tokens) == 20
+    run(settings(place, "fits", {"iterations": 1}, **role))
+
+
+def test_a_reward_model_with_another_template_and_too_few_positions_is_refused_at_the_start(place):
+    tokens = load_tokens(models.Origin(str(place / "base"), None, None), "chatml")
+    publish_reward(place, "narrow", tokens=tokens, positions=60)
+    values = settings(place, "narrow", {"iterations": 1}, scorers=[{"kind": "model", "checkpoint": "reward/narrow"}])
+    with pytest.raises(UserError, match=r"scorer reward/narrow reads 60 tokens; the longest prompt has \d+ of its tokens"):
+        run(values)

@@ -82,7 +82,10 @@ def rollout_of(lengths=(3, 2), finished=(True, True), values=None, scores=(1.0, 
         values = torch.zeros(rows, width + 1)
     tokens = Tokens(torch.ones(rows, 2).long(), torch.ones(rows, 2).bool(), torch.ones(rows, width).long(), mask)
     zeros = torch.zeros(rows, width)
-    return Rollout(tokens, torch.tensor(finished), old, old - kl, values, torch.tensor(scores), zeros, torch.zeros(rows))
+    raw = torch.tensor(scores)
+    return Rollout(
+        tokens, torch.tensor(finished), old, old - kl, values, raw, zeros, raw.unsqueeze(1), torch.ones(rows, 1, dtype=torch.bool), torch.zeros(rows)
+    )  # fmt: skip
 
 
 PLAIN = dict(whiten_advantages=False, missing_eos="none", kl_coef=0.0, gae_lambda=0.5)

@@ -239,17 +239,18 @@ def test_trap_5_metrics_leave_padding_out():
     tokens = tokens_of([[5], [6]], [[7, 8, 9], [7]])
     logprobs, ref = torch.tensor([[-1.0, -1, -1], [-2, 99, 99]]), torch.tensor([[-2.0, -1, -1], [-1, -99, -99]])
     values = torch.tensor([[0.0, 1, 2, 9], [3, 9, 9, 9]])
-    rollout = Rollout(tokens, torch.tensor([True, False]), logprobs, ref, values, torch.tensor([1.0, 2]), torch.tensor([[1.0, 2, 3], [2, 0, 0]]), torch.tensor([0.0, 1e-6]))
+    rollout = Rollout(tokens, torch.tensor([True, False]), logprobs, ref, values, torch.tensor([1.0, 2]), torch.tensor([[1.0, 2, 3], [2, 0, 0]]), torch.tensor([[3.0, -99, -99], [5, 7, -99]]), torch.tensor([[True, False, False], [True, True, False]]), torch.tensor([0.0, 1e-6]))
     wide = torch.cat([mask, torch.zeros(2, 1, dtype=torch.bool)], dim=1)
     experience = Experience(tokens, logprobs, logprobs, values, torch.where(wide, values, -50.0), wide)
     rewards = torch.tensor([[0.0, 0, 1, 77], [2, 77, 77, 77]])
-    m = report.metrics_of(rollout, experience, rewards, config(), kl_coef=0.05, clock=Clock(1, 1, 1))
+    m = report.metrics_of(rollout, experience, rewards, config(), kl_coef=0.05, clock=Clock(1, 1, 1), scorers=["a", "b", "c"])
     assert m["policy/entropy"] == pytest.approx(8 / 4)
     assert m["objective/kl"] == pytest.approx((1 - 1) / 2)  # per completion: (-1 + 2) = 1 and (-2 + 1) = -1
     assert m["objective/kl_k3"] == pytest.approx(maths.k3(logprobs, ref, mask).sum().item() / 2)
     assert m["objective/reward"] == pytest.approx(1.5)
     assert m["objective/score"] == pytest.approx(1.5)
     assert m["objective/score_se"] == pytest.approx(0.5)  # std .7071 over root 2
+    assert {k: v for k, v in m.items() if k.startswith("objective/score/")} == {"objective/score/a": 4.0, "objective/score/b": 7.0}  # over those that apply
     assert m["rollout/length"] == 2
     assert m["rollout/eos_rate"] == 0.5
     assert m["rollout/short_completions"] == 0.5

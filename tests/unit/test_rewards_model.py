@@ -153,6 +153,32 @@ def test_a_row_longer_than_the_model_reads_is_refused():
         scorer_of(tiny("gpt2")).score_ids([[3] * 60], [[4] * 5])
 
 
+def test_text_longer_than_the_model_reads_loses_its_beginning_and_that_is_said():
+    scorer, letters = scorer_of(tiny("gpt2")), Letters()
+    long, short = "abcdefghij" * 6, "abc"
+    row = [letters.prompt_ids([Turn("user", long)]), letters.completion_ids("hello", ())]
+    expected = scorer.score_ids([row[0][2:], letters.prompt_ids([Turn("user", short)])], [row[1], row[1]])  # 60 + 6 tokens, 64 positions
+    with pytest.warns(UserWarning, match="1 of 2 rows had more than the 64 tokens it reads"):
+        assert scorer([long, short], ["hello", "hello"]) == expected.tolist()
+    with pytest.warns(UserWarning, match="1 of 1 rows"):
+        assert scorer([short], [long + "klmno"]) == scorer.score_ids([[]], [letters.completion_ids(long + "klmno", ())[-64:]]).tolist()
+
+
+def test_whichever_eos_ends_a_rollout_the_model_reads_the_one_it_was_trained_with():
+    scorer = scorer_of(tiny("llama"), eos_ids=[EOS, 7])
+    assert scorer.score_ids([[5, 6]], [[8, 7]]) == scorer.score_ids([[5, 6]], [[8, EOS]])
+    assert scorer.score_ids([[5, 7]], [[7, 8]]) != scorer.score_ids([[5, EOS]], [[EOS, 8]]), "only the end of a completion is replaced"
+
+
+def test_scores_in_bf16_come_from_a_head_in_float32():
+    model = tiny("llama")
+    model.score.bias = torch.nn.Parameter(torch.tensor([5.0]))
+    scores = scorer_of(model, autocast=torch.bfloat16).score_ids(*rows())
+    exact = scorer_of(model).score_ids(*rows())
+    assert (scores.bfloat16().float() != scores).float().mean() > 0.5
+    assert 1e-4 < (scores - exact).abs().max() < 0.5
+
+
 def test_a_head_beside_the_backbone_scores_the_same():
     model = tiny("llama")
     head, backbone = model.score, model.model
