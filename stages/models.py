@@ -200,13 +200,16 @@ def load_tokenizer(origin: Origin) -> PreTrainedTokenizerBase:
 
 
 def load_policy(origin: Origin, *, dtype: torch.dtype = torch.float32, attn_implementation: str | None = None) -> Any:
-    """A causal language model in eval mode with dropout off; an adapter is merged into its base, however deep."""
+    """A causal language model in eval mode with dropout off; an adapter is merged into its base, however deep.
+
+    Merged weights are float32 whatever `dtype` says: bf16 keeps 8 bits of a weight, and most of what an adapter adds is smaller.
+    """
     from transformers import AutoModelForCausalLM
 
     if is_adapter(origin):
         from peft import PeftModel
 
-        base = load_policy(adapter_base(origin), dtype=dtype, attn_implementation=attn_implementation)
+        base = load_policy(adapter_base(origin), attn_implementation=attn_implementation)
         resize_to(base, adapter_vocabulary(origin))
         model = _merged(PeftModel.from_pretrained(base, origin.folder))
     else:
@@ -276,13 +279,13 @@ def scalar_head(width: int, *, seed: int, bias: bool = True, zero: bool = False)
 
 
 def load_scorer(origin: Origin, *, dtype: torch.dtype = torch.float32, attn_implementation: str | None = None) -> Any:
-    """A published reward model: sequence classification with one output, eval mode, dropout off; an adapter is merged."""
+    """A published reward model: sequence classification with one output, eval mode, dropout off; an adapter is merged, in float32."""
     from transformers import AutoModelForSequenceClassification
 
     if is_adapter(origin):
         from peft import PeftModel
 
-        policy = load_policy(adapter_base(origin), dtype=dtype, attn_implementation=attn_implementation)
+        policy = load_policy(adapter_base(origin), attn_implementation=attn_implementation)
         resize_to(policy, adapter_vocabulary(origin))
         base = scorer_from_policy(policy, pad_id=pad_id_of(origin), seed=0)
         model = _merged(PeftModel.from_pretrained(base, origin.folder))

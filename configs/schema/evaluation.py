@@ -21,6 +21,9 @@ class EvalSettings(Strict):
     max_prompts: PositiveInt | None = Field(default=None, description="Use the first so many prompts of the subset.")
     samples_per_prompt: PositiveInt = Field(default=1, description="Completions per prompt.")
     sampling: Sampling = Field(default_factory=Sampling, description="How completions are sampled.")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        default="fp32", description="Weights and arithmetic of the models: bf16 takes half the memory and rounds off small differences; merged adapters stay fp32."
+    )
     plain_text: Path | None = Field(default=None, description="A text file: its perplexity shows what was forgotten.")
     show_samples: int = Field(default=3, ge=0, description="Prompts whose completions are shown side by side.")
 

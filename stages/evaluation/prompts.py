@@ -13,7 +13,7 @@ from stages.data.fingerprint import fingerprint
 from stages.data.read import read_prompts
 from stages.data.rows import Prompt
 from stages.data.split import Splitter, group_key
-from stages.models import Origin
+from stages.models import Origin, uses_bf16
 from stages.registry import contract
 
 
@@ -51,7 +51,7 @@ def check_split(origins: Iterable[Origin], cfg: EvalConfig) -> None:
 def eval_set(cfg: EvalConfig, prompts: Sequence[Prompt], scorer_ids: dict[str, str]) -> tuple[str, dict[str, Any]]:
     """The fingerprint of an evaluation set (16 hex digits) and what it is made of.
 
-    Two results with one fingerprint come from the same prompts, sampling, scorers and seed. scorer_ids: registry name of a reward
+    Two results with one fingerprint come from the same prompts, sampling, scorers, seed and precision. scorer_ids: registry name of a reward
     model -> its checkpoint id, because a name such as reward/demo@latest moves on.
     """
     from blake3 import blake3
@@ -60,7 +60,7 @@ def eval_set(cfg: EvalConfig, prompts: Sequence[Prompt], scorer_ids: dict[str, s
     scorers = [_scorer_identity(spec.model_dump(mode="json"), scorer_ids) for spec in cfg.scorers]
     detail = {
         "prompts": fingerprint(prompts), "count": len(prompts), "subset": cfg.subset, "samples_per_prompt": cfg.samples_per_prompt,
-        "sampling": sampling, "scorers": scorers, "seed": cfg.seed,
+        "sampling": sampling, "scorers": scorers, "seed": cfg.seed, "precision": "bf16" if uses_bf16(cfg.precision) else "fp32",
     }  # fmt: skip
     return blake3(json.dumps(detail, sort_keys=True).encode()).hexdigest()[:16], detail
 

@@ -75,7 +75,7 @@ def load_reader(label: str, origin: models.Origin, template: str) -> Reader:
 def load_subject(reader: Reader, cfg: EvalConfig) -> Subject:
     """Load the weights. Raises UserError for what cannot be loaded."""
     model = models.load_policy(
-        reader.origin, dtype=models.weights_dtype("auto", frozen=True), attn_implementation=cfg.attn_implementation
+        reader.origin, dtype=models.weights_dtype(cfg.precision, frozen=True), attn_implementation=cfg.attn_implementation
     ).to(device())  # fmt: skip
     models.resize_to(model, len(reader.tokens.tokenizer))  # a pad token that had to be added is an input like any other
     return Subject(reader, model)

@@ -119,6 +119,20 @@ def test_adapter_loads_with_peft_on_its_base(place):
     assert all("lora" in name for name in weights(checkpoint))
 
 
+def test_merging_keeps_what_an_adapter_adds_however_small(place):
+    """In bf16 a weight of 0.02 changes in steps of 1e-4: what one step of training adds would be rounded away."""
+    from stages import models
+
+    run("sft", settings(place, "sft", {"max_steps": 1, "learning_rate": 1e-5}, name="small", lora={"rank": 4, "alpha": 8}))
+    origin = models.find("sft/small", place / "registry")
+    whole, asked = models.load_policy(origin), models.load_policy(origin, dtype=torch.bfloat16)
+    base = models.load_policy(models.find(str(place / "base"), place / "registry"))
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        assert torch.equal(asked(ids).logits, whole(ids).logits)
+        assert not torch.equal(asked(ids).logits, base(ids).logits)
+
+
 def test_a_full_checkpoint_trained_on_an_adapter(place):
     """The adapter is merged into its base and trained on; the result is whole."""
     run("sft", settings(place, "sft", {"max_steps": 3}, name="lora", lora={"rank": 4, "alpha": 8}))

@@ -274,6 +274,7 @@ def test_the_fingerprint_follows_what_is_measured_and_nothing_else(tmp_path, fol
     changes = [
         {"seed": 1}, {"max_prompts": 2}, {"samples_per_prompt": 1}, {"sampling": {"max_new_tokens": 12, "temperature": 0.5}},
         {"scorers": [{"kind": "length", "target": 5}]}, {"scorers": [{"kind": "length", "target": 4, "weight": 2}]},
+        {"precision": "bf16"},
     ]  # fmt: skip
     assert len({same, *(mark(**change) for change in changes)}) == len(changes) + 1
 
