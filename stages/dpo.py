@@ -38,7 +38,7 @@ def main(cfg: DPOStage) -> None:
     limit = text.fit(policy, tokens, cfg)
     reference = load_reference(policy, tied_to, cfg, shared=cfg.lora is not None and tied_to.identity == origin.identity)
     train, too_long = data.encode_pairs(tokens.formatter, splits.train, limit, cfg.overlong)
-    validation, too_long_v = data.encode_pairs(tokens.formatter, splits.validation, limit, cfg.overlong)
+    validation, too_long_v = data.encode_pairs(tokens.formatter, splits.validation, limit, cfg.overlong, may_be_empty=True)
     facts = text.data_facts(loaded, splits, {"train": too_long, "validation": too_long_v})
     text.report_rows(facts, loaded.report.warnings)
 

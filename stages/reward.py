@@ -31,7 +31,10 @@ def main(cfg: RewardStage) -> None:
 
     model = load_model(origin, cfg, tokens.pad_id)
     limit = text.fit(model, tokens, cfg)
-    parts = {name: data.encode_pairs(tokens.formatter, getattr(splits, name), limit, cfg.overlong) for name in ("train", "validation", "test")}
+    parts = {
+        name: data.encode_pairs(tokens.formatter, getattr(splits, name), limit, cfg.overlong, may_be_empty=name != "train")
+        for name in ("train", "validation", "test")
+    }
     facts = text.data_facts(loaded, splits, {name: dropped for name, (_, dropped) in parts.items()})
     text.report_rows(facts, loaded.report.warnings)
     train, validation, _ = ([whole(pair, cfg.use_margin) for pair in pairs] for pairs, _ in parts.values())
@@ -46,7 +49,7 @@ def main(cfg: RewardStage) -> None:
     )  # fmt: skip
     resume.train(trainer, cfg, resume.identity(cfg, data=facts["parts"], tokenizer=tokens.key, parents=[publish.digest(parent)]))
     held_out = "test" if parts["test"][0] else "validation"
-    metrics = scoring.quality(trainer, parts[held_out][0], splits, held_out)
+    metrics = scoring.quality(trainer, parts["train"][0], parts[held_out][0])
     demonstrations = demonstration_ids(cfg, tokens, splits, parts["train"][0], limit)
     publish.publish(
         trainer, cfg, STAGE, tokens, origin=origin, parents=[parent], eval_set=facts["parts"][held_out],

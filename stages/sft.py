@@ -31,7 +31,7 @@ def main(cfg: SFTStage) -> None:
     model = models.load_policy(origin, dtype=dtype, attn_implementation=cfg.attn_implementation)
     limit = text.fit(model, tokens, cfg)
     train, too_long = data.encode_demonstrations(tokens.formatter, splits.train, limit, cfg.overlong, cfg.loss_on)
-    validation, too_long_v = data.encode_demonstrations(tokens.formatter, splits.validation, limit, cfg.overlong, cfg.loss_on)
+    validation, too_long_v = data.encode_demonstrations(tokens.formatter, splits.validation, limit, cfg.overlong, cfg.loss_on, may_be_empty=True)
     facts = text.data_facts(loaded, splits, {"train": too_long, "validation": too_long_v})
     text.report_rows(facts, loaded.report.warnings)
     for covered in data.prove_loss_mask(tokens.formatter, train):

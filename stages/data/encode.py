@@ -15,12 +15,13 @@ Encoded = dict[str, Any]
 
 
 def encode_demonstrations(
-    formatter: Formatter, rows: Sequence[Demonstration], max_length: int, overlong: Overlong = "drop", loss_on: str = "all"
+    formatter: Formatter, rows: Sequence[Demonstration], max_length: int, overlong: Overlong = "drop", loss_on: str = "all", *,
+    may_be_empty: bool = False,
 ) -> tuple[list[Encoded], int]:
     """({"input_ids", "completion_mask"} per row in order, number dropped). Lengths in tokens, prompt and completion.
 
-    Raises UserError for a row above `max_length` if `overlong` is "error", when every row is, and for a mask that covers nothing
-    or everything.
+    Raises UserError for a row above `max_length` if `overlong` is "error", when every row is (unless `may_be_empty`: a part that is
+    not trained on), and for a mask that covers nothing or everything.
     """
 
     def encode(row: Demonstration) -> Encoded:
@@ -28,13 +29,13 @@ def encode_demonstrations(
         _check_mask(encoded["completion_mask"], row.where)
         return encoded
 
-    return _within(rows, encode, lambda encoded: len(encoded["input_ids"]), max_length, overlong, "max_length")
+    return _within(rows, encode, lambda encoded: len(encoded["input_ids"]), max_length, overlong, "max_length", may_be_empty)
 
 
 def encode_pairs(
-    formatter: Formatter, rows: Sequence[PreferencePair], max_length: int, overlong: Overlong = "drop"
+    formatter: Formatter, rows: Sequence[PreferencePair], max_length: int, overlong: Overlong = "drop", *, may_be_empty: bool = False
 ) -> tuple[list[Encoded], int]:
-    """({"prompt_ids", "chosen_ids", "rejected_ids"[, "margin"]} per pair in order, number dropped).
+    """({"prompt_ids", "chosen_ids", "rejected_ids", "row"[, "margin"]} per pair in order, number dropped).
 
     A pair's length is that of the prompt with the longer completion. `margin` is there if any row has one; a row without gets 0.
     Pairs that tokenise to the same ids cannot be told apart and are an error. Raises UserError as `encode_demonstrations` does.
@@ -45,12 +46,12 @@ def encode_pairs(
         encoded: Encoded = dict(formatter.pair(row))
         if encoded["chosen_ids"] == encoded["rejected_ids"]:
             raise UserError(f"{row.where}: chosen and rejected differ in the file but are the same tokens; leave this row out")
-        return encoded | ({"margin": row.margin or 0.0} if with_margin else {})
+        return encoded | {"row": row} | ({"margin": row.margin or 0.0} if with_margin else {})
 
     def length(encoded: Encoded) -> int:
         return len(encoded["prompt_ids"]) + max(len(encoded["chosen_ids"]), len(encoded["rejected_ids"]))
 
-    return _within(rows, encode, length, max_length, overlong, "max_length")
+    return _within(rows, encode, length, max_length, overlong, "max_length", may_be_empty)
 
 
 def encode_prompts(
@@ -71,7 +72,8 @@ def encode_prompts(
 
 
 def _within(
-    rows: Sequence[Item], encode: Callable[[Item], Encoded], length: Callable[[Encoded], int], limit: int, overlong: Overlong, name: str
+    rows: Sequence[Item], encode: Callable[[Item], Encoded], length: Callable[[Encoded], int], limit: int, overlong: Overlong, name: str,
+    may_be_empty: bool = False,
 ) -> tuple[list[Encoded], int]:
     kept: list[Encoded] = []
     longest, longest_where = 0, ""
@@ -84,7 +86,7 @@ def _within(
             kept.append(encoded)
         elif overlong == "error":
             raise UserError(f"{row.where}: has {tokens} tokens, more than {name} = {limit}; raise max_length, or set `overlong: drop`")
-    if rows and not kept:
+    if rows and not kept and not may_be_empty:
         raise UserError(
             f"all {len(rows)} rows are longer than {name} = {limit} tokens; the longest has {longest} ({longest_where}): raise max_length "
             f"by {longest - limit} to keep all"

@@ -34,17 +34,17 @@ def scores(trainer: Any, rows: list[list[int]]) -> torch.Tensor:
     return out
 
 
-def quality(trainer: Any, pairs: list[dict[str, Any]], splits: Any, held_out: str) -> dict[str, Any]:
-    """Accuracy (each pair once), calibration error and loss on held-out pairs, beside the best shortcut on them.
+def quality(trainer: Any, train: list[dict[str, Any]], pairs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Accuracy (each pair once), calibration error and loss on held-out `pairs`, beside the best shortcut on the same ones.
 
-    Empty where there is no held-out pair.
+    `train` and `pairs` are encoded, those too long left out. Empty where there is no held-out pair.
     """
     if not pairs:
         return {}
     both = [pair["prompt_ids"] + pair[side] for side in ("chosen_ids", "rejected_ids") for pair in pairs]
     chosen, rejected = scores(trainer, both).double().chunk(2)
     found = bradley_terry((chosen - rejected).numpy())
-    name, shortcut = best_shortcut(shortcut_baselines(splits.train, getattr(splits, held_out)))
+    name, shortcut = best_shortcut(shortcut_baselines([pair["row"] for pair in train], [pair["row"] for pair in pairs]))
     return {
         "accuracy": found.accuracy, "best_shortcut": shortcut, "shortcut_name": name, "ece": found.ece, "loss": found.loss,
         "margin": found.margin, "pairs": found.n,

@@ -195,6 +195,24 @@ def test_no_pair_is_dropped_silently(place):
         run("reward", values | {"overlong": "error"})
 
 
+def test_accuracy_and_shortcuts_count_the_same_pairs(place):
+    """Overlong pairs are left out of both: here they are those in which the longer completion wins."""
+    from configs.schema import RewardStage
+    from rewards.preference import best_shortcut, shortcut_baselines
+    from stages import data
+
+    rows = [json.loads(line) for line in (place / "pairs.jsonl").read_text().splitlines()]
+    file = write_rows(place / "long-wins.jsonl", rows + [{"prompt": f"q{i}", "chosen": "x " * 100, "rejected": "y"} for i in range(120)])
+    values = settings(place, "reward", {"max_steps": 1}, name="long", data=str(file), split={"validation": 0, "test": 0.3})
+    cfg = RewardStage.model_validate(values)
+    splits = data.Splitter(cfg.split).split(data.read_pairs(cfg.data).rows)
+    kept = [[row for row in part if len(row.chosen) < 100] for part in (splits.train, splits.test)]
+    assert len(kept[1]) < len(splits.test)
+    metrics = run("reward", values).info("metrics")
+    assert metrics["pairs"] == len(kept[1])
+    assert (metrics["shortcut_name"], metrics["best_shortcut"]) == best_shortcut(shortcut_baselines(*kept))
+
+
 def test_adapter_holds_the_head_and_scores_as_when_it_was_trained(place):
     from stages import models
 

@@ -236,6 +236,20 @@ def test_rows_over_the_length_are_counted(place):
         run("sft", values | {"overlong": "error"})
 
 
+def test_a_validation_part_of_overlong_rows_only_is_dropped_like_any_row(place):
+    from configs.schema.common import Source, Split
+    from stages.data import Splitter, read_demonstrations
+
+    split = Split(validation=0.1, test=0.1)
+    rows = [json.loads(line) for line in (place / "sft.jsonl").read_text().splitlines()]
+    parts = [Splitter(split).of(row) for row in read_demonstrations([Source(path=str(place / "sft.jsonl"))]).rows]
+    long = [row | ({"completion": "x" * 200} if part == "validation" else {}) for row, part in zip(rows, parts, strict=True)]
+    checkpoint = run("sft", settings(place, "sft", {"max_steps": 1}, name="short", data=str(write_rows(place / "no-validation.jsonl", long))))
+    assert checkpoint.info("data")["rows"]["validation"] == 0
+    assert checkpoint.info("data")["dropped"]["overlong"]["validation"] == parts.count("validation") > 0
+    assert checkpoint.info("metrics") == {}
+
+
 class TestPacking:
     def rows(self, place):
         from stages.sft import labelled

@@ -327,12 +327,15 @@ def test_lengths_limits_and_drops_by_hand():
         encode_demonstrations(formatter, rows, 10, "error")
     with pytest.raises(UserError, match=r"all 3 rows are longer than max_length = 4 tokens; the longest has 11 \(f:7\): raise max_length by 7"):
         encode_demonstrations(formatter, rows, 4)
+    assert encode_demonstrations(formatter, rows, 4, may_be_empty=True) == ([], 3)
 
     pairs = [PreferencePair(as_messages("abc"), "d", "e" * n, margin, f"p:{n}") for n, margin in ((6, None), (7, 0.5))]
     encoded, dropped = encode_pairs(formatter, pairs, 11)
     assert (dropped, [row["margin"] for row in encoded]) == (0, [0.0, 0.5])
     assert "margin" not in encode_pairs(formatter, pairs[:1], 11)[0][0]
     assert encode_pairs(formatter, pairs, 10)[1] == 1
+    assert [row["row"] for row in encode_pairs(formatter, pairs, 10)[0]] == pairs[:1]
+    assert encode_pairs(formatter, pairs, 4, may_be_empty=True) == ([], 2)
 
     prompts = [Prompt(as_messages("x" * n), {"k": n}) for n in (3, 6, 7)]
     encoded, dropped = encode_prompts(formatter, prompts, max_length=10, max_new_tokens=4)
