@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,14 +14,13 @@ import torch
 from torch import nn
 
 from configs.errors import UserError
+from configs.references import is_reference, pin
 from configs.schema import Lora
 from stages.dropout import without_dropout
 from stages.registry import Checkpoint, Parent, Registry
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-PUBLISHED = re.compile(r"^(sft|reward|dpo|ppo)/[a-z0-9][a-z0-9._-]*(@.+)?$")
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,31 @@ def find(asked: str, registry_root: Path, stages: tuple[str, ...] | None = None)
         if not (Path(asked) / "config.json").is_file() and not (Path(asked) / "adapter_config.json").is_file():
             raise UserError(f"{asked} is a folder without config.json; expected a Hugging Face model folder, as save_pretrained writes it")
         return Origin(asked, None, None)
-    if PUBLISHED.match(asked):
+    if is_reference(asked):
         registry = Registry(registry_root, create=False)
         return Origin(asked, registry.resolve(asked, stage=stages), registry)
     if asked.startswith((".", "/", "~")) or asked.count("/") > 1:
         raise UserError(f"model {asked!r}: no such folder; give a Hugging Face folder, a registry name such as sft/demo, or a hub name")
     _refuse_misspelt_stage(asked, registry_root)
     return Origin(asked, None, None)
+
+
+def pinned(cfg: Any) -> Any:
+    """A stage's or an evaluation's config in which every registry name is one version, such as sft/demo@3.
+
+    Names are looked up here and nowhere else: what is published while a run starts can't come between two look-ups, nor between two
+    processes when one of them does this for all.
+
+    Raises:
+        UserError: a name that does not resolve.
+    """
+
+    @cache
+    def version(asked: str) -> str:
+        checkpoint = find(asked, cfg.registry).checkpoint
+        return checkpoint.ref if checkpoint else asked
+
+    return pin(cfg, version)
 
 
 def _refuse_misspelt_stage(asked: str, registry_root: Path) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from configs.errors import UserError
+from configs.references import is_reference, pin, references
 from launch.chain import inputs
-from launch.chain.steps import STAGES, Step, evaluation_config, is_reference, pin, references
+from launch.chain.steps import STAGES, Step, evaluation_config
 
 if TYPE_CHECKING:
     from stages.registry import Checkpoint, Registry

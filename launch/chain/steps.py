@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,7 +9,6 @@ from configs.errors import UserError
 
 STAGES = ("sft", "reward", "dpo", "ppo")
 ORDER = (*STAGES, "eval")
-_REFERENCE = re.compile(rf"^({'|'.join(STAGES)})/[a-z0-9][a-z0-9._-]*(@.+)?$")
 
 # normal: run unless done. force: run although done. given: take what is there, run only if there is nothing.
 Mode = Literal["normal", "force", "given"]
@@ -52,37 +49,6 @@ def _stage_mode(stage: str, start: str | None) -> Mode:
 
 def _prepare_mode(before: str, chosen: str | None) -> Mode:
     return "given" if chosen and ORDER.index(before) < ORDER.index(chosen) else "normal"
-
-
-def is_reference(text: Any) -> bool:
-    """Whether a config value names a checkpoint of the registry rather than a folder or a model of the hub."""
-    return isinstance(text, str) and bool(_REFERENCE.match(text))
-
-
-def references(config: Any) -> dict[str, str]:
-    """role -> registry reference, of everything that a stage's config or the evaluation starts from or uses."""
-    found = {key: getattr(config, key, None) for key in ("init_from", "reference", "value_init")}
-    for number, scorer in enumerate(getattr(config, "scorers", None) or []):
-        found[f"scorers.{number}"] = getattr(scorer, "checkpoint", None)
-    for label, checkpoint in (getattr(config, "checkpoints", None) or {}).items():
-        found[f"checkpoints.{label}"] = checkpoint
-    return {role: ref for role, ref in found.items() if ref is not None and is_reference(ref)}
-
-
-def pin(config: Any, pinned: Callable[[str], str]) -> Any:
-    """A copy of a config in which every registry reference is what `pinned` makes of it, such as sft/demo -> sft/demo@3."""
-    refs = references(config)
-    update: dict[str, Any] = {role: pinned(ref) for role, ref in refs.items() if "." not in role}
-    if any(role.startswith("scorers.") for role in refs):
-        update["scorers"] = [
-            scorer.model_copy(update={"checkpoint": pinned(scorer.checkpoint)}) if f"scorers.{number}" in refs else scorer
-            for number, scorer in enumerate(config.scorers)
-        ]
-    if any(role.startswith("checkpoints.") for role in refs):
-        update["checkpoints"] = {
-            label: pinned(ref) if f"checkpoints.{label}" in refs else ref for label, ref in config.checkpoints.items()
-        }
-    return config.model_copy(update=update)
 
 
 def evaluation_config(chain: Any, output: Any) -> Any:

@@ -32,6 +32,7 @@ def evaluate(cfg: EvalConfig, say: Callable[[str], None] = lambda line: None) ->
     vocabularies differ, length (tokens, EOS included), eos_rate, perplexity, n completions. se is None with a single prompt.
     Results of checkpoints that live in the registry are added there. Raises UserError.
     """
+    cfg = models.pinned(cfg)
     against, reference = _labels(cfg)
     origins = {label: models.find(asked, cfg.registry, stages=POLICIES) for label, asked in cfg.checkpoints.items()}
     check_split(origins.values(), cfg)

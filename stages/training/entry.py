@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from configs.errors import UserError
-from stages.training.ranks import leave, rank, say
+from stages.training.ranks import from_rank_0, leave, rank, say
 
 __all__ = ["rank", "run", "say"]
 
@@ -33,9 +33,11 @@ def run(main: Callable[[Any], None], kind: str, argv: Sequence[str] | None = Non
     end_with_the_launcher()
     try:
         from configs.load import load
+        from stages import models
 
         refuse_foreign_accumulation()
-        main(load(arguments.config, kind, arguments.overrides))
+        cfg = load(arguments.config, kind, arguments.overrides)
+        main(from_rank_0("looking up the checkpoints", lambda: models.pinned(cfg)))
     except UserError as error:
         if rank():
             time.sleep(GRACE_SECONDS)

@@ -59,7 +59,7 @@ def test_trap_4_row_14_two_processes_have_the_trajectory_of_one(place, mode):
     for a, b in zip(one, two, strict=True):
         a.pop("rollout/sampler_gap"), b.pop("rollout/sampler_gap")  # rounding itself
         assert b == pytest.approx(a, rel=1e-4, abs=2e-5)
-    assert len({line["objective/score"] for line in one}) == 5
+    assert len({line["objective/score"] for line in one}) > 2, "scores that do not change prove nothing"
     first, second = (weights(Registry(place / "registry").resolve(f"ppo/{mode}-{label}")) for label in ("one", "two"))
     assert max((first[name] - second[name]).abs().max().item() for name in first) < 1e-4
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -9,11 +11,12 @@ from configs.errors import UserError
 from stages import models
 from stages.ppo.build import AdapterScorer
 from stages.ppo.collect import Clock, collect_rollout
-from stages.ppo.train import row_limit
+from stages.ppo.train import main, row_limit
 from stages.registry import Registry
 from stages.scorers import reward_scorer
 from stages.tokens import load_tokens
-from tests.stage.ppo_runs import LORA, assembled, metrics, publish_reward, run, settings, workspace
+from stages.training import entry
+from tests.stage.ppo_runs import LORA, assembled, metrics, publish_policy, publish_reward, run, settings, workspace
 from tests.tiny import tiny_model
 
 WHOLE, ADAPTER = ({"kind": "model", "checkpoint": f"reward/{name}"} for name in ("whole", "adapter"))
@@ -163,3 +166,27 @@ def test_a_reward_model_with_another_template_and_too_few_positions_is_refused_a
     values = settings(place, "narrow", {"iterations": 1}, scorers=[{"kind": "model", "checkpoint": "reward/narrow"}])
     with pytest.raises(UserError, match=r"scorer reward/narrow reads 60 tokens; the longest prompt has \d+ of its tokens"):
         run(values)
+
+
+def test_a_name_is_looked_up_once_and_means_that_version_from_then_on(place, monkeypatch):
+    """Whatever is published while the run starts: every model comes from the version that its name meant at first."""
+    asked, resolve = [], Registry.resolve
+
+    def looked_up(registry, ref, *rest, **options):
+        found = resolve(registry, ref, *rest, **options)
+        if "@" not in str(ref) and "/" in str(ref):
+            asked.append(ref)
+            publish_policy(place, ref.partition("/")[2]) if ref == "sft/moving" else None
+        return found
+
+    first = publish_policy(place, "moving")
+    monkeypatch.setattr(Registry, "resolve", looked_up)
+    file = place / "moving.json"
+    file.write_text(json.dumps(settings(place, "moved", {"iterations": 1}, init_from="sft/moving", reference="sft/moving", scorers=[WHOLE])))
+    entry.run(main, "ppo", ["--config", str(file)])
+    assert sorted(asked) == ["reward/whole", "sft/moving"]
+    monkeypatch.undo()
+    made = Registry(place / "registry").resolve("ppo/moved")
+    assert {p["id"] for p in made.manifest["parents"] if p["role"] in ("init_from", "reference")} == {first.id}
+    assert Registry(place / "registry").resolve("sft/moving").id != first.id
+    assert made.info("config")["init_from"] == first.ref == "sft/moving@1"

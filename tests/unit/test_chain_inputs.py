@@ -10,9 +10,10 @@ import pytest
 
 from configs.errors import UserError
 from configs.load import load_text
+from configs.references import is_reference
 from launch.chain import inputs
 from launch.chain.progress import Progress, duration
-from launch.chain.steps import Step, evaluation_config, is_reference, steps_of
+from launch.chain.steps import Step, evaluation_config, steps_of
 from launch.chain.summary import figures_of
 from launch.prepare import find, prepare
 

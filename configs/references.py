@@ -1,0 +1,40 @@
+"""Names of published checkpoints in a config: which there are, and a config in which each of them is one version."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+_REFERENCE = re.compile(r"^(sft|reward|dpo|ppo)/[a-z0-9][a-z0-9._-]*(@.+)?$")
+
+
+def is_reference(text: Any) -> bool:
+    """Whether a config value names a checkpoint of the registry rather than a folder or a model of the hub."""
+    return isinstance(text, str) and bool(_REFERENCE.match(text))
+
+
+def references(config: Any) -> dict[str, str]:
+    """role -> registry reference, of everything that a stage's config or the evaluation starts from or uses."""
+    found = {key: getattr(config, key, None) for key in ("init_from", "reference", "value_init")}
+    for number, scorer in enumerate(getattr(config, "scorers", None) or []):
+        found[f"scorers.{number}"] = getattr(scorer, "checkpoint", None)
+    for label, checkpoint in (getattr(config, "checkpoints", None) or {}).items():
+        found[f"checkpoints.{label}"] = checkpoint
+    return {role: ref for role, ref in found.items() if ref is not None and is_reference(ref)}
+
+
+def pin(config: Any, pinned: Callable[[str], str]) -> Any:
+    """A copy of a config in which every registry reference is what `pinned` makes of it, such as sft/demo -> sft/demo@3."""
+    refs = references(config)
+    update: dict[str, Any] = {role: pinned(ref) for role, ref in refs.items() if "." not in role}
+    if any(role.startswith("scorers.") for role in refs):
+        update["scorers"] = [
+            scorer.model_copy(update={"checkpoint": pinned(scorer.checkpoint)}) if f"scorers.{number}" in refs else scorer
+            for number, scorer in enumerate(config.scorers)
+        ]
+    if any(role.startswith("checkpoints.") for role in refs):
+        update["checkpoints"] = {
+            label: pinned(ref) if f"checkpoints.{label}" in refs else ref for label, ref in config.checkpoints.items()
+        }
+    return config.model_copy(update=update)
