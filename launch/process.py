@@ -41,7 +41,6 @@ class _Stream:
     log: IO[bytes]
     to_stderr: bool
     on_line: Callable[[str], None] | None = None
-    mute_from: re.Pattern[bytes] | None = None
     stopping: Callable[[], bool] = lambda: False
     said_error: bool = False
     worker_exit_2: bool = False
@@ -55,7 +54,6 @@ class _Stream:
             self.log.flush()
             self.worker_exit_2 |= bool(WORKER_EXIT_2.search(line))
             self.muted = self.muted or (bool(AGENT_REPORT.match(line)) and (self.said_error or self.stopping()))
-            self.muted = self.muted or bool(self.mute_from and self.mute_from.search(line))
             self.said_error |= line.startswith(b"error: ")
             if not self.muted:
                 self._show(line)
@@ -98,13 +96,11 @@ def run_child(
     to_stderr: bool = False,
     on_line: Callable[[str], None] | None = None,
     on_start: Callable[[int], None] | None = None,
-    mute_from: re.Pattern[bytes] | None = None,
     grace: float = 300.0,
 ) -> Outcome:
     """Run `argv` in its own process group until it ends; SIGINT, SIGTERM, SIGHUP and SIGUSR1 that reach us go to the group.
 
-    A second SIGINT or SIGTERM, or `grace` seconds after the first, kills the group. Output is appended to `log_file`;
-    from the first line that matches `mute_from` on it is not shown.
+    A second SIGINT or SIGTERM, or `grace` seconds after the first, kills the group. Output is appended to `log_file`.
     Returns the outcome: the child's own exit code (a stage that saves on SIGTERM says so with its code), 128 + n where signal n
     ended it, 130 after SIGINT, and 2 where a worker under `accelerate launch` ended with a user error.
     """
@@ -122,7 +118,7 @@ def run_child(
         if on_start is not None:
             on_start(child.pid)
         assert child.stdout is not None
-        stream = _Stream(f"[{prefix}] ".encode() if prefix else b"", log, to_stderr, on_line, mute_from, lambda: bool(signals.received))
+        stream = _Stream(f"[{prefix}] ".encode() if prefix else b"", log, to_stderr, on_line, lambda: bool(signals.received))
         reader = threading.Thread(target=stream.copy, args=(child.stdout,), daemon=True)
         reader.start()
         code = child.wait()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -22,7 +21,6 @@ from launch.process import run_child
 if TYPE_CHECKING:
     from stages.registry import Checkpoint
 
-EVALUATION_TABLE = re.compile(rb"evaluation set |^\s*\xe2\x94\x8f")  # shown at the end of the chain, at the terminal's width
 CommandFor = Callable[[Step, Path, Any], Command]
 
 
@@ -146,8 +144,7 @@ class Runner:
         log = self.chain.output / "logs" / f"{step.name}.log"
         env = command.environment(ALIGN_INPUTS_KEY=decision.key or "")
         outcome = run_child(
-            command.argv, env, log, prefix=step.name, to_stderr=self.as_json, on_line=self.progress.line, on_start=self.lock.record_child,
-            mute_from=EVALUATION_TABLE if step.kind == "eval" else None,
+            command.argv, env, log, prefix=step.name, to_stderr=self.as_json, on_line=self.progress.line, on_start=self.lock.record_child
         )  # fmt: skip
         if outcome.code or outcome.interrupted:
             return self._failed(step, outcome.code or 130, outcome.interrupted, log)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from configs.schema import EvalConfig
 from stages.training import entry
 
@@ -11,7 +13,9 @@ def main(cfg: EvalConfig) -> None:
     from stages.evaluation.evaluate import evaluate
     from stages.evaluation.table import show
 
-    show(evaluate(cfg, say=entry.say))
+    result = evaluate(cfg, say=entry.say)
+    if "ALIGN_INPUTS_KEY" not in os.environ:  # a chain shows the table at its end
+        show(result)
 
 
 if __name__ == "__main__":

@@ -81,6 +81,20 @@ def test_figures_of_two_models(tmp_path, folders):
     assert rows(result)[1][2].endswith("] n=6")
 
 
+def test_the_table_is_shown_once(tmp_path, folders, monkeypatch, capsys):
+    """By the evaluation where it is started by itself, by the chain at its end where it is a step of one."""
+    from stages.evaluation.__main__ import main
+
+    cfg = config(tmp_path, {"one": folders["one"]})
+    main(cfg)
+    assert capsys.readouterr().out.count("win rate") >= 1
+    monkeypatch.setenv("ALIGN_INPUTS_KEY", "k")
+    main(cfg)
+    shown = capsys.readouterr().out
+    assert "win rate" not in shown
+    assert "eval 1/1" in shown
+
+
 def test_one_model_under_two_labels_is_the_same_and_differs_from_nothing(tmp_path, folders):
     """Same weights, same seeds: the same completions, no KL, every comparison even."""
     result = evaluate(config(tmp_path, {"a": folders["one"], "b": folders["one"]}))
