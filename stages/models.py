@@ -197,6 +197,8 @@ def from_pretrained(cls: Any, folder: str, **kwargs: Any) -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    if not Path(folder).is_dir():
+        _refuse_hub_adapter(folder)
     try:
         return cls.from_pretrained(folder, trust_remote_code=False, **kwargs)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -205,6 +207,15 @@ def from_pretrained(cls: Any, folder: str, **kwargs: Any) -> Any:
             "give a Hugging Face folder, a registry name such as sft/demo, or a hub name that can be reached from here"
         )  # fmt: skip
         raise UserError(f"cannot load {folder!r}: {first} ({advice})") from error
+
+
+@cache
+def _refuse_hub_adapter(name: str) -> None:
+    """Raise where a hub name is that of an adapter: transformers would load base and adapter as one model that looks like a whole one."""
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    if find_adapter_config_file(name) is not None:
+        raise UserError(f"{name} is an adapter on the hub, and adapters are read from folders: run `hf download {name} --local-dir FOLDER` and give the folder")
 
 
 def load_tokenizer(origin: Origin) -> PreTrainedTokenizerBase:

@@ -190,3 +190,25 @@ def test_a_name_is_looked_up_once_and_means_that_version_from_then_on(place, mon
     assert {p["id"] for p in made.manifest["parents"] if p["role"] in ("init_from", "reference")} == {first.id}
     assert Registry(place / "registry").resolve("sft/moving").id != first.id
     assert made.info("config")["init_from"] == first.ref == "sft/moving@1"
+
+
+def test_an_adapter_on_the_hub_is_told_from_a_whole_model(place, tmp_path, monkeypatch):
+    """A cache of the hub as a download leaves it, holding base and adapter in one repository."""
+    import shutil
+
+    from huggingface_hub import constants
+
+    snapshot = tmp_path / "models--someone--tuned" / "snapshots" / "abc"
+    shutil.copytree(place / "base", snapshot)
+    (tmp_path / "models--someone--tuned" / "refs").mkdir()
+    (tmp_path / "models--someone--tuned" / "refs" / "main").write_text("abc")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    models._refuse_hub_adapter.cache_clear()
+    origin = models.find("someone/tuned", place / "registry")
+    models.load_policy(origin)
+    (snapshot / "adapter_config.json").write_text("{}")
+    models._refuse_hub_adapter.cache_clear()
+    for load in (models.load_policy, models.load_tokenizer):
+        with pytest.raises(UserError, match="someone/tuned is an adapter on the hub"):
+            load(origin)
