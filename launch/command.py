@@ -103,6 +103,7 @@ def child_environment(processes: int) -> dict[str, str]:
     # Threads that spin while they wait take the cores from the other processes; on a CPU that costs far more than waking up.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     wanted = {
+        "ALIGN_LAUNCHED": "1",  # a stage ends with what started it
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "OMP_NUM_THREADS": str(max(1, cores // processes)),
         "OMP_WAIT_POLICY": "PASSIVE",

@@ -17,6 +17,7 @@ from stages.training.ranks import from_rank_0, leave, rank, say
 __all__ = ["rank", "run", "say"]
 
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+SET_BY_LAUNCHERS = ("TORCHELASTIC_RUN_ID", "ALIGN_LAUNCHED")  # by torchrun (and so accelerate launch with several processes), by align
 GRACE_SECONDS = 10.0  # for rank 0 to print its message before the launcher ends it because another rank has left
 
 
@@ -51,10 +52,10 @@ def end_with_the_launcher() -> None:
     """Have Linux end this process when the launcher that started it dies.
 
     `accelerate launch` starts its processes in sessions of their own: after a kill -9 of the launcher they would train on,
-    and the run that is started again would find them writing to its folder.
+    and the run that is started again would find them writing to its folder. A process that a person started is left alone: under
+    nohup it must outlive the shell, which is its parent.
     """
-    launched = any(name.startswith("ACCELERATE_") for name in os.environ) or "TORCHELASTIC_RUN_ID" in os.environ
-    if not launched or not sys.platform.startswith("linux"):
+    if not any(name in os.environ for name in SET_BY_LAUNCHERS) or not sys.platform.startswith("linux"):
         return
     launcher = os.getppid()
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

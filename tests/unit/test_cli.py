@@ -126,6 +126,25 @@ def test_one_process_starts_without_the_launcher_but_prints_its_line():
     assert command.extra_env["ACCELERATE_USE_CPU"] == "True"
 
 
+@pytest.mark.parametrize(
+    ("environment", "tied"),
+    [
+        ({"ACCELERATE_LOG_LEVEL": "info", "ACCELERATE_USE_CPU": "True"}, False),  # a person's own: under nohup it outlives the shell
+        ({"TORCHELASTIC_RUN_ID": "1"}, True),
+        (child_environment(1), True),
+    ],
+)
+def test_a_stage_ends_with_its_launcher_and_with_nothing_else(environment, tied):
+    code = (
+        "import ctypes, types; from stages.training.entry import end_with_the_launcher as end; calls = []\n"
+        "ctypes.CDLL = lambda name: types.SimpleNamespace(prctl=lambda *given: calls.append(given))\n"
+        "end(); print(len(calls))"
+    )
+    plain = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "TORCHELASTIC", "ALIGN_"))}
+    done = subprocess.run([sys.executable, "-c", code], env=plain | environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ("1" if tied else "0")
+
+
 def test_several_processes_start_under_accelerate_on_a_free_port():
     command = stage_command("stages.ppo", Path("c.yaml"), _machine(distributed_type="MULTI_CPU", use_cpu=True, num_processes=2))
     assert command.argv[:3] == (sys.executable, "-m", "accelerate.commands.launch")
