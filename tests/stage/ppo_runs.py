@@ -93,8 +93,8 @@ def settings(folder: Path, output: str = "out", train: dict[str, Any] | None = N
 
 
 def run(values: dict[str, Any]) -> Checkpoint:
-    """Run PPO in this process and return what it published."""
-    main(PPOStage.model_validate(values))
+    """Run PPO in this process, as its command does, and return what it published."""
+    main(models.pinned(PPOStage.model_validate(values)))
     return Registry(values["registry"]).resolve(f"ppo/{values['name']}")
 
 
