@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 VOCABULARY = 259  # 256 bytes, pad, bos, eos
@@ -44,3 +45,14 @@ def tiny_model(folder: Path, seed: int = 0, **changes) -> Path:
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def tiny_data(folder: Path, words: str) -> None:
+    """Write demos.jsonl, pairs.jsonl and prompts.jsonl: prompts "say a m" …, answers that say please (or, rejected, now)."""
+    prompts = [f"say {a} {b}" for a in "abcdefgh" for b in words]
+    for name, rows in {
+        "demos": [{"prompt": p, "completion": f"{p[4:]} please"} for p in prompts],
+        "pairs": [{"prompt": p, "chosen": f"{p[4:]} please", "rejected": f"{p[4:]} now"} for p in prompts],
+        "prompts": [{"prompt": p} for p in prompts],
+    }.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

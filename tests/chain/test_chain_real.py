@@ -14,7 +14,7 @@ import pytest
 
 from launch.cli import main
 from stages.registry import Registry
-from tests.tiny import tiny_model
+from tests.tiny import tiny_data, tiny_model
 
 CHAIN = """
 name: tiny
@@ -39,13 +39,7 @@ def chain(tmp_path_factory) -> Path:
     """The chain file, with its model and data beside it."""
     folder = tmp_path_factory.mktemp("chain")
     tiny_model(folder / "base")
-    prompts = [f"say {a} {b}" for a in "abcdefgh" for b in "mnopqrst"]
-    for name, rows in {
-        "demos": [{"prompt": p, "completion": f"{p[4:]} please"} for p in prompts],
-        "pairs": [{"prompt": p, "chosen": f"{p[4:]} please", "rejected": f"{p[4:]} now"} for p in prompts],
-        "prompts": [{"prompt": p} for p in prompts],
-    }.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tiny_data(folder, "mnopqrst")
     file = folder / "chain.yaml"
     file.write_text(CHAIN.format(folder=folder))
     return file

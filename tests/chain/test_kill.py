@@ -22,7 +22,7 @@ import pytest
 
 from stages.registry import Checkpoint, Registry
 from tests.stage.runs import ENVIRONMENT, ROOT
-from tests.tiny import tiny_model
+from tests.tiny import tiny_data, tiny_model
 
 STAGES = ("sft", "reward", "dpo", "ppo")
 STEPS = 16
@@ -76,13 +76,7 @@ def folder(tmp_path_factory) -> Path:
     """A tiny base and a few dozen rows."""
     folder = tmp_path_factory.mktemp("kill")
     tiny_model(folder / "base")
-    prompts = [f"say {a} {b}" for a in "abcdefgh" for b in "mnopqr"]
-    for name, rows in {
-        "demos": [{"prompt": p, "completion": f"{p[4:]} please"} for p in prompts],
-        "pairs": [{"prompt": p, "chosen": f"{p[4:]} please", "rejected": f"{p[4:]} now"} for p in prompts],
-        "prompts": [{"prompt": p} for p in prompts],
-    }.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tiny_data(folder, "mnopqr")
     return folder
 
 
