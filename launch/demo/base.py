@@ -1,6 +1,6 @@
 """The demo's own base model: a small Llama trained on generated text of the support world, in about a minute on a CPU.
 
-The text is what a base model has read: dialogues in which agents answer in all manner of ways, tickets, and lists that are
+The text is what a base model has read: dialogues in which agents answer in all manner of ways, tickets with notes, and lists that are
 copied out. It therefore knows the language and can copy order numbers and items, but it has no idea of a good answer.
 """
 
@@ -24,18 +24,18 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from launch.demo import wording, world
 
 ANSWER_QUALITY, ANSWER_NAMING = 0.25, 0.45  # shares of right parts in the agents' answers that the base model reads
-LISTS, TICKETS = 0.2, 0.3  # shares of the texts; the rest are dialogues
-LISTS_ONLY = 0.2  # share of the steps, the first ones, in which all texts are lists: copying is then learnt in a minute
+COPIES, TICKETS = 0.3, 0.25  # shares of the texts; the rest are dialogues
+COPIES_ONLY = 0.25  # share of the steps, the first ones, of exercises only: copying is learnt in a minute
 
 
 def draw_document(rng: random.Random) -> tuple[str, str]:
-    """A text in two parts, of which the model learns to predict the second: a dialogue, a ticket or a list with its copy."""
+    """A text in two parts, of which the model learns to predict the second: an exercise in copying, a ticket or a dialogue."""
     kind = rng.random()
-    if kind < LISTS:
-        return draw_list(rng)
+    if kind < COPIES:
+        return draw_copy(rng)
     case = world.draw_case(rng)
-    if kind < LISTS + TICKETS:
-        note = world.answer(case, world.Way("right", "right", "absent", "plain", False), rng)
+    if kind < COPIES + TICKETS:
+        note = world.answer(case, world.Way("right", "right", "right", "plain", False), rng)
         return f"Ticket: {case.message}\nNote:", f" {note}"
     reply = world.answer(case, world.draw_way(rng, ANSWER_QUALITY, ANSWER_NAMING), rng)
     if rng.random() < 0.25:  # a base model does not know when to stop
@@ -43,8 +43,12 @@ def draw_document(rng: random.Random) -> tuple[str, str]:
     return "User:", f" {case.message}\nAssistant: {reply}"
 
 
-def draw_list(rng: random.Random) -> tuple[str, str]:
-    """A list of order numbers and items that cannot be predicted, and its copy, which can: where copying is learnt from."""
+def draw_copy(rng: random.Random) -> tuple[str, str]:
+    """A list and its copy, or a message and the form that was filled in from it: all that is learnt stood in the text before."""
+    if rng.random() < 0.5:
+        case = world.draw_case(rng)
+        remedy = rng.choice(wording.PROBLEMS[case.problem].remedies)
+        return f"Ticket: {case.message}\nForm:", f" the {case.item}, order {case.order}. {remedy}"
     entries = []
     for _ in range(rng.randint(3, 8)):
         number, item = world.draw_order(rng), rng.choice(wording.ITEMS)
@@ -73,7 +77,7 @@ def build_tokenizer(texts: Iterator[str], vocabulary: int) -> PreTrainedTokenize
 
 def train_base(
     output: str, seed: int = 0, steps: int = 700, batch_size: int = 32, learning_rate: float = 3e-3, hidden_size: int = 96,
-    layers: int = 2, heads: int = 4, vocabulary: int = 640,
+    layers: int = 3, heads: int = 4, vocabulary: int = 640,
 ) -> None:  # fmt: skip
     """Train the base model and write it, a plain Hugging Face folder, to `output`.
 
@@ -85,6 +89,7 @@ def train_base(
     rng = random.Random(f"base {seed}")
     tokenizer = build_tokenizer(("".join(draw_document(rng)) for _ in range(3000)), vocabulary)
     model = LlamaForCausalLM(_architecture(tokenizer, hidden_size, layers, heads))
+    _look_alike(model)
     _train(model, tokenizer, rng, steps, batch_size, learning_rate)
     unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
     model.save_pretrained(unfinished)
@@ -101,6 +106,16 @@ def _architecture(tokenizer: PreTrainedTokenizerFast, hidden_size: int, layers: 
         pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
         initializer_range=hidden_size**-0.5,  # at the customary 0.02 so narrow a model has not learnt to copy after 500 steps
     )  # fmt: skip
+
+
+def _look_alike(model: LlamaForCausalLM) -> None:
+    """Start with keys equal to queries: a token then attends to its like, which is half of copying and of comparing.
+
+    After Trockman and Kolter 2023, arXiv:2305.09828. From unrelated keys and queries so small a model needs far more text to find it.
+    """
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)
 
 
 class Batch(NamedTuple):
@@ -149,7 +164,7 @@ def _train(
 def _batches(tokenizer: PreTrainedTokenizerFast, rng: random.Random, steps: int, batch_size: int) -> Iterator[Batch]:
     """Batches of new texts, right-padded."""
     for step in range(steps):
-        draw = draw_list if step < LISTS_ONLY * steps else draw_document
+        draw = draw_copy if step < COPIES_ONLY * steps else draw_document
         texts = [draw(rng) for _ in range(batch_size)]
         before, after = (tokenizer(list(part))["input_ids"] for part in zip(*texts, strict=True))
         rows = [[*first, *second, tokenizer.eos_token_id] for first, second in zip(before, after, strict=True)]

@@ -12,53 +12,53 @@ ITEMS = (
 
 
 class Problem(NamedTuple):
-    """What went wrong: how customers say it, and how agents word the remedy."""
+    """What went wrong: how customers say it, and how agents word the remedy. Both use the word `key`."""
 
+    key: str  # is in every complaint and every remedy of this problem, and in no other text
     complaints: tuple[str, ...]  # with {item}
     remedies: tuple[str, ...]  # whole sentences
-    key: str  # regular expression that finds this remedy, and no other, in an answer
 
 
 PROBLEMS: dict[str, Problem] = {
     "late": Problem(
-        ("my {item} has not arrived yet", "the {item} is late", "I am still waiting for the {item}"),
-        ("We will trace the parcel today.", "We are tracking the parcel now.", "I will trace the parcel for you."),
-        r"\b(trace|tracking|track)\b",
+        "late",
+        ("my {item} is late", "the {item} is two days late", "I am upset that the {item} is so late"),
+        ("We will trace the late parcel today.", "We are tracking the late parcel now.", "I will trace the late parcel for you."),
     ),
     "broken": Problem(
-        ("my {item} arrived broken", "the {item} is cracked", "the {item} does not work"),
-        ("We will send a replacement today.", "A replacement is on its way.", "I will ship a replacement for free."),
-        r"\breplacement\b",
+        "broken",
+        ("my {item} arrived broken", "the {item} is broken", "I got a broken {item}"),
+        ("We will replace the broken one today.", "I will replace the broken one for free.", "A new one for the broken one is coming."),
     ),
     "wrong_item": Problem(
-        ("you sent something else instead of the {item}", "I got another product, not the {item}", "the {item} was mixed up with another product"),
-        ("We will ship the correct product today.", "The correct product is on its way.", "I will send the correct product now."),
-        r"\bcorrect product\b",
+        "wrong",
+        ("you sent the wrong product and not the {item}", "I got the wrong thing instead of the {item}", "this is the wrong {item}"),
+        ("We will swap the wrong one today.", "I will swap the wrong one for free.", "A driver will swap the wrong one."),
     ),
     "wrong_size": Problem(
-        ("the {item} is too small", "the {item} is the wrong size", "my {item} is too big"),
-        ("We will exchange it for the right size.", "I will send the right size today.", "You get the right size for free."),
-        r"\bright size\b",
+        "small",
+        ("the {item} is too small", "my {item} is much too small", "this {item} is small for me"),
+        ("We will send a larger one for the small one.", "I will exchange the small one for free.", "You may exchange the small one today."),
     ),
     "missing_part": Problem(
-        ("a part of the {item} is missing", "the {item} came without its screws", "my {item} is not complete"),
+        "missing",
+        ("a part of the {item} is missing", "my {item} came with a part missing", "the screws of the {item} are missing"),
         ("We will mail the missing part today.", "The missing part is on its way.", "I will post the missing part now."),
-        r"\bmissing part\b",
     ),
     "double_charge": Problem(
-        ("I was charged twice for the {item}", "I paid two times for the {item}", "my card shows the {item} twice"),
-        ("We will refund the second payment.", "You get a refund today.", "I will refund the extra charge."),
-        r"\brefund\b",
+        "twice",
+        ("I was charged twice for the {item}", "I paid twice for the {item}", "my card shows the {item} twice"),
+        ("We will refund what was paid twice.", "You get a refund of what you paid twice.", "I will refund what we charged twice."),
     ),
     "cancel": Problem(
-        ("I want to cancel the {item}", "I no longer need the {item}", "please stop my {item} from being sent"),
-        ("We will cancel the purchase now.", "I have cancelled the purchase.", "The purchase is cancelled today."),
-        r"\bcancel(led)?\b",
+        "cancel",
+        ("I want to cancel the {item}", "please cancel my {item}", "I have to cancel the {item}"),
+        ("We will cancel the purchase now.", "I will cancel the purchase today.", "I can cancel the purchase for you."),
     ),
     "send_back": Problem(
-        ("I want to send the {item} back", "how do I give the {item} back", "I do not like the {item} and want to give it back"),
+        "return",
+        ("I want to return the {item}", "I have to return my {item}", "please let me return the {item}"),
         ("We will email a return label.", "A return label is on its way.", "I will send you a return label."),
-        r"\breturn label\b",
     ),
 }  # fmt: skip
 
@@ -81,10 +81,10 @@ POLITE_OPENINGS = (
     "We apologise for the trouble.",
     "So sorry to hear this.",
 )
-CURT_OPENINGS = ("That is not our fault.", "You should be more careful.", "Stop complaining.", "Not this again.")
+CURT_OPENINGS = ("That is not my fault.", "You need to be more careful.", "Stop complaining to me.", "Not this again.")
 PLAIN_OPENINGS = ("", "", "Hello.", "I read your message.")
 POLITE_CLOSINGS = ("", "Thank you for your patience.", "I am happy to help.", "Have a lovely day.")
-CURT_CLOSINGS = ("", "Do not bother us.", "That is all you get.", "Next time think first.")
+CURT_CLOSINGS = ("", "Do not bother me about it.", "That is all you get.", "Next time think first.")
 POLITE_KEY = r"\b(sorry|thank|apologise|happy to help|lovely)\b"
 CURT_KEY = r"\b(fault|careful|complaining|not this again|bother|all you get|think first)\b"
 
@@ -99,9 +99,10 @@ ORDER_ONLY = (
     "This is about order {order}.",
     "I found order {order} with your goods.",
 )
-NEITHER = ("I see what you bought in our system.", "This is about your goods.", "I found what you bought here.")
-NO_REMEDY = ("We will look into it some day.", "There is nothing we can do.", "Please wait and see.")
+NEITHER = ("I see what is in the order.", "This is about the order.", "I found the order in our system.")
+NO_REMEDY = ("It is in a long queue now.", "There is nothing to do about it.", "Please wait and see.")
+# With words that customers use too: or the share of the customer's words in an answer would give the better one away.
 RAMBLING = (
-    "Our shop is very old and has many rooms.", "The weather is nice here this week.", "Many people like our shop and visit us.",
-    "My team and I had a long meeting.", "We sell all kinds of things every day.", "Our building has a big new roof.",
+    "My shop is in an old town.", "It is nice and warm here.", "Many people order from my team.",
+    "What a good morning I had.", "You can help us with the roof.", "I like this day so much.",
 )  # fmt: skip

@@ -21,7 +21,7 @@ from launch.jsonl import write_jsonl
 from rewards.protocol import text_of
 
 ORDER_KEY = r"\b[A-Z]\d+\b"
-WEIGHTS = {"order": 0.2, "item": 0.2, "remedy": 0.3, "polite": 0.2, "concise": 0.1}
+WEIGHTS = {"order": 0.2, "item": 0.2, "remedy": 0.25, "polite": 0.2, "concise": 0.15}
 CONCISE_WORDS = 28  # no answer without rambling is longer
 LABEL_SLOPE = 13.0  # P(a preferred to b) = sigmoid(LABEL_SLOPE * (gold(a) - gold(b))); one label in eight is wrong
 
@@ -78,14 +78,17 @@ def draw_cases(rng: random.Random, count: int) -> list[Case]:
     return list(cases.values())
 
 
-def draw_way(rng: random.Random, quality: float, naming: float | None = None) -> Way:
+def draw_way(rng: random.Random, quality: float, naming: float | None = None, wrong: float = 0.15) -> Way:
     """A random way to answer, each part of it right with probability `quality`, independently of the others.
 
-    `naming` is the probability for order and item, where it differs.
+    `naming` is the probability for order and item, where it differs; of the parts that are not right, a share `wrong` is wrong
+    and the rest are absent.
     """
 
     def part(share: float) -> str:
-        return "right" if rng.random() < share else rng.choice(("wrong", "absent"))
+        if rng.random() < share:
+            return "right"
+        return "wrong" if rng.random() < wrong else "absent"
 
     naming = quality if naming is None else naming
     tone = "polite" if rng.random() < quality else rng.choice(("plain", "curt"))
@@ -147,10 +150,12 @@ def rubric(case: dict[str, str], completion: str) -> dict[str, float]:
 
     order, item: 1 when the right one and no other is named, 0.3 when none is, 0 otherwise. remedy: 1 when the right one and no
     other is offered, 0.5 with others beside it, else 0. polite: 1 with a courtesy and no rudeness, 0.5 with neither, else 0.
-    concise: 1 up to CONCISE_WORDS words, falling to 0 at twice as many, times the share of word pairs that do not repeat.
+    concise: 1 up to CONCISE_WORDS words, falling to 0 at one and a half times as many, times the share of word pairs that do not repeat.
     """
     orders, items = set(re.findall(ORDER_KEY, completion)), named_items(completion)
-    offered = {name for name, problem in w.PROBLEMS.items() if re.search(problem.key, completion, re.IGNORECASE)}
+    offered = {
+        name for name, problem in w.PROBLEMS.items() if re.search(rf"\b{problem.key}\b", completion, re.IGNORECASE)
+    }
     right = case.get("problem") in offered
     rude, courteous = (bool(re.search(key, completion, re.IGNORECASE)) for key in (w.CURT_KEY, w.POLITE_KEY))
     words = completion.split()
@@ -161,7 +166,7 @@ def rubric(case: dict[str, str], completion: str) -> dict[str, float]:
         "item": _named(case.get("item"), items),
         "remedy": (1.0 if len(offered) == 1 else 0.5) if right else 0.0,
         "polite": 0.0 if rude else 1.0 if courteous else 0.5,
-        "concise": fresh * min(1.0, max(0.0, 2 - len(words) / CONCISE_WORDS)),
+        "concise": fresh * min(1.0, max(0.0, 3 - 2 * len(words) / CONCISE_WORDS)),
     }
 
 
@@ -200,9 +205,9 @@ def demonstrations(rng: random.Random, cases: Iterable[Case], quality: float) ->
 def preferences(rng: random.Random, cases: Iterable[Case], quality: float) -> Iterator[dict[str, str]]:
     """Rows of the preference pairs: two answers of differing ways, the label drawn from their difference in gold."""
     for case in cases:
-        first = second = answer(case, draw_way(rng, quality), rng)
+        first = second = answer(case, draw_way(rng, quality, wrong=0.2), rng)
         while second == first:
-            second = answer(case, draw_way(rng, quality), rng)
+            second = answer(case, draw_way(rng, quality, wrong=0.2), rng)
         a, b = gold([case.message] * 2, [first, second], **{k: [v] * 2 for k, v in case.columns().items()})
         if rng.random() >= 1 / (1 + math.exp(-LABEL_SLOPE * (a - b))):
             first, second = second, first
@@ -210,8 +215,8 @@ def preferences(rng: random.Random, cases: Iterable[Case], quality: float) -> It
 
 
 def write_data(
-    output: str, seed: int = 0, demonstrations_rows: int = 400, pairs_rows: int = 3000, prompts_rows: int = 6000,
-    demonstration_quality: float = 0.6, pair_quality: float = 0.5,
+    output: str, seed: int = 0, demonstrations_rows: int = 400, pairs_rows: int = 5000, prompts_rows: int = 6000,
+    demonstration_quality: float = 0.5, pair_quality: float = 0.5,
 ) -> None:  # fmt: skip
     """Write demonstrations.jsonl, pairs.jsonl and prompts.jsonl into the folder `output`.
 

@@ -10,8 +10,8 @@ import pytest
 
 from launch.demo import wording, world
 
-MESSAGE = "Hi. My order is K47 and the kettle is cracked. Please help."
-RIGHT = "I am sorry about that. I see the kettle in order K47. We will send a replacement today."
+MESSAGE = "Hi. My order is K47 and the kettle is broken. Please help."
+RIGHT = "I am sorry about that. I see the kettle in order K47. We will replace the broken one today."
 
 
 def cases(count: int, seed: int = 3) -> list[world.Case]:
@@ -19,14 +19,14 @@ def cases(count: int, seed: int = 3) -> list[world.Case]:
 
 
 def test_gold_by_hand() -> None:
-    # Weights: order 0.2, item 0.2, remedy 0.3, polite 0.2, concise 0.1.
+    # Weights: order 0.2, item 0.2, remedy 0.25, polite 0.2, concise 0.15.
     answers = {
         RIGHT: 1.0,
         RIGHT.replace("K47", "K48"): 0.8,  # another order: order 0
         RIGHT.replace("in order K47", "in our system"): 0.86,  # no order: order 0.3
         RIGHT.replace("kettle", "lamp"): 0.8,
-        RIGHT.replace("send a replacement", "refund the second payment"): 0.7,
-        RIGHT + " You get a refund today.": 0.85,  # a second remedy: half
+        RIGHT.replace("replace the broken one", "refund what was paid twice"): 0.75,
+        RIGHT + " You get a return label.": 0.875,  # a second remedy: half
         RIGHT.replace("I am sorry about that. ", ""): 0.9,  # no courtesy: polite 0.5
         RIGHT + " Do not bother us.": 0.8,  # rude although courteous
         "": 0.0,
@@ -36,9 +36,9 @@ def test_gold_by_hand() -> None:
 
 def test_gold_counts_words_and_repetition() -> None:
     rambling = RIGHT + " one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
-    # 18 + 14 = 32 words, 28 are free: concise = 2 - 32/28.
-    assert len(rambling.split()) == 32
-    assert world.gold([MESSAGE], [rambling]) == pytest.approx([0.9 + 0.1 * (2 - 32 / 28)])
+    # 19 + 14 = 33 words, 28 are free: concise = 3 - 2 * 33/28.
+    assert len(rambling.split()) == 33
+    assert world.gold([MESSAGE], [rambling]) == pytest.approx([0.85 + 0.15 * (3 - 2 * 33 / 28)])
     assert world.rubric({}, "so so so so so")["concise"] == pytest.approx(1 / 4)
 
 
@@ -54,21 +54,32 @@ def test_every_message_is_read_back() -> None:
         assert world.read_message(case.message) == case.columns()
 
 
-def test_each_remedy_matches_its_own_key_only() -> None:
-    others = [*wording.BOTH, *wording.NEITHER, *wording.NO_REMEDY, *wording.RAMBLING, *wording.POLITE_OPENINGS]
-    others += [*wording.CURT_OPENINGS, *wording.POLITE_CLOSINGS, *wording.CURT_CLOSINGS]
+def test_each_problem_has_its_word_and_no_other_text_has_it() -> None:
+    others = [
+        *wording.BOTH,
+        *wording.ITEM_ONLY,
+        *wording.ORDER_ONLY,
+        *wording.NEITHER,
+        *wording.NO_REMEDY,
+        *wording.RAMBLING,
+    ]
+    others += [*wording.POLITE_OPENINGS, *wording.CURT_OPENINGS, *wording.PLAIN_OPENINGS, *wording.POLITE_CLOSINGS]
+    others += [*wording.CURT_CLOSINGS, *wording.GREETINGS, *wording.PLACES, *wording.CLOSINGS]
     for name, problem in wording.PROBLEMS.items():
+        assert not [text for text in others if re.search(rf"\b{problem.key}\b", text, re.IGNORECASE)]
         for other, theirs in wording.PROBLEMS.items():
-            for sentence in theirs.remedies:
-                assert bool(re.search(problem.key, sentence, re.IGNORECASE)) == (name == other), (name, sentence)
-        assert not [text for text in others if re.search(problem.key, text, re.IGNORECASE)]
+            for sentence in (*theirs.remedies, *theirs.complaints):
+                assert bool(re.search(rf"\b{problem.key}\b", sentence, re.IGNORECASE)) == (name == other), (
+                    name,
+                    sentence,
+                )
 
 
 def test_good_answers_get_full_gold_and_others_less() -> None:
     rng = random.Random(0)
     drawn = cases(300)
     best = world.gold([c.message for c in drawn], [world.answer(c, world.GOOD, rng) for c in drawn])
-    assert min(best) > 0.98  # two sentences may share a pair of words
+    assert min(best) > 0.96  # two sentences may share a pair of words
     mixed = world.gold([c.message for c in drawn], [world.answer(c, world.draw_way(rng, 0.5), rng) for c in drawn])
     assert 0.4 < sum(mixed) / len(mixed) < 0.7
 
