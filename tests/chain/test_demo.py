@@ -32,6 +32,8 @@ def test_the_smoke_demo_runs_from_nothing_and_leaves_its_summary(tmp_path):
 
     again = subprocess.run([*command, "--json"], cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr[-2000:]
-    assert json.loads(again.stdout)["models"] == models, "a repeated demo did not skip what is published"
+    report = json.loads(again.stdout)
+    assert [step["action"] for step in report["steps"]] == ["skip"] * 7, "a repeated demo did not skip what is done"
+    assert report["summary"]["models"] == models
     for stage in ("sft", "reward", "dpo", "ppo"):
         assert len(list((output / "registry" / "versions" / stage / "demo").glob("*.json"))) == 1
