@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -68,7 +68,7 @@ class AdapterSwitch:
 
 
 class PolicyAndValue(nn.Module):
-    """Everything that is trained, as one module, because accelerate prepares one module per engine.
+    """Everything that is trained, as one module, so that one save and one optimizer hold all of it.
 
     `value_trunk` is a model of its own, or None where the value function reads the policy's trunk: through its own adapter
     when there is an `switch`, else through the policy's hidden states.
@@ -81,20 +81,35 @@ class PolicyAndValue(nn.Module):
         self.policy, self.value_trunk, self.value_head = policy, value_trunk, value_head
         self.temperature, self.switch = temperature, switch
 
+    @property
+    def shares_trunk(self) -> bool:
+        """Whether policy and value function are one forward pass."""
+        return self.value_trunk is None and self.switch is None
+
     def forward(self, tokens: Tokens, entropy: bool = False) -> Outputs:
         """Log-probs and values of a batch of prompts and completions."""
-        hidden = hidden_states(self.policy.base_model, tokens)
-        logprobs, entropies = token_outputs(self.policy, hidden, tokens, temperature=self.temperature, entropy=entropy)
-        return Outputs(logprobs, self._values(hidden, tokens), entropies)
+        if self.shares_trunk:
+            hidden = hidden_states(self.policy.base_model, tokens)
+            policy = token_outputs(self.policy, hidden, tokens, temperature=self.temperature, entropy=entropy)
+            return Outputs(policy.logprobs, self._read(hidden), policy.entropy)
+        policy = self.logprobs(tokens, entropy)
+        with self.value_pass():
+            return Outputs(policy.logprobs, self.values(tokens), policy.entropy)
 
-    def _values(self, policy_hidden: Tensor, tokens: Tokens) -> Tensor:
-        if self.value_trunk is not None:
-            hidden = hidden_states(self.value_trunk, tokens)
-        elif self.switch is not None:
-            with self.switch.on(VALUE):
-                hidden = hidden_states(self.policy.base_model, tokens)
-        else:
-            hidden = policy_hidden
+    def logprobs(self, tokens: Tokens, entropy: bool = False) -> TokenOutputs:
+        """The policy alone."""
+        hidden = hidden_states(self.policy.base_model, tokens)
+        return token_outputs(self.policy, hidden, tokens, temperature=self.temperature, entropy=entropy)
+
+    def value_pass(self) -> AbstractContextManager[None]:
+        """The context in which `values` and its backward pass run: the value adapter is on where there is one."""
+        return self.switch.on(VALUE) if self.switch is not None else nullcontext()
+
+    def values(self, tokens: Tokens) -> Tensor:
+        """The value function alone, [B, T + 1], within `value_pass`."""
+        return self._read(hidden_states(self.value_trunk if self.value_trunk is not None else self.policy.base_model, tokens))
+
+    def _read(self, hidden: Tensor) -> Tensor:
         # Never in bf16: values between 4 and 8 would be multiples of 1/32.
         with torch.autocast(hidden.device.type, enabled=False):
             return self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1).float()

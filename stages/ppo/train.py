@@ -17,6 +17,7 @@ from stages import data, models
 from stages.ppo import maths, report, state
 from stages.ppo.build import PPOModels, build_models, find_all
 from stages.ppo.collect import Clock, PromptSet, collect_rollout, experience_of
+from stages.ppo.gradients import start_alike
 from stages.ppo.modules import POLICY
 from stages.ppo.update import update_policy
 from stages.tokens import ModelTokens, load_tokens
@@ -149,12 +150,12 @@ def train(
     save_from = resume.choose_save(folder, cfg, identity)
     optimizer = optimizer_of(cfg, built)
     position = state.restore(save_from, built.trained, optimizer) if save_from else state.Position(0, cfg.kl_coef)
-    trained = accelerator.prepare_model(built.trained) if accelerator.num_processes > 1 else built.trained
+    start_alike(built.trained, accelerator)
     file = report.MetricsFile(output / "metrics.jsonl", position.iteration) if accelerator.is_main_process else None
     metrics, began, first = (file.last() if file else {}), time.monotonic(), position.iteration
     for iteration in range(position.iteration, cfg.train.iterations):
         set_learning_rate(optimizer, cfg, iteration)
-        metrics, kl_coef = run_iteration(cfg, accelerator, trained, built, optimizer, prompts, tokens, iteration, position.kl_coef)
+        metrics, kl_coef = run_iteration(cfg, accelerator, built, optimizer, prompts, tokens, iteration, position.kl_coef)
         position = state.Position(iteration + 1, kl_coef)
         left = (time.monotonic() - began) / (iteration + 1 - first) * (cfg.train.iterations - iteration - 1)
         if file is not None:
@@ -168,8 +169,7 @@ def train(
 
 
 def run_iteration(
-    cfg: PPOStage, accelerator: Any, trained: Any, built: PPOModels, optimizer: Any, prompts: PromptSet, tokens: ModelTokens,
-    iteration: int, kl_coef: float,
+    cfg: PPOStage, accelerator: Any, built: PPOModels, optimizer: Any, prompts: PromptSet, tokens: ModelTokens, iteration: int, kl_coef: float,
 ) -> tuple[dict[str, float], float]:  # fmt: skip
     """One iteration in the paper's order. Returns its metrics and the KL coefficient of the next one."""
     clock, scorer = Clock(), built.scorer
@@ -181,7 +181,7 @@ def run_iteration(
     started = time.monotonic()
     if cfg.train.gradient_checkpointing:
         built.trained.train()
-    updates = update_policy(trained, optimizer, accelerator, experience, cfg, iteration)
+    updates = update_policy(built.trained, optimizer, accelerator, experience, cfg, iteration)
     clock.update = time.monotonic() - started
     metrics = report.metrics_of(rollout, experience, rewards, cfg, kl_coef=kl_coef, clock=clock, scorers=list(scorer.parts)) | updates
     if cfg.adaptive_kl is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from configs.errors import UserError
 from configs.schema import PPOStage
 from stages.ppo import maths
+from stages.ppo.gradients import sum_gradients
 from stages.ppo.modules import PolicyAndValue
 from stages.ppo.rollout import Experience
 
@@ -33,14 +33,17 @@ class Totals:
         """No token yet."""
         return cls(*(torch.zeros((), device=device, dtype=torch.float64) for _ in range(6)))
 
-    def add(self, policy: maths.PolicyLoss, value: maths.ValueLoss) -> None:
-        """Add a micro-batch."""
+    def add_policy(self, policy: maths.PolicyLoss) -> None:
+        """Add a micro-batch's policy loss."""
         self.policy_loss += policy.loss.detach()
-        self.value_loss += value.loss.detach()
         self.clipped += policy.clipped
-        self.value_clipped += value.clipped
         self.approx_kl += policy.approx_kl
         self.max_ratio = torch.maximum(self.max_ratio, policy.max_ratio.double())
+
+    def add_value(self, value: maths.ValueLoss) -> None:
+        """Add a micro-batch's value loss."""
+        self.value_loss += value.loss.detach()
+        self.value_clipped += value.clipped
 
 
 def minibatches(count: int, num_minibatches: int, *, seed: int, iteration: int, epoch: int) -> list[Tensor]:
@@ -56,7 +59,7 @@ def micro_batches(experience: Experience, rows: Tensor, *, rank: int, world: int
     return list(mine.split(size))
 
 
-def update_policy(trained: Any, optimizer: Any, accelerator: Any, experience: Experience, cfg: PPOStage, iteration: int) -> dict[str, float]:
+def update_policy(module: PolicyAndValue, optimizer: Any, accelerator: Any, experience: Experience, cfg: PPOStage, iteration: int) -> dict[str, float]:
     """Every epoch and minibatch of one iteration. Returns metrics, means over the real tokens of all processes.
 
     Each minibatch is one optimizer step. Its loss is one mean over all its completion tokens on all processes: tokens of a
@@ -65,17 +68,17 @@ def update_policy(trained: Any, optimizer: Any, accelerator: Any, experience: Ex
     Raises:
         UserError: all of them were skipped.
     """
-    module: PolicyAndValue = accelerator.unwrap_model(trained)
     steps: list[dict[str, float]] = []
     skipped = 0
     for epoch in range(cfg.train.num_ppo_epochs):
         for rows in minibatches(
             len(experience.tokens.mask), cfg.train.num_minibatches, seed=cfg.seed, iteration=iteration, epoch=epoch
         ):
-            totals = _accumulate(trained, accelerator, experience, rows, cfg)
+            totals = _accumulate(module, accelerator, experience, rows, cfg)
             if iteration < cfg.train.value_warmup_iterations:
                 for parameter in module.policy_parameters():
                     parameter.grad = None
+            sum_gradients(module.parameters(), accelerator)
             norms = _clip(module, accelerator, cfg.train.max_grad_norm)
             if all(map(math.isfinite, norms.values())):  # gradients are those of all processes, so all decide alike
                 optimizer.step()
@@ -94,29 +97,49 @@ def update_policy(trained: Any, optimizer: Any, accelerator: Any, experience: Ex
                     "policy/skipped_steps": skipped}  # fmt: skip
 
 
-def _accumulate(trained: Any, accelerator: Any, experience: Experience, rows: Tensor, cfg: PPOStage) -> Totals:
-    """Gradients of one minibatch, micro-batch after micro-batch; processes exchange them in the last one."""
+def _accumulate(module: PolicyAndValue, accelerator: Any, experience: Experience, rows: Tensor, cfg: PPOStage) -> Totals:
+    """Gradients of this process's share of one minibatch, micro-batch after micro-batch."""
     parts = micro_batches(
         experience, rows, rank=accelerator.process_index, world=accelerator.num_processes, size=cfg.train.micro_batch_size
     )
-    policy_tokens = experience.tokens.mask[rows].sum()
-    value_tokens = experience.value_mask[rows].sum()
+    tokens, value_tokens = (mask[rows].sum().clamp(min=1) for mask in (experience.tokens.mask, experience.value_mask))
     totals = Totals.zero(accelerator.device)
-    for i, part in enumerate(parts):
+
+    def policy_loss(logprobs: Tensor, batch: Experience) -> Tensor:
+        policy = maths.policy_loss(
+            logprobs, batch.old_logprobs, batch.advantages, batch.tokens.mask, clip_range=cfg.clip_range,
+            clip_range_high=cfg.clip_range_high, dual_clip=cfg.dual_clip,
+        )  # fmt: skip
+        totals.add_policy(policy)
+        return policy.loss / tokens
+
+    def value_loss(values: Tensor, batch: Experience) -> Tensor:
+        value = maths.value_loss(values, batch.old_values, batch.returns, batch.value_mask, clip_range=cfg.value_clip_range)
+        totals.add_value(value)
+        return cfg.vf_coef * value.loss / value_tokens
+
+    for part in parts:
         batch = experience.select(part)
-        with accelerator.no_sync(trained) if i + 1 < len(parts) else nullcontext():
+        if module.shares_trunk:
             with accelerator.autocast():
-                outputs = trained(batch.tokens)
-            policy = maths.policy_loss(
-                outputs.logprobs, batch.old_logprobs, batch.advantages, batch.tokens.mask, clip_range=cfg.clip_range,
-                clip_range_high=cfg.clip_range_high, dual_clip=cfg.dual_clip,
-            )  # fmt: skip
-            value = maths.value_loss(outputs.values, batch.old_values, batch.returns, batch.value_mask, clip_range=cfg.value_clip_range)
-            loss = policy.loss / policy_tokens.clamp(min=1) + cfg.vf_coef * value.loss / value_tokens.clamp(min=1)
-            # Processes' gradients are averaged: the sum over processes needs the factor back.
-            accelerator.backward(loss * accelerator.num_processes)
-        totals.add(policy, value)
+                outputs = module(batch.tokens)
+            _backward(policy_loss(outputs.logprobs, batch) + value_loss(outputs.values, batch))
+            continue
+        # One graph at a time: the policy's is gone when the value function's is built.
+        with accelerator.autocast():
+            logprobs = module.logprobs(batch.tokens).logprobs
+        _backward(policy_loss(logprobs, batch))
+        with module.value_pass():  # around the backward pass too: layers recomputed in it must find the same adapter
+            with accelerator.autocast():
+                values = module.values(batch.tokens)
+            _backward(value_loss(values, batch))
     return totals
+
+
+def _backward(loss: Tensor) -> None:
+    """Add a loss's gradients to those there are; one without a single token has none."""
+    if loss.requires_grad:
+        loss.backward()
 
 
 def _clip(module: PolicyAndValue, accelerator: Any, limit: float | None) -> dict[str, float]:

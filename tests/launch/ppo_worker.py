@@ -41,9 +41,8 @@ def update(folder: Path) -> None:
     accelerator = Accelerator(cpu=True)
     module = module_of()
     experience = experience_of(module)
-    trained = accelerator.prepare_model(module) if accelerator.num_processes > 1 else module
     cfg = config(train={"rollout_batch_size": 8, "num_ppo_epochs": 2, "num_minibatches": 2, "micro_batch_size": 3, "max_grad_norm": 0.5})
-    metrics = update_policy(trained, torch.optim.SGD(module.parameters(), lr=0.5), accelerator, experience, cfg, 0)
+    metrics = update_policy(module, torch.optim.SGD(module.parameters(), lr=0.5), accelerator, experience, cfg, 0)
     if accelerator.is_main_process:
         numbers = {f"metric:{k}": torch.tensor(v) for k, v in metrics.items()}
         tensors = {n: p.detach().clone() for n, p in module.named_parameters()}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -214,8 +216,6 @@ def test_row_20_padding_full_of_nan_changes_no_weight(accelerator):
 
 
 def test_row_16_policy_and_value_function_have_learning_rates_of_their_own():
-    from types import SimpleNamespace
-
     from stages.ppo.train import optimizer_of, set_learning_rate
 
     module = module_of()
@@ -295,3 +295,83 @@ def test_a_layer_of_the_policy_that_is_called_value_belongs_to_the_policy():
     module = PolicyAndValue(Odd(), None, models.scalar_head(2, seed=0), temperature=1.0)
     assert len(module.policy_parameters()) == 2
     assert [is_of(f"layer.value.{rest}", "value") for rest in ("weight", "base_layer.weight", "lora_A.default.weight", "lora_A.value.weight")] == [False, False, False, True]
+
+
+def live_graph(module, experience, accelerator, monkeypatch):
+    """Tensors that the policy's graph keeps, when the policy's forward is done and when the value function's begins."""
+    import weakref
+
+    kept, counts = weakref.WeakSet(), {"after policy": [], "before value": []}
+
+    class Saved:
+        def __init__(self, tensor):
+            self.tensor = tensor
+            kept.add(self)
+
+    logprobs, values = module.logprobs, module.values
+
+    def policy_pass(tokens, *rest):
+        out = logprobs(tokens, *rest)
+        counts["after policy"].append(len(kept))
+        return out
+
+    def value_pass(tokens):
+        counts["before value"].append(len(kept))
+        return values(tokens)
+
+    monkeypatch.setattr(module, "logprobs", policy_pass)
+    monkeypatch.setattr(module, "values", value_pass)
+    with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
+        run(module, experience, accelerator, micro_batch_size=3)
+    return counts
+
+
+def test_one_graph_at_a_time_nothing_of_the_policys_is_alive_when_the_value_function_runs(accelerator, monkeypatch):
+    module = module_of()
+    counts = live_graph(module, experience_of(module), accelerator, monkeypatch)
+    assert len(counts["before value"]) == 3
+    assert min(counts["after policy"]) > 20, "hooks that see nothing prove nothing"
+    assert counts["before value"] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("bucket", [1, 7, 10**6])
+def test_gradients_are_summed_over_processes_whatever_the_bucket(monkeypatch, bucket):
+    """All-reduce stood in for by one that doubles, as if another process had the same gradients."""
+    from stages.ppo import gradients
+
+    monkeypatch.setattr(gradients, "BUCKET", bucket)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda x: x.mul_(2))
+    accelerator = SimpleNamespace(num_processes=2, device=torch.device("cpu"))
+    shapes = [(2, 3), (4,), (), (3, 2)]
+    parameters = [nn.Parameter(torch.zeros(shape)) for shape in shapes] + [nn.Parameter(torch.zeros(2), requires_grad=False), nn.Parameter(torch.zeros(2))]
+    for i, parameter in enumerate(parameters[:4]):
+        parameter.grad = torch.full(shapes[i], float(i + 1))
+    parameters[3].grad = torch.full((2, 3), 4.0).t()  # not contiguous
+    gradients.sum_gradients(parameters, accelerator)
+    assert [p.grad.unique().tolist() for p in parameters[:4]] == [[2.0], [4.0], [6.0], [8.0]]
+    assert [p.grad for p in parameters[4:]] == [None, None]
+
+
+def test_a_parameter_that_only_another_process_has_a_gradient_for_gets_it(monkeypatch):
+    from stages.ppo import gradients
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda x: x.add_(1))  # the other process: a gradient of ones everywhere
+    parameters = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))]
+    parameters[0].grad = torch.tensor([3.0, 4.0])
+    gradients.sum_gradients(parameters, SimpleNamespace(num_processes=2, device=torch.device("cpu")))
+    assert [p.grad.tolist() for p in parameters] == [[4.0, 5.0], [1.0, 1.0]]
+
+
+def test_a_micro_batch_without_a_single_token_is_left_out_of_the_gradient(accelerator):
+    """Its completions are all empty: no log-prob, no graph, nothing to go back through."""
+    start = module_of()
+    experience = experience_of(start)
+    empty = experience.tokens.mask.clone()
+    empty[experience.lengths().argsort()[:2]] = False
+    ragged = replace(experience, tokens=replace(experience.tokens, mask=empty), value_mask=experience.value_mask & torch.cat([empty, empty[:, :1]], 1))
+    results = []
+    for size in (8, 1):
+        module = copy.deepcopy(start)
+        run(module, ragged, accelerator, micro_batch_size=size)
+        results.append(weights(module))
+    assert largest_difference(*results) < 1e-6
