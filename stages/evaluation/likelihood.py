@@ -13,8 +13,7 @@ import torch
 from configs.errors import UserError
 from stages.evaluation.statistics import perplexity, windows
 from stages.ppo.forward import hidden_states, token_outputs
-from stages.ppo.rollout import Tokens
-from stages.ppo.sampling import left_pad
+from stages.ppo.rollout import padded
 
 WINDOW = 512  # tokens read at once, where the model reads that many
 TEXT_TOKENS = 20_000  # of a plain text file; the standard error of log-perplexity is then about 0.02
@@ -36,17 +35,11 @@ def completion_logprobs(
     order = sorted((i for i in range(len(completion_ids)) if completion_ids[i]), key=lambda i: len(prompt_ids[i]) + len(completion_ids[i]))
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        tokens = _tokens([prompt_ids[i] for i in rows], [completion_ids[i] for i in rows], pad_id, next(model.parameters()).device)
+        tokens = padded([prompt_ids[i] for i in rows], [completion_ids[i] for i in rows], pad_id, next(model.parameters()).device)
         found = token_outputs(model, hidden_states(model.base_model, tokens), tokens, temperature=temperature).logprobs
         here = tokens.mask.shape[1]
         logprobs[rows, :here], mask[rows, :here] = found.double().cpu().numpy(), tokens.mask.cpu().numpy()
     return logprobs, mask
-
-
-def _tokens(prompts: list[Sequence[int]], completions: list[Sequence[int]], pad_id: int, device: torch.device) -> Tokens:
-    prompt_ids, prompt_mask = left_pad(prompts, pad_id, device)
-    flipped_ids, flipped_mask = left_pad([list(ids)[::-1] for ids in completions], pad_id, device)
-    return Tokens(prompt_ids, prompt_mask, flipped_ids.flip(1), flipped_mask.flip(1))
 
 
 def text_perplexity(model: Any, tokenizer: Any, path: Path, *, pad_id: int, max_tokens: int = TEXT_TOKENS) -> float:

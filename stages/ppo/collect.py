@@ -15,8 +15,8 @@ from rewards.combine import Scores, WeightedSum
 from rewards.shaping import per_token_rewards, shape_scores
 from stages.ppo import maths
 from stages.ppo.modules import PolicyAndValue, Reference
-from stages.ppo.rollout import Experience, Rollout, Tokens, cut
-from stages.ppo.sampling import completion_seed, left_pad, sample
+from stages.ppo.rollout import Experience, Rollout, Tokens, cut, padded
+from stages.ppo.sampling import completion_seed, sample
 from stages.tokens import ModelTokens
 
 
@@ -84,7 +84,7 @@ def collect_rollout(
         [prompts.texts[numbers[i]] for i in mine], [tokens.formatter.completion_text(ids) for ids in completion_ids], token_key=tokens.key, prompt_ids=prompt_ids,
         completion_ids=completion_ids, **(columns | {"finished": [s.finished for s in samples]}),
     )  # fmt: skip
-    batch = _tokens(prompt_ids, completion_ids, tokens.pad_id, accelerator.device)
+    batch = padded(prompt_ids, completion_ids, tokens.pad_id, accelerator.device)
     old, values, entropy, ref = _forward(module, reference, batch, cfg, accelerator)
     gap = _sampler_gap(old, batch.mask, [s.logprobs for s in samples])
     rollout = Rollout(
@@ -107,13 +107,6 @@ def _parts(scores: Scores, device: torch.device) -> tuple[Tensor, Tensor]:
     rows = list(zip(*scores.parts.values(), strict=True))
     values = torch.tensor([[0.0 if value is None else value for value in row] for row in rows], device=device)
     return values, torch.tensor([[value is not None for value in row] for row in rows], device=device)
-
-
-def _tokens(prompts: list[list[int]], completions: list[list[int]], pad_id: int, device: torch.device) -> Tokens:
-    """Left-padded prompts and right-padded completions."""
-    prompt_ids, prompt_mask = left_pad(prompts, pad_id, device)
-    reversed_ids, reversed_mask = left_pad([ids[::-1] for ids in completions], pad_id, device)
-    return Tokens(prompt_ids, prompt_mask, reversed_ids.flip(1), reversed_mask.flip(1))
 
 
 @torch.no_grad()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
+
+from stages.ppo.sampling import left_pad
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,13 @@ class Tokens:
             completion_ids=self.completion_ids[:, :completions],
             mask=self.mask[:, :completions],
         )
+
+
+def padded(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> Tokens:
+    """Left-padded prompts and right-padded completions."""
+    prompt_ids, prompt_mask = left_pad(prompts, pad_id, device)
+    reversed_ids, reversed_mask = left_pad([ids[::-1] for ids in completions], pad_id, device)
+    return Tokens(prompt_ids, prompt_mask, reversed_ids.flip(1), reversed_mask.flip(1))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ import torch
 from configs.schema import Lora, PPOStage
 from stages import models
 from stages.ppo.build import PPOModels, build_models
-from stages.ppo.train import load_prompts, main, start
+from stages.ppo.prompts import load_prompts
+from stages.ppo.train import main, start
 from stages.registry import Checkpoint, Parent, Registry
 from stages.tokens import ModelTokens, load_tokens
 from tests.tiny import tiny_model

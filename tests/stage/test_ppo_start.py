@@ -11,7 +11,8 @@ from configs.errors import UserError
 from stages import models
 from stages.ppo.build import AdapterScorer
 from stages.ppo.collect import Clock, collect_rollout
-from stages.ppo.train import main, row_limit
+from stages.ppo.prompts import row_limit
+from stages.ppo.train import main
 from stages.registry import Registry
 from stages.scorers import reward_scorer
 from stages.tokens import load_tokens

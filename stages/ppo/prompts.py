@@ -1,0 +1,67 @@
+"""Which prompts a PPO run uses, and that every model that reads them has room for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from configs.errors import UserError
+from configs.schema import PPOStage
+from rewards.model import RewardModelScorer
+from rewards.protocol import scorer_prompt, turns_of
+from stages import data
+from stages.ppo.build import PPOModels
+from stages.ppo.collect import PromptSet
+from stages.tokens import ModelTokens
+from stages.training import text
+from stages.training.ranks import say
+
+RESERVED = {"prompts", "completions", "prompt_ids", "completion_ids", "token_key", "finished"}
+
+
+def load_prompts(cfg: PPOStage, formatter: data.Formatter, limit: int) -> tuple[PromptSet, dict[str, Any]]:
+    """The training part of the prompts, encoded; those that leave no room for a completion within `limit` tokens are dropped and counted.
+
+    Raises:
+        UserError: unreadable prompts, or none left.
+    """
+    splits = data.Splitter(cfg.split).split(data.read_prompts(cfg.prompts).rows)
+    _refuse_reserved(splits.train)
+    rows, dropped = data.encode_prompts(
+        formatter, splits.train, max_length=limit, max_new_tokens=cfg.sampling.max_new_tokens, overlong=cfg.overlong
+    )
+    say(f"ppo: {len(rows)} prompts to train on, {len(splits.validation)} for validation, {len(splits.test)} held out, {dropped} too long")
+    prompts = PromptSet([r["prompt_ids"] for r in rows], [scorer_prompt(r["row"].prompt) for r in rows], [r["row"].columns for r in rows])
+    fingerprint = splits.report["fingerprint"]["train"]
+    return prompts, splits.report | {"fingerprint": fingerprint, "dropped": {"too_long": dropped}}
+
+
+def row_limit(cfg: PPOStage, built: PPOModels, tokens: ModelTokens) -> int:
+    """The tokens a row may have, so that every model that reads the policy's ids can read it."""
+    scorers = [part.scorer for part in built.scorer.parts.values()]
+    readers = [built.trained.policy, built.reference.model, *(s.model for s in scorers if getattr(s, "token_key", None) == tokens.key)]  # type: ignore[attr-defined]
+    readers += [built.trained.value_trunk] if built.trained.value_trunk is not None else []
+    return text.row_limit(min(readers, key=lambda model: getattr(model.config, "max_position_embeddings", None) or cfg.max_length), cfg)
+
+
+def check_scorers_read(cfg: PPOStage, built: PPOModels, tokens: ModelTokens, prompts: PromptSet) -> None:
+    """Make sure that a reward model with a tokenizer of its own can read about every row.
+
+    Raises:
+        UserError: the longest prompt leaves it no room for a completion.
+    """
+    for name, (scorer, _) in built.scorer.parts.items():
+        if not isinstance(scorer, RewardModelScorer) or scorer.token_key == tokens.key or scorer.max_length is None:
+            continue
+        longest = max(len(scorer.tokens.prompt_ids(turns_of(prompt))) for prompt in prompts.texts)
+        if longest + cfg.sampling.max_new_tokens > scorer.max_length:
+            raise UserError(
+                f"scorer {name} reads {scorer.max_length} tokens; the longest prompt has {longest} of its tokens, and sampling.max_new_tokens is "
+                f"{cfg.sampling.max_new_tokens}: lower max_length (it drops longer prompts) or sampling.max_new_tokens"
+            )
+
+
+def _refuse_reserved(prompts: list[data.Prompt]) -> None:
+    """Columns go to the scorers by name, so none may have the name of what PPO itself hands them."""
+    for prompt in prompts:
+        for name in sorted(RESERVED & prompt.columns.keys()):
+            raise UserError(f"{prompt.where}: column {name!r} has the name of something that scorers get from PPO; rename or leave out this column")
