@@ -85,12 +85,17 @@ def _separate(
     reference = _frozen_reference(cfg, reference_origin, tokens, device)
     scorer = build_scorers(cfg.scorers, _loader(cfg, parents, lambda o: _frozen_scorer(o, cfg, device)))
     trunk, head = (None, _fresh_head(policy, cfg, zero=True)) if cfg.value_function == "head" else _value_copy(cfg, origin, parents, tokens)
-    if cfg.train.gradient_checkpointing:
-        for model in (policy, trunk):
-            if model is not None:
-                model.gradient_checkpointing_enable({"use_reentrant": False})
+    _checkpoint_layers(cfg, policy, trunk)
     module = PolicyAndValue(policy, trunk, head, temperature=cfg.sampling.temperature).to(device)
     return PPOModels(module, Reference(reference, temperature=cfg.sampling.temperature), scorer, policy, None, parents)
+
+
+def _checkpoint_layers(cfg: PPOStage, *trunks: Any) -> None:
+    """Recompute the layers' activations in the backward pass, where asked: with the adapter that is on then, which is the forward's."""
+    if cfg.train.gradient_checkpointing:
+        for trunk in trunks:
+            if trunk is not None:
+                trunk.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def _value_copy(cfg: PPOStage, origin: models.Origin, parents: list[Parent], tokens: ModelTokens) -> tuple[Any, nn.Linear]:
@@ -193,8 +198,6 @@ def _one_backbone(
     from peft import get_peft_model
 
     assert cfg.lora is not None
-    if cfg.train.gradient_checkpointing:
-        raise UserError("train.gradient_checkpointing is not available with adapters on one backbone: a layer recomputed in the backward pass would use the wrong adapter; set it to false")
     models.check_lora_targets(policy, cfg.lora, head=False)
     torch.manual_seed(cfg.seed)
     peft_model = get_peft_model(policy, models.lora_config(cfg.lora, "CAUSAL_LM"), adapter_name=POLICY)
@@ -204,6 +207,7 @@ def _one_backbone(
     peft_model.to(device)
     for name, parameter in backbone.named_parameters():
         parameter.requires_grad_(is_of(name, POLICY) or is_of(name, VALUE))
+    _checkpoint_layers(cfg, backbone)
     switch = AdapterSwitch(backbone, [POLICY, VALUE])
     trained = PolicyAndValue(backbone, None, value_head, temperature=cfg.sampling.temperature, switch=switch).to(device)
 

@@ -495,7 +495,6 @@ def test_trap_18_what_would_gather_weights_token_by_token_is_refused(place, kind
         ({"max_length": 10}, "leaves no room for a prompt"),
         ({"max_length": 12}, "all 5 rows are longer than"),
         ({"prompts": "nowhere.jsonl"}, "nowhere.jsonl"),
-        ({"lora": LORA, "train": {"rollout_batch_size": 8, "gradient_checkpointing": True}}, "gradient_checkpointing is not available with adapters"),
     ],
 )
 def test_bad_input_is_one_clear_error_and_nothing_is_published(place, changes, message):
