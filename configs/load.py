@@ -11,10 +11,11 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from configs import presets
 from configs.errors import UserError
 from configs.overrides import Places, apply_overrides, escape_references, resolve_references
 from configs.problems import describe, did_you_mean, show
-from configs.schema import Chain, DPOStage, EvalConfig, PPOStage, RewardStage, SFTStage
+from configs.schema import Chain, DPOStage, EvalConfig, PPOStage, PPOTrain, RewardStage, SFTStage
 from configs.schema.chain import STAGES, fill_places, fill_sections
 from configs.trainer_args import KINDS_WITH_TRAINER, trainer_problems
 from configs.yaml_lines import parse, read_text, to_yaml
@@ -68,6 +69,7 @@ def _build(data: dict[str, Any], kind: str, places: Places, problems: list[str])
     data, unresolved = resolve_references(data, places, settable)
     problems += unresolved
     problems += _trainer(data, kind, places)
+    data = _with_preset(data, kind, places)
     try:
         # JSON mode is the strict one that takes text for a path and a whole number for a float, and nothing else.
         built = model.model_validate_json(json.dumps(data), strict=True)
@@ -76,6 +78,17 @@ def _build(data: dict[str, Any], kind: str, places: Places, problems: list[str])
     if problems:
         raise UserError("\n".join(sorted(dict.fromkeys(problems), key=_line_number)))
     return built
+
+
+def _with_preset(data: dict[str, Any], kind: str, places: Places) -> dict[str, Any]:
+    """The config with what a PPO preset fills in, whose place is the preset's: problems with such a value point there."""
+    section, at = {"ppo": (data, ()), "chain": (data.get("ppo"), ("ppo",))}.get(kind, (None, ()))
+    if not isinstance(section, dict):
+        return data
+    filled, paths = presets.filled(section, PPOTrain.model_fields["iterations"].default)
+    for path in paths:
+        places.fill((*at, *path), places.of((*at, "preset")))
+    return filled if kind == "ppo" else {**data, "ppo": filled}
 
 
 def _line_number(problem: str) -> int:

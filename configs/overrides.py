@@ -31,6 +31,10 @@ class Places:
                 return self._places[key[:end]]
         return f"{self.name}:1"
 
+    def fill(self, key: Key, place: str) -> None:
+        """The value at `key`, which nobody wrote, comes from `place`."""
+        self._places.setdefault(key, place)
+
     def replace(self, key: Key, place: str) -> None:
         """The value at `key`, with all below it, now comes from `place`."""
         self._places = {k: p for k, p in self._places.items() if k[: len(key)] != key}

@@ -75,8 +75,12 @@ def _check(args: argparse.Namespace) -> int:
 
 def _show(args: argparse.Namespace) -> int:
     from configs.load import dump, load
+    from configs.presets import described
 
     config = load(args.file, args.kind or guess_kind(args.file), args.overrides)
+    if not args.json:
+        for line in described(config):
+            print(f"# {line}")
     print(json.dumps(config.model_dump(mode="json", by_alias=True)) if args.json else dump(config), end="\n" if args.json else "")
     return 0
 

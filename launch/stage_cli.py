@@ -49,6 +49,7 @@ def resolve(stage: str, config: str, overrides: list[str], machine: str | None, 
 def run_stage(args: argparse.Namespace) -> int:
     """Check the config, save it resolved in the output folder, run the stage, pass its exit code on."""
     from configs.load import save
+    from configs.presets import described
     from launch.command import load_machine, stage_command
 
     stage = args.stage
@@ -59,7 +60,8 @@ def run_stage(args: argparse.Namespace) -> int:
     record = {"stage": stage, "name": cfg.name, "output": str(cfg.output), "config": str(config_file), "command": command.typed}
     save(cfg, config_file)
     if args.dry_run:
-        print(json.dumps(record) if args.json else command.typed)
+        changes = described(cfg)
+        print(json.dumps(record | ({"preset": changes} if changes else {})) if args.json else "\n".join([*changes, command.typed]))
         return 0
     return _start(command, record, cfg, args.json)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from configs import presets
 from configs.schema.common import Lora, PositiveInt, Sources, StageConfig, Strict
 from configs.schema.scorers import ScorerSpec
 
@@ -26,6 +27,14 @@ class Sampling(Strict):
     generate_batch_size: PositiveInt = Field(default=64, description="Prompts of one process per generation batch.")
 
 
+class PTX(Strict):
+    """Imitation of demonstrations beside PPO, so that what they teach is not forgotten (PPO-ptx, Ouyang et al. 2022, arXiv:2203.02155)."""
+
+    data: Sources = Field(description="Demonstrations; their training part is used.")
+    coef: float = Field(ge=0, description="Weight of their loss (a mean over completion tokens) beside the policy's; 0 is off.")
+    ratio: float = Field(default=1.0, gt=0, description="Demonstrations per completion of an optimizer step.")
+
+
 class PPOTrain(Strict):
     """How PPO is optimised."""
 
@@ -36,7 +45,11 @@ class PPOTrain(Strict):
     micro_batch_size: PositiveInt = Field(default=16, description="Completions of one process per forward pass.")
     learning_rate: float = Field(default=3e-6, gt=0, description="Peak learning rate of the policy.")
     value_learning_rate: float | None = Field(default=None, gt=0, description="Learning rate of the value function; null is learning_rate.")
-    schedule: Literal["linear", "constant"] = Field(default="linear", description="linear falls to 0 at the last iteration.")
+    schedule: Literal["linear", "cosine", "constant"] = Field(default="linear", description="Decay after the warm-up, by iteration.")
+    learning_rate_floor: float = Field(default=0.0, ge=0, le=1, description="Share of the peak that linear and cosine fall to.")
+    warmup_iterations: int = Field(default=0, ge=0, description="First iterations, in which the learning rates rise from a tenth of their peaks.")
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="Decay of AdamW's mean of gradients, per optimizer step.")
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1, description="Decay of AdamW's mean of squared gradients, per optimizer step.")
     adam_epsilon: float = Field(default=1e-5, gt=0, description="Epsilon of AdamW.")
     weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay of AdamW.")
     max_grad_norm: float | None = Field(default=1.0, gt=0, description="Gradients are scaled down to this norm; null leaves them.")
@@ -49,6 +62,9 @@ class PPOTrain(Strict):
 class PPOStage(StageConfig):
     """Proximal policy optimisation against a scorer, tied to a reference by KL."""
 
+    preset: Literal["nplus", "instructgpt", "openrlhf"] | None = Field(
+        default=None, description="A published recipe that sets the fields this config does not; null is our defaults."
+    )
     prompts: Sources = Field(description="Prompts that completions are sampled for.")
     reference: str | None = Field(default=None, description="Frozen model of the KL penalty; null is init_from.")
     scorers: list[ScorerSpec] = Field(min_length=1, description="What scores a completion; several are summed by weight. In a chain with a `reward` section: its model.")
@@ -83,6 +99,15 @@ class PPOStage(StageConfig):
     dual_clip: float | None = Field(default=None, gt=1, description="Lower bound of the loss at negative advantages, times the advantage; null is off.")
     value_clip_range: float = Field(default=0.2, gt=0, description="Values are clipped to this distance from those of the rollout.")
     vf_coef: float = Field(default=0.1, ge=0, description="Weight of the value loss.")
+    ptx: PTX | None = Field(default=None, description="Demonstrations that are imitated beside PPO; null is none.")
+    ema_decay: float | None = Field(
+        default=None, gt=0, lt=1, description="Publish an exponential moving average of the policy, decayed so much per optimizer step; null publishes the last weights."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, data: Any) -> Any:
+        return presets.filled(data, PPOTrain.model_fields["iterations"].default)[0] if isinstance(data, dict) else data
 
     @model_validator(mode="after")
     def _relations(self) -> PPOStage:
@@ -99,4 +124,6 @@ class PPOStage(StageConfig):
             raise ValueError(f"scale_scores divides by the spread of one reward model's scores, and the scorers hold {len(models)} reward models; set it to false")
         if self.train.rollout_batch_size % self.train.num_minibatches:
             raise ValueError(f"train.rollout_batch_size {self.train.rollout_batch_size} is not a multiple of train.num_minibatches {self.train.num_minibatches}")
+        if self.train.warmup_iterations >= self.train.iterations:
+            raise ValueError(f"train.warmup_iterations {self.train.warmup_iterations} must be below train.iterations {self.train.iterations}, or no iteration has the peak learning rate")
         return self

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.errors import UserError
+from configs.presets import described
 from launch.chain.decide import Decider, Decision, check_files, read_attempt
 from launch.chain.lock import ChainLock
 from launch.chain.progress import Progress
@@ -103,6 +104,8 @@ def show_plan(chain: Any, plan: list[Decision], command_for: CommandFor, as_json
         return
     for number, row in enumerate(rows, 1):
         print(f"[{number}/{len(rows)}] {row['step']}: {row['action']} ({row['why']})")
+        for line in described(chain) if row["step"] == "ppo" and row["command"] else []:
+            print(f"    {line}")
         if row["command"]:
             print(f"    {row['command']}")
 

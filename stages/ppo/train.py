@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from configs import presets
 from configs.errors import UserError
 from configs.schema import PPOStage
 from stages import models
@@ -17,6 +18,7 @@ from stages.ppo.build import PPOModels, build_models, find_all
 from stages.ppo.collect import Clock, PromptSet, collect_rollout, experience_of
 from stages.ppo.gradients import start_alike
 from stages.ppo.modules import POLICY
+from stages.ppo.optimizer import optimizer_of, set_learning_rate
 from stages.ppo.prompts import check_scorers_read, load_prompts, row_limit
 from stages.ppo.update import update_policy
 from stages.tokens import ModelTokens, load_tokens
@@ -28,6 +30,8 @@ from stages.training.ranks import rank, say
 def main(cfg: PPOStage) -> None:
     """Train a policy with PPO against a scorer, starting from an SFT checkpoint."""
     accelerator = start(cfg)
+    for line in presets.described(cfg):
+        say(f"ppo: {line}")
     origin = models.find(cfg.init_from, cfg.registry, stages=("sft", "dpo", "ppo"))
     ready.check(cfg, "ppo", *find_all(cfg, origin))
     tokens = load_tokens(origin, cfg.template)
@@ -72,23 +76,6 @@ def output_folder(cfg: PPOStage) -> Path:
     return cfg.output or Path("runs") / f"ppo-{cfg.name}"
 
 
-def optimizer_of(cfg: PPOStage, built: PPOModels) -> torch.optim.AdamW:
-    """AdamW with the policy's and the value function's parameters in two groups."""
-    rates = (cfg.train.learning_rate, cfg.train.value_learning_rate or cfg.train.learning_rate)
-    groups = [
-        {"params": parameters, "lr": rate, "peak": rate}
-        for parameters, rate in zip((built.trained.policy_parameters(), built.trained.value_parameters()), rates, strict=True)
-    ]
-    return torch.optim.AdamW(groups, eps=cfg.train.adam_epsilon, weight_decay=cfg.train.weight_decay)
-
-
-def set_learning_rate(optimizer: Any, cfg: PPOStage, iteration: int) -> None:
-    """The schedule is a function of the iteration alone, so there is nothing to resume."""
-    share = 1.0 if cfg.train.schedule == "constant" else 1.0 - iteration / cfg.train.iterations
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * share
-
-
 def train(
     cfg: PPOStage, accelerator: Any, built: PPOModels, prompts: PromptSet, tokens: ModelTokens, identity: dict[str, Any]
 ) -> dict[str, float]:
@@ -96,13 +83,13 @@ def train(
     output = output_folder(cfg)
     folder = output / "resume"
     save_from = resume.choose_save(folder, cfg, identity)
-    optimizer = optimizer_of(cfg, built)
+    optimizer = optimizer_of(cfg.train, built.trained)
     position = state.restore(save_from, built.trained, optimizer) if save_from else state.Position(0, cfg.kl_coef)
     start_alike(built.trained, accelerator)
     file = report.MetricsFile(output / "metrics.jsonl", position.iteration) if accelerator.is_main_process else None
     metrics, began, first = (file.last() if file else {}), time.monotonic(), position.iteration
     for iteration in range(position.iteration, cfg.train.iterations):
-        set_learning_rate(optimizer, cfg, iteration)
+        set_learning_rate(optimizer, cfg.train, iteration)
         metrics, kl_coef = run_iteration(cfg, accelerator, built, optimizer, prompts, tokens, iteration, position.kl_coef)
         position = state.Position(iteration + 1, kl_coef)
         left = (time.monotonic() - began) / (iteration + 1 - first) * (cfg.train.iterations - iteration - 1)

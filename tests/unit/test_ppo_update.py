@@ -215,24 +215,6 @@ def test_row_20_padding_full_of_nan_changes_no_weight(accelerator):
     assert results[0][1] == results[1][1]
 
 
-def test_row_16_policy_and_value_function_have_learning_rates_of_their_own():
-    from stages.ppo.train import optimizer_of, set_learning_rate
-
-    module = module_of()
-    cfg = config(train={"iterations": 4, "learning_rate": 1e-3, "value_learning_rate": 5e-3})
-    optimizer = optimizer_of(cfg, SimpleNamespace(trained=module))
-    policy, value = (g["params"] for g in optimizer.param_groups)
-    assert {id(p) for p in policy} | {id(p) for p in value} == {id(p) for p in module.parameters()}
-    assert len(policy) + len(value) == len(list(module.parameters()))
-    assert {id(p) for p in module.value_head.parameters()} <= {id(p) for p in value}
-    rates = []
-    for iteration in range(4):
-        set_learning_rate(optimizer, cfg, iteration)
-        rates.append([g["lr"] for g in optimizer.param_groups])
-    assert rates == [pytest.approx([1e-3 * s, 5e-3 * s]) for s in (1, 0.75, 0.5, 0.25)], "linear to 0, which would be iteration 5"
-    assert all(g["eps"] == 1e-5 and g["weight_decay"] == 0 for g in optimizer.param_groups)
-
-
 def test_trap_5_metrics_leave_padding_out():
     """Entropy, KL and lengths of rows of 3 and 1 tokens, by hand; what padding holds is left out."""
     mask = torch.tensor([[True, True, True], [True, False, False]])
