@@ -171,7 +171,8 @@ def filled(data: Mapping[str, Any], default_iterations: int) -> tuple[dict[str, 
     A key that is there, also as null, is the user's and stays. Sections may be models: what was not set in them counts as absent.
     A preset that does not exist and a section that is none are left to the schema, which reports them.
     """
-    result, paths = dict(data), []
+    result: dict[str, Any] = dict(data)
+    paths: list[tuple[str, ...]] = []
     name = data.get("preset")
     preset = PRESETS.get(name) if isinstance(name, str) else None
     if preset is None:

@@ -15,6 +15,7 @@ from rewards.combine import Scores, WeightedSum
 from rewards.shaping import per_token_rewards, shape_scores
 from stages.ppo import maths
 from stages.ppo.modules import PolicyAndValue, Reference
+from stages.ppo.order import stream
 from stages.ppo.rollout import Experience, Rollout, Tokens, cut, padded
 from stages.ppo.sampling import completion_seed, sample
 from stages.tokens import ModelTokens
@@ -29,25 +30,8 @@ class PromptSet:
     columns: list[dict[str, Any]]
 
     def chosen(self, iteration: int, batch: int, seed: int) -> list[int]:
-        """Prompt numbers of an iteration: an endless stream of seeded permutations, so any set size fits any batch."""
-        picked = []
-        for position in range(iteration * batch, (iteration + 1) * batch):
-            epoch, offset = divmod(position, len(self.ids))
-            picked.append(_permutation(len(self.ids), seed, epoch)[offset])
-        return picked
-
-
-_cache: dict[tuple[int, int, int], list[int]] = {}
-
-
-def _permutation(count: int, seed: int, epoch: int) -> list[int]:
-    key = (count, seed, epoch)
-    if key not in _cache:
-        for old in [k for k in _cache if k[2] < epoch - 1]:
-            del _cache[old]
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-        _cache[key] = torch.randperm(count, generator=generator).tolist()
-    return _cache[key]
+        """Prompt numbers of an iteration."""
+        return stream(len(self.ids), iteration * batch, batch, seed)
 
 
 @dataclass

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,8 +33,13 @@ def trained_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
-def save(folder: Path, module: nn.Module, optimizer: Any, position: Position) -> None:
-    """Write a sealed save (rank 0): staged under another name, renamed when it is whole. Older ones go after that."""
+def save(
+    folder: Path, module: nn.Module, optimizer: Any, position: Position, *, extra: Mapping[str, Mapping[str, torch.Tensor]] | None = None
+) -> None:
+    """Write a sealed save (rank 0): staged under another name, renamed when it is whole. Older ones go after that.
+
+    `extra` holds tensors by name of a file of their own, which `load_extra` reads.
+    """
     from safetensors.torch import save_file
 
     staging, final = folder / f".staging-{position.iteration}", folder / f"checkpoint-{position.iteration}"
@@ -42,6 +48,8 @@ def save(folder: Path, module: nn.Module, optimizer: Any, position: Position) ->
     staging.mkdir(parents=True)
     save_file({n: p.detach().cpu().contiguous() for n, p in trained_tensors(module).items()}, staging / "weights.safetensors")
     save_file(_flat(optimizer.state_dict()["state"]), staging / "optimizer.safetensors")
+    for name, tensors in (extra or {}).items():
+        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, staging / f"{name}.safetensors")
     (staging / "state.json").write_text(json.dumps(position._asdict()))
     seal(staging)
     if final.exists():
@@ -69,6 +77,13 @@ def restore(folder: Path, module: nn.Module, optimizer: Any) -> Position:
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     return Position(**json.loads((folder / "state.json").read_text()))
+
+
+def load_extra(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    """The extra tensors that a verified save holds under this name."""
+    from safetensors.torch import load_file
+
+    return load_file(folder / f"{name}.safetensors")
 
 
 def _flat(state: dict[int, dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -16,10 +16,12 @@ from stages import models
 from stages.ppo import maths, report, state
 from stages.ppo.build import PPOModels, build_models, find_all
 from stages.ppo.collect import Clock, PromptSet, collect_rollout, experience_of
+from stages.ppo.ema import PolicyAverage
 from stages.ppo.gradients import start_alike
 from stages.ppo.modules import POLICY
 from stages.ppo.optimizer import optimizer_of, set_learning_rate
 from stages.ppo.prompts import check_scorers_read, load_prompts, row_limit
+from stages.ppo.ptx import Mix, load_mix
 from stages.ppo.update import update_policy
 from stages.tokens import ModelTokens, load_tokens
 from stages.training import ready, resume
@@ -40,11 +42,13 @@ def main(cfg: PPOStage) -> None:
     built = build_models(cfg, origin, tokens, accelerator.device)
     prompts, data_info = load_prompts(cfg, tokens.formatter, row_limit(cfg, built, tokens))
     check_scorers_read(cfg, built, tokens, prompts)
+    mix, mix_info = load_mix(cfg, tokens, built.trained.policy)
+    fingerprint = {"prompts": data_info["fingerprint"], "ptx": mix_info["parts"]["train"]} if mix else data_info["fingerprint"]
     identity = resume.identity(
-        cfg, data=data_info["fingerprint"], tokenizer=tokens.key, parents=[p.manifest_hash or p.digest or p.source or "" for p in built.parents]
+        cfg, data=fingerprint, tokenizer=tokens.key, parents=[p.manifest_hash or p.digest or p.source or "" for p in built.parents]
     )
-    metrics = train(cfg, accelerator, built, prompts, tokens, identity)
-    publish(cfg, built, tokens, data_info, metrics)
+    metrics = train(cfg, accelerator, built, prompts, tokens, identity, mix)
+    publish(cfg, built, tokens, data_info | ({"ptx": mix_info} if mix else {}), metrics)
 
 
 def start(cfg: PPOStage) -> Any:
@@ -77,7 +81,7 @@ def output_folder(cfg: PPOStage) -> Path:
 
 
 def train(
-    cfg: PPOStage, accelerator: Any, built: PPOModels, prompts: PromptSet, tokens: ModelTokens, identity: dict[str, Any]
+    cfg: PPOStage, accelerator: Any, built: PPOModels, prompts: PromptSet, tokens: ModelTokens, identity: dict[str, Any], mix: Mix | None = None
 ) -> dict[str, float]:
     """All iterations, from the newest resumable save if there is one. Returns the last iteration's metrics."""
     output = output_folder(cfg)
@@ -86,11 +90,14 @@ def train(
     optimizer = optimizer_of(cfg.train, built.trained)
     position = state.restore(save_from, built.trained, optimizer) if save_from else state.Position(0, cfg.kl_coef)
     start_alike(built.trained, accelerator)
+    average = PolicyAverage(built.trained, cfg.ema_decay, optimizer) if cfg.ema_decay is not None else None
+    if average is not None and save_from:
+        average.load(state.load_extra(save_from, "ema"))
     file = report.MetricsFile(output / "metrics.jsonl", position.iteration) if accelerator.is_main_process else None
     metrics, began, first = (file.last() if file else {}), time.monotonic(), position.iteration
     for iteration in range(position.iteration, cfg.train.iterations):
         set_learning_rate(optimizer, cfg.train, iteration)
-        metrics, kl_coef = run_iteration(cfg, accelerator, built, optimizer, prompts, tokens, iteration, position.kl_coef)
+        metrics, kl_coef = run_iteration(cfg, accelerator, built, optimizer, prompts, tokens, iteration, position.kl_coef, mix)
         position = state.Position(iteration + 1, kl_coef)
         left = (time.monotonic() - began) / (iteration + 1 - first) * (cfg.train.iterations - iteration - 1)
         if file is not None:
@@ -98,13 +105,16 @@ def train(
             say(report.line(iteration, cfg, metrics, left))
         if position.iteration % cfg.train.save_every == 0 and position.iteration < cfg.train.iterations:
             if accelerator.is_main_process:
-                state.save(folder, built.trained, optimizer, position)
+                state.save(folder, built.trained, optimizer, position, extra={"ema": average.tensors} if average else None)
             accelerator.wait_for_everyone()
+    if average is not None:
+        average.put_in_place()  # what is published
     return metrics
 
 
 def run_iteration(
     cfg: PPOStage, accelerator: Any, built: PPOModels, optimizer: Any, prompts: PromptSet, tokens: ModelTokens, iteration: int, kl_coef: float,
+    mix: Mix | None = None,
 ) -> tuple[dict[str, float], float]:  # fmt: skip
     """One iteration in the paper's order. Returns its metrics and the KL coefficient of the next one."""
     clock, scorer = Clock(), built.scorer
@@ -116,7 +126,7 @@ def run_iteration(
     started = time.monotonic()
     if cfg.train.gradient_checkpointing:
         built.trained.train()
-    updates = update_policy(built.trained, optimizer, accelerator, experience, cfg, iteration)
+    updates = update_policy(built.trained, optimizer, accelerator, experience, cfg, iteration, mix)
     clock.update = time.monotonic() - started
     metrics = report.metrics_of(rollout, experience, rewards, cfg, kl_coef=kl_coef, clock=clock, scorers=list(scorer.parts)) | updates
     if cfg.adaptive_kl is not None:

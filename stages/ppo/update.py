@@ -14,6 +14,7 @@ from configs.schema import PPOStage
 from stages.ppo import maths
 from stages.ppo.gradients import sum_gradients
 from stages.ppo.modules import PolicyAndValue
+from stages.ppo.ptx import Mix
 from stages.ppo.rollout import Experience
 
 
@@ -59,7 +60,9 @@ def micro_batches(experience: Experience, rows: Tensor, *, rank: int, world: int
     return list(mine.split(size))
 
 
-def update_policy(module: PolicyAndValue, optimizer: Any, accelerator: Any, experience: Experience, cfg: PPOStage, iteration: int) -> dict[str, float]:
+def update_policy(
+    module: PolicyAndValue, optimizer: Any, accelerator: Any, experience: Experience, cfg: PPOStage, iteration: int, mix: Mix | None = None
+) -> dict[str, float]:
     """Every epoch and minibatch of one iteration. Returns metrics, means over the real tokens of all processes.
 
     Each minibatch is one optimizer step. Its loss is one mean over all its completion tokens on all processes: tokens of a
@@ -71,10 +74,12 @@ def update_policy(module: PolicyAndValue, optimizer: Any, accelerator: Any, expe
     steps: list[dict[str, float]] = []
     skipped = 0
     for epoch in range(cfg.train.num_ppo_epochs):
-        for rows in minibatches(
-            len(experience.tokens.mask), cfg.train.num_minibatches, seed=cfg.seed, iteration=iteration, epoch=epoch
-        ):
+        parts = minibatches(len(experience.tokens.mask), cfg.train.num_minibatches, seed=cfg.seed, iteration=iteration, epoch=epoch)
+        for number, rows in enumerate(parts, (iteration * cfg.train.num_ppo_epochs + epoch) * len(parts)):
             totals = _accumulate(module, accelerator, experience, rows, cfg)
+            mixed = {}
+            if mix is not None and iteration >= cfg.train.value_warmup_iterations:
+                mixed["ptx/loss"] = mix.add_gradients(module, accelerator, mix.chosen(number, len(rows), cfg.seed), cfg.train.micro_batch_size)
             if iteration < cfg.train.value_warmup_iterations:
                 for parameter in module.policy_parameters():
                     parameter.grad = None
@@ -82,7 +87,7 @@ def update_policy(module: PolicyAndValue, optimizer: Any, accelerator: Any, expe
             norms = _clip(module, accelerator, cfg.train.max_grad_norm)
             if all(map(math.isfinite, norms.values())):  # gradients are those of all processes, so all decide alike
                 optimizer.step()
-                steps.append(_step_metrics(totals, experience, rows, accelerator) | norms)
+                steps.append(_step_metrics(totals, experience, rows, accelerator) | norms | mixed)
             else:
                 skipped += 1
             optimizer.zero_grad(set_to_none=True)

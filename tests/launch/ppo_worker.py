@@ -17,15 +17,18 @@ MODES = {
     "lora": {"lora": LORA, "scorers": [ADAPTER]},
     "head": {"value_function": "head"},
     "once": {"scorers": [WHOLE]},
-    "mortal": {"scorers": [{"kind": "python", "function": "tests.stage.ppo_runs:mortal"}]},
+    "mortal": {"scorers": [{"kind": "python", "function": "tests.stage.ppo_runs:mortal"}], "ema_decay": 0.8},
 }
+MIXED = ("mortal", "once")
+"""Modes with demonstrations mixed in: 5 of them per optimizer step, or 15, which two processes can't share out equally."""
 TRAIN = {"iterations": 5, "rollout_batch_size": 12, "micro_batch_size": 2, "learning_rate": 3e-4, "value_warmup_iterations": 1, "save_every": 2}
 
 
 def values_of(folder: Path, mode: str, label: str) -> dict:
     """The config of a mode; `once` is a single iteration of a single optimizer step."""
     train = TRAIN | ({"iterations": 1, "num_ppo_epochs": 1, "num_minibatches": 1, "value_warmup_iterations": 0} if mode == "once" else {})
-    return settings(folder, f"{mode}-{label}", train, **MODES[mode])
+    mix = {"ptx": {"data": str(folder / "demonstrations.jsonl"), "coef": 0.7, "ratio": 1.25 if mode == "once" else 0.8}} if mode in MIXED else {}
+    return settings(folder, f"{mode}-{label}", train, **MODES[mode], **mix)
 
 
 def update(folder: Path) -> None:

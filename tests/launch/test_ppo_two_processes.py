@@ -51,7 +51,7 @@ def test_row_14_one_update_of_a_fixed_rollout_is_the_same_on_two_processes(place
         torch.testing.assert_close(two[name], one[name], atol=1e-6 if not name.startswith("metric:") else 1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("mode", ["full", "lora", "head"])
+@pytest.mark.parametrize("mode", ["full", "lora", "head", "mortal"])
 def test_trap_4_row_14_two_processes_have_the_trajectory_of_one(place, mode):
     """Five iterations of four optimizer steps: every metric that no clock measured, within 1e-4."""
     one, two = (metrics(values_of(place, mode, label)) for label in ("one", "two"))

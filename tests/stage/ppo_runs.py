@@ -25,10 +25,12 @@ LORA = {"rank": 4, "alpha": 8}
 
 
 def workspace(folder: Path) -> Path:
-    """A folder with base/ (a Llama that ends about one completion in two), prompts.jsonl and a registry with sft/one."""
+    """A folder with base/ (a Llama that ends about one completion in two), prompts.jsonl, demonstrations.jsonl, a registry with sft/one."""
     tiny_model(folder / "base", initializer_range=0.2)
     _let_it_end(folder / "base")
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in PROMPTS))
+    rows = [{"prompt": text, "completion": text[::-1]} for text in PROMPTS]
+    (folder / "demonstrations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     publish_policy(folder, "one")
     return folder
 

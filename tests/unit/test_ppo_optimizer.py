@@ -14,8 +14,6 @@ from tests.unit.test_ppo_update import module_of
 
 
 def test_row_16_policy_and_value_function_have_learning_rates_of_their_own():
-    from stages.ppo.train import optimizer_of, set_learning_rate
-
     module = module_of()
     cfg = config(train={"iterations": 4, "learning_rate": 1e-3, "value_learning_rate": 5e-3})
     optimizer = optimizer_of(cfg.train, module)
@@ -53,7 +51,7 @@ def test_row_16_cosine_by_hand_and_the_floor():
 
 
 def test_row_16_a_warm_up_that_never_ends_is_refused():
-    with pytest.raises(UserError, match="warmup_iterations 5 must be below train.iterations 5"):
+    with pytest.raises(UserError, match=r"warmup_iterations 5 must be below train.iterations 5"):
         load_text("name: a\ninit_from: b\nprompts: p\nscorers: [{kind: length, target: 5}]\ntrain: {iterations: 5, warmup_iterations: 5}\n", "ppo")
 
 

@@ -187,3 +187,24 @@ def test_row_22_the_stream_is_a_function_of_seed_and_iteration():
     assert stream[16:20] == later == prompt_set(10).chosen(4, 4, seed=1)
     assert stream[:10] != stream[10:20], "another order in the next epoch"
     assert stream != [n for iteration in range(6) for n in prompts.chosen(iteration, 4, seed=2)]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_row_5_stopping_at_eos_samples_what_a_fixed_length_cut_at_the_first_eos_does(kind):
+    """N+ and LM-HP sample every completion to its full length and cut it afterwards. Every position has noise of its own and no row
+    sees another, so what comes after an EOS can't reach what came before: stopping there gives the same ids, log-probs and endings."""
+    model, (prompts, _) = mixed_model(kind), ragged_ids(40)
+    eos = [2, 3, 4]
+    seeds = [completion_seed(7, 3, i) for i in range(40)]
+    stopped = draw(model, prompts, seeds=seeds, eos=eos, max_new_tokens=16)
+    fixed = draw(model, prompts, seeds=seeds, eos=eos, max_new_tokens=16, stop_at_eos=False)
+    assert all(len(s.completion_ids) == 16 for s in fixed)
+    cut_short = 0
+    for one, whole in zip(stopped, fixed, strict=True):
+        end = next((i + 1 for i, token in enumerate(whole.completion_ids) if token in eos), None)
+        assert one.completion_ids == whole.completion_ids[:end]
+        assert one.logprobs == pytest.approx(whole.logprobs[:end], abs=1e-5)
+        assert one.finished == (end is not None)
+        cut_short += end is not None and end < 16
+    assert cut_short > 5
+    assert not all(s.finished for s in stopped), "rows without an EOS are what the missing-EOS rule is for"

@@ -1,0 +1,85 @@
+"""The PTX mix: demonstrations that are imitated beside PPO, so that what they teach is not forgotten.
+
+PPO-ptx of Ouyang et al. 2022 (arXiv:2203.02155, equation 2 and appendix C.4): at every optimizer step the gradient of their loss,
+times a coefficient, is added to PPO's before the step is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from configs.schema import PPOStage
+from stages import data
+from stages.ppo.forward import hidden_states, token_outputs
+from stages.ppo.modules import PolicyAndValue
+from stages.ppo.order import stream
+from stages.ppo.rollout import padded
+from stages.tokens import ModelTokens
+from stages.training import text
+from stages.training.ranks import say
+
+SALT = 0x707478  # or demonstrations and prompts of equal number would come in one order
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Encoded demonstrations and how they are mixed in."""
+
+    rows: Sequence[dict[str, Any]]  # each with "input_ids" and "completion_mask", as long as each other
+    coef: float
+    ratio: float
+    pad_id: int
+
+    def chosen(self, step: int, completions: int, seed: int) -> list[int]:
+        """Row numbers of an optimizer step (from 0, over the whole run) with so many completions: the same on every process."""
+        count = max(1, round(self.ratio * completions))
+        return stream(len(self.rows), step * count, count, seed + SALT)
+
+    def add_gradients(
+        self, module: PolicyAndValue, accelerator: Any, numbers: Sequence[int], micro_batch_size: int
+    ) -> float:
+        """Add this process's share of coef times the gradient of the loss, which is one mean over the completion tokens of the rows `numbers`.
+
+        Processes' gradients are summed afterwards. Returns the loss over all processes, nats per token, at temperature 1 as in SFT.
+        """
+        total = sum(sum(map(bool, self.rows[n]["completion_mask"][1:])) for n in numbers)
+        by_length = sorted(numbers, key=lambda n: len(self.rows[n]["input_ids"]))
+        mine = by_length[accelerator.process_index :: accelerator.num_processes]
+        loss_sum = torch.zeros((), device=accelerator.device, dtype=torch.float64)
+        for start in range(0, len(mine), micro_batch_size):
+            loss = self._loss(module, accelerator, mine[start : start + micro_batch_size])
+            (self.coef / total * loss).backward()
+            loss_sum += loss.detach()
+        return float(accelerator.reduce(loss_sum, reduction="sum")) / total
+
+    def _loss(self, module: PolicyAndValue, accelerator: Any, numbers: Sequence[int]) -> torch.Tensor:
+        """Minus the policy's log-probs of these rows' completion tokens, summed."""
+        rows = [self.rows[n] for n in numbers]
+        # A row's first token is predicted by nothing, so it stands where a rollout has its prompt.
+        tokens = padded([r["input_ids"][:1] for r in rows], [r["input_ids"][1:] for r in rows], self.pad_id, accelerator.device)
+        counts = torch.zeros_like(tokens.mask)
+        for i, row in enumerate(rows):
+            counts[i, : len(row["completion_mask"]) - 1] = torch.tensor(row["completion_mask"][1:], device=counts.device).bool()
+        with accelerator.autocast():
+            hidden = hidden_states(module.policy.base_model, tokens)
+            # From here on only the tokens that count: no logits are computed for the others.
+            return -token_outputs(module.policy, hidden, replace(tokens, mask=counts), temperature=1.0).logprobs.sum()
+
+
+def load_mix(cfg: PPOStage, tokens: ModelTokens, policy: Any) -> tuple[Mix | None, dict[str, Any]]:
+    """The training part of `ptx.data`, encoded for the policy, and what the manifest says of it; (None, {}) where nothing is mixed in.
+
+    Raises:
+        UserError: unreadable demonstrations, or none left.
+    """
+    if cfg.ptx is None or not cfg.ptx.coef:
+        return None, {}
+    loaded = data.read_demonstrations(cfg.ptx.data)
+    splits = data.Splitter(cfg.split).split(loaded.rows)
+    rows, too_long = data.encode_demonstrations(tokens.formatter, splits.train, text.row_limit(policy, cfg), cfg.overlong)
+    say(f"ppo: {len(rows)} demonstrations to mix in with coefficient {cfg.ptx.coef:g}, {too_long} too long")
+    return Mix(rows, cfg.ptx.coef, cfg.ptx.ratio, tokens.pad_id), text.data_facts(loaded, splits, {"train": too_long})

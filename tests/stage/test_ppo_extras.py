@@ -1,0 +1,109 @@
+"""Row 25 in whole runs: demonstrations mixed in, the average published, both resumed to the bit; presets as a run says them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from configs.errors import UserError
+from configs.schema import PPOStage
+from stages.registry import Registry
+from tests.stage import ppo_runs
+from tests.stage.ppo_runs import LORA, metrics, run, settings, weights, workspace
+
+MORTAL = {"scorers": [{"kind": "python", "function": "tests.stage.ppo_runs:mortal"}]}
+ONE_STEP = {"iterations": 1, "num_ppo_epochs": 1, "num_minibatches": 1}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return workspace(tmp_path_factory.mktemp("extras"))
+
+
+def ptx(place, **changes):
+    return {"data": str(place / "demonstrations.jsonl"), "coef": 0.5, **changes}
+
+
+def largest_difference(a, b):
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+@pytest.mark.parametrize("mode", [{}, {"lora": LORA}], ids=["full", "lora"])
+def test_row_25_a_run_with_the_mix_and_the_average_goes_on_to_the_bit(place, monkeypatch, mode):
+    """It fails in iteration 4, one iteration after a save; the average and the demonstrations' positions go on from there."""
+    extras = {"ptx": ptx(place), "ema_decay": 0.9, "train": {"iterations": 5, "save_every": 2, "warmup_iterations": 2, "schedule": "cosine"}}
+    name = "lora" if mode else "full"
+    whole, broken = (settings(place, f"{name}-{label}", **extras, **mode, **MORTAL) for label in ("whole", "broken"))
+    expected = run(whole)
+    monkeypatch.setattr(ppo_runs, "calls", 0)
+    monkeypatch.setenv("PPO_TEST_DIES_AT", "raise:4")
+    with pytest.raises(KeyboardInterrupt):
+        run(broken)
+    saved = load_file(place / f"{name}-broken/resume/checkpoint-2/ema.safetensors")
+    assert len(saved) > 0
+    assert all((".lora_" in key) == bool(mode) and "value" not in key for key in saved), "the policy's tensors and no others"
+    assert all(tensor.dtype == torch.float32 for tensor in saved.values())
+    monkeypatch.delenv("PPO_TEST_DIES_AT")
+    resumed = run(broken)
+    assert metrics(broken) == metrics(whole)
+    assert all("ptx/loss" in line for line in metrics(whole))
+    found, wanted = weights(resumed), weights(expected)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+def test_row_25_what_is_published_is_the_average(place):
+    """One optimizer step: 0.75 times the start policy's weights and 0.25 times those that a run without the average publishes."""
+    start = weights(Registry(place / "registry").resolve("sft/one"))
+    plain = weights(run(settings(place, "plain", ONE_STEP)))
+    average = weights(run(settings(place, "average", ONE_STEP, ema_decay=0.75)))
+    expected = {name: 0.75 * start[name] + 0.25 * plain[name] for name in start}
+    assert largest_difference(plain, start) > 1e-4
+    assert largest_difference(average, expected) < 1e-6
+
+
+def test_row_25_the_mix_moves_the_policy_towards_the_demonstrations(place):
+    """The same run with and without: with the mix the demonstrations' loss falls, without a mention of it in the metrics nothing changes."""
+    values = settings(place, "mixed", {"iterations": 4}, ptx=ptx(place, coef=5.0, ratio=2.0))
+    checkpoint = run(values)
+    losses = [line["ptx/loss"] for line in metrics(values)]
+    assert losses[-1] < losses[0] - 0.1
+    assert checkpoint.info("data")["ptx"]["rows"]["train"] == 5
+    off = settings(place, "off", {"iterations": 1}, ptx=ptx(place, coef=0.0))
+    none = settings(place, "none", {"iterations": 1})
+    first, second = weights(run(off)), weights(run(none))
+    assert metrics(off) == metrics(none)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_row_25_other_demonstrations_are_other_data(place, monkeypatch):
+    values = settings(place, "changed", {"save_every": 1}, ptx=ptx(place), **MORTAL)
+    monkeypatch.setattr(ppo_runs, "calls", 0)
+    monkeypatch.setenv("PPO_TEST_DIES_AT", "raise:2")
+    with pytest.raises(KeyboardInterrupt):
+        run(values)
+    (place / "other.jsonl").write_text((place / "demonstrations.jsonl").read_text().replace("red", "blue"))
+    with pytest.raises(UserError, match="data was"):
+        run(values | {"ptx": ptx(place, data=str(place / "other.jsonl")), "allow_changed": ["config"]})
+
+
+def test_row_25_demonstrations_held_out_from_training_are_not_mixed_in(place):
+    (place / "held.jsonl").write_text('{"prompt": "red"}\n')
+    split = {"validation": 0, "test": 0, "test_prompts": str(place / "held.jsonl")}
+    checkpoint = run(settings(place, "held", {"iterations": 1}, ptx=ptx(place), split=split))
+    rows = checkpoint.info("data")["ptx"]["rows"]
+    assert (rows["train"], rows["test"]) == (4, 1)
+
+
+@pytest.mark.parametrize("preset", ["nplus", "instructgpt", "openrlhf"])
+def test_a_run_with_a_preset_says_what_it_changes_and_publishes_the_values(place, capsys, preset):
+    train = {"iterations": 2, "rollout_batch_size": 8, "micro_batch_size": 4}
+    values = settings(place, preset, preset=preset) | {"train": train | ({"warmup_iterations": 1} if preset == "instructgpt" else {})}
+    values |= {"scale_scores": False} if preset == "openrlhf" else {}
+    checkpoint = run(values)
+    assert f"ppo: preset {preset} changes:" in capsys.readouterr().out
+    cfg = PPOStage.model_validate(values)
+    assert checkpoint.info("config")["kl_coef"] == cfg.kl_coef
+    assert checkpoint.info("config")["train"]["num_ppo_epochs"] == cfg.train.num_ppo_epochs
+    assert len(metrics(values)) == 2
