@@ -69,6 +69,9 @@ class PPOStage(StageConfig):
     reference: str | None = Field(default=None, description="Frozen model of the KL penalty; null is init_from.")
     scorers: list[ScorerSpec] = Field(min_length=1, description="What scores a completion; several are summed by weight. In a chain with a `reward` section: its model.")
     lora: Lora | None = Field(default=None, description="Adapters on one shared backbone; null is full training.")
+    quantization: Literal["nf4"] | None = Field(
+        default=None, description="nf4: the shared backbone in 4 bits under its adapters (QLoRA; NVIDIA GPU, extra `quantization`); null keeps its weights as they are."
+    )
     value_function: Literal["auto", "adapter", "copy", "head"] = Field(
         default="auto",
         description="adapter: its own on the shared backbone (needs lora); copy: a full model, from the reward model where it fits; head: on the policy's trunk. "
@@ -115,6 +118,8 @@ class PPOStage(StageConfig):
             raise ValueError("value_function: adapter needs a `lora:` section; use copy or head for full training")
         if self.lora is not None and self.value_function in ("copy", "head"):
             raise ValueError(f"value_function: {self.value_function} is for full training; with `lora:` use adapter (or auto)")
+        if self.quantization is not None and self.lora is None:
+            raise ValueError(f"quantization: {self.quantization} is for a frozen backbone under adapters; add a `lora:` section or leave it out")
         if self.lora is not None and self.lora.dropout:
             raise ValueError(f"lora.dropout is {self.lora.dropout}; PPO recomputes what the rollout stored and needs 0")
         if self.value_init is not None and (self.lora is not None or self.value_function == "head"):

@@ -18,6 +18,7 @@ from rewards.combine import WeightedSum
 from rewards.model import RewardModelScorer
 from stages import models
 from stages.dropout import check_no_dropout
+from stages.ppo import quantized
 from stages.ppo.modules import (
     POLICY,
     REWARD,
@@ -199,6 +200,8 @@ def _one_backbone(
 
     assert cfg.lora is not None
     models.check_lora_targets(policy, cfg.lora, head=False)
+    if cfg.quantization is not None:
+        quantized.quantize(policy, device, _compute_dtype(cfg) or torch.float32)
     torch.manual_seed(cfg.seed)
     peft_model = get_peft_model(policy, models.lora_config(cfg.lora, "CAUSAL_LM"), adapter_name=POLICY)
     value_head, score_heads = _add_adapters(peft_model, cfg, [o for o in _reward_origins(cfg) if _is_on(o, origin, tokens)])

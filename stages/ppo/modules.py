@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stages.ppo.forward import TokenOutputs, hidden_states, token_outputs
+from stages.ppo.quantized import is_quantized
 from stages.ppo.rollout import Tokens
 
 POLICY = "default"  # the adapter name that peft writes to the top of a folder
@@ -126,7 +127,7 @@ class PolicyAndValue(nn.Module):
 
 
 def store_linear_weights(model: nn.Module, dtype: torch.dtype) -> None:
-    """Keep the weights of linear layers in `dtype`; embeddings, norms, adapters and a score head stay as they are.
+    """Keep the weights of linear layers in `dtype`; embeddings, norms, adapters, a score head and quantised layers stay as they are.
 
     Under autocast to `dtype` the model then computes what it would with all weights in float32, in about half the memory. Stored
     wholly in bf16 it would round embeddings and the residual stream, and show a KL to the policy it is a copy of.
@@ -134,7 +135,7 @@ def store_linear_weights(model: nn.Module, dtype: torch.dtype) -> None:
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     for name, module in model.named_modules():
         kept = ".lora_" in name or name == "score"
-        if isinstance(module, nn.Linear) and not kept and id(module.weight) not in embeddings:
+        if isinstance(module, nn.Linear) and not kept and not is_quantized(module) and id(module.weight) not in embeddings:
             module.to(dtype)
 
 

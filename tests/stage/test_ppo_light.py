@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
+from pydantic import ValidationError
+from torch import nn
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from configs.errors import MissingExtra, UserError
+from configs.schema import PPOStage
+from stages.ppo import quantized
 from stages.ppo.collect import Clock, collect_rollout, experience_of
+from stages.ppo.modules import store_linear_weights
 from stages.ppo.train import optimizer_of
 from stages.ppo.update import update_policy
 from tests.stage.ppo_runs import LORA, assembled, publish_reward, settings, workspace
+from tests.unit.ppo_samples import model_of
 
 ADAPTER = {"kind": "model", "checkpoint": "reward/adapter"}
 MODES = {"copy": {}, "head": {"value_function": "head"}, "lora": {"lora": LORA}, "lora with reward adapter": {"lora": LORA, "scorers": [ADAPTER]}}
@@ -48,3 +55,68 @@ def test_recomputed_activations_give_the_same_weights_to_the_bit(place, mode):
     assert kept.keys() == recomputed.keys()
     assert not [name for name in kept if not torch.equal(kept[name], recomputed[name])]
     assert metrics == expected
+
+
+def packing(monkeypatch):
+    """bitsandbytes stood in for: weights are rounded to 1/8 and kept as bytes when a layer is moved, as there."""
+    import sys
+    from types import ModuleType
+
+    class Params(nn.Parameter):
+        def __new__(cls, data, requires_grad, quant_type, compress_statistics, module):
+            assert (requires_grad, quant_type, compress_statistics) == (False, "nf4", True)
+            return torch.Tensor._make_subclass(cls, data, False)
+
+    class Packed(nn.Linear):
+        def __init__(self, *sizes, bias, compute_dtype, quant_type, device):
+            super().__init__(*sizes, bias=bias, device=device)
+            self.compute_dtype = compute_dtype
+
+        def to(self, device):
+            self.weight = nn.Parameter((self.weight * 8).round().clamp(-127, 127).to(torch.int8), requires_grad=False)
+            return self
+
+        def forward(self, x):
+            return nn.functional.linear(x.to(self.compute_dtype), self.weight.to(self.compute_dtype) / 8).to(x.dtype)
+
+    layers = ModuleType("bitsandbytes.nn")
+    layers.Linear4bit, layers.Params4bit = Packed, Params
+    monkeypatch.setitem(sys.modules, "bitsandbytes", ModuleType("bitsandbytes"))
+    monkeypatch.setitem(sys.modules, "bitsandbytes.nn", layers)
+    return Packed
+
+
+def test_a_quantised_backbone_keeps_heads_embeddings_and_norms_and_is_cast_by_nobody(monkeypatch):
+    packed = packing(monkeypatch)
+    model, before = model_of(tie_word_embeddings=False), model_of(tie_word_embeddings=False)
+    quantized.quantize(model, torch.device("cpu"), torch.float32)
+    store_linear_weights(model, torch.bfloat16)
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    assert sum(type(m) is packed for m in layers.values()) == 14
+    assert {m.weight.dtype for m in layers.values() if type(m) is packed} == {torch.int8}
+    assert type(layers["lm_head"]) is nn.Linear
+    assert layers["lm_head"].weight.dtype == torch.bfloat16, "the head alone is stored as the precision says"
+    assert model.is_loaded_in_4bit, "without it peft would put a layer for float weights around packed ones"
+    for name, old in before.named_modules():
+        if name in layers and name != "lm_head":
+            assert (layers[name].weight.float() / 8 - old.weight).abs().max() <= 1 / 16
+    kept = {n: p for n, p in model.named_parameters() if "proj" not in n and n != "lm_head.weight"}
+    assert all(torch.equal(p, before.get_parameter(n)) for n, p in kept.items())
+
+
+def test_a_model_without_linear_layers_cannot_be_quantised(monkeypatch):
+    packing(monkeypatch)
+    with pytest.raises(UserError, match="GPT2LMHeadModel has no linear layers"):
+        quantized.quantize(model_of("gpt2"), torch.device("cpu"), torch.float32)
+
+
+def test_bad_input_quantization_where_it_cannot_be(place, monkeypatch):
+    """On a CPU, without the package, without adapters: said before a model is loaded."""
+    values = settings(place, "packed", lora=LORA, quantization="nf4")
+    with pytest.raises(UserError, match=r"quantization: nf4 needs an NVIDIA GPU and this run is on cpu"):
+        assembled(values)
+    monkeypatch.setattr("configs.extras.find_spec", lambda _: None)
+    with pytest.raises(MissingExtra, match=r"quantization: nf4.*align-stack\[quantization\]"):
+        quantized.check(PPOStage.model_validate(values), torch.device("cuda"))
+    with pytest.raises(ValidationError, match=r"quantization: nf4 is for a frozen backbone under adapters; add a `lora:` section"):
+        PPOStage.model_validate(values | {"lora": None})
