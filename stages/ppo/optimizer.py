@@ -7,18 +7,19 @@ from typing import Any
 
 import torch
 
-from configs.schema import PPOTrain
-from stages.ppo.modules import PolicyAndValue
+from configs.schema import PPOStage, PPOTrain
+from stages.ppo.build import PPOModels
 
 WARMUP_START = 0.1  # of the peak, in the first iteration of a warm-up (Ouyang et al. 2022, appendix C.4)
 
 
-def optimizer_of(train: PPOTrain, module: PolicyAndValue) -> torch.optim.AdamW:
+def optimizer_of(cfg: PPOStage, built: PPOModels) -> torch.optim.AdamW:
     """AdamW with the policy's and the value function's parameters in two groups, each with its `peak` learning rate."""
+    train = cfg.train
     rates = (train.learning_rate, train.value_learning_rate or train.learning_rate)
     groups = [
         {"params": parameters, "lr": rate, "peak": rate}
-        for parameters, rate in zip((module.policy_parameters(), module.value_parameters()), rates, strict=True)
+        for parameters, rate in zip((built.trained.policy_parameters(), built.trained.value_parameters()), rates, strict=True)
     ]
     return torch.optim.AdamW(groups, betas=(train.adam_beta1, train.adam_beta2), eps=train.adam_epsilon, weight_decay=train.weight_decay)
 
@@ -39,7 +40,7 @@ def share_of_peak(iteration: int, train: PPOTrain) -> float:
     return train.learning_rate_floor + (1.0 - train.learning_rate_floor) * left
 
 
-def set_learning_rate(optimizer: Any, train: PPOTrain, iteration: int) -> None:
+def set_learning_rate(optimizer: Any, cfg: PPOStage, iteration: int) -> None:
     """Give every group its peak's share."""
     for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * share_of_peak(iteration, train)
+        group["lr"] = group["peak"] * share_of_peak(iteration, cfg.train)

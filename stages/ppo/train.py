@@ -88,7 +88,7 @@ def train(
     output = output_folder(cfg)
     folder = output / "resume"
     save_from = resume.choose_save(folder, cfg, identity)
-    optimizer = optimizer_of(cfg.train, built.trained)
+    optimizer = optimizer_of(cfg, built)
     position = state.restore(save_from, built.trained, optimizer) if save_from else state.Position(0, cfg.kl_coef)
     start_alike(built.trained, accelerator)
     average = PolicyAverage(built.trained, cfg.ema_decay, optimizer) if cfg.ema_decay is not None else None
@@ -97,7 +97,7 @@ def train(
     file = report.MetricsFile(output / "metrics.jsonl", position.iteration) if accelerator.is_main_process else None
     metrics, began, first = (file.last() if file else {}), time.monotonic(), position.iteration
     for iteration in range(position.iteration, cfg.train.iterations):
-        set_learning_rate(optimizer, cfg.train, iteration)
+        set_learning_rate(optimizer, cfg, iteration)
         metrics, kl_coef = run_iteration(cfg, accelerator, built, optimizer, prompts, tokens, iteration, position.kl_coef, mix)
         position = state.Position(iteration + 1, kl_coef)
         left = (time.monotonic() - began) / (iteration + 1 - first) * (cfg.train.iterations - iteration - 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,14 +17,14 @@ from tests.unit.test_ppo_update import module_of
 def test_row_16_policy_and_value_function_have_learning_rates_of_their_own():
     module = module_of()
     cfg = config(train={"iterations": 4, "learning_rate": 1e-3, "value_learning_rate": 5e-3})
-    optimizer = optimizer_of(cfg.train, module)
+    optimizer = optimizer_of(cfg, SimpleNamespace(trained=module))
     policy, value = (g["params"] for g in optimizer.param_groups)
     assert {id(p) for p in policy} | {id(p) for p in value} == {id(p) for p in module.parameters()}
     assert len(policy) + len(value) == len(list(module.parameters()))
     assert {id(p) for p in module.value_head.parameters()} <= {id(p) for p in value}
     rates = []
     for iteration in range(4):
-        set_learning_rate(optimizer, cfg.train, iteration)
+        set_learning_rate(optimizer, cfg, iteration)
         rates.append([g["lr"] for g in optimizer.param_groups])
     assert rates == [pytest.approx([1e-3 * s, 5e-3 * s]) for s in (1, 0.75, 0.5, 0.25)], "linear to 0, which would be iteration 5"
     assert all(g["eps"] == 1e-5 and g["weight_decay"] == 0 for g in optimizer.param_groups)
@@ -56,5 +57,5 @@ def test_row_16_a_warm_up_that_never_ends_is_refused():
 
 
 def test_row_16_adams_betas_are_the_configs():
-    optimizer = optimizer_of(config(train={"adam_beta1": 0.8, "adam_beta2": 0.95}).train, module_of())
+    optimizer = optimizer_of(config(train={"adam_beta1": 0.8, "adam_beta2": 0.95}), SimpleNamespace(trained=module_of()))
     assert all(group["betas"] == (0.8, 0.95) for group in optimizer.param_groups)
