@@ -13,7 +13,7 @@ from configs.schema import PPOStage
 from stages.ppo import quantized
 from stages.ppo.collect import Clock, collect_rollout, experience_of
 from stages.ppo.modules import store_linear_weights
-from stages.ppo.train import optimizer_of
+from stages.ppo.optimizer import optimizer_of
 from stages.ppo.update import update_policy
 from tests.stage.ppo_runs import LORA, assembled, publish_reward, settings, workspace
 from tests.unit.ppo_samples import model_of
@@ -32,7 +32,7 @@ def place(tmp_path_factory):
 def updated(place, train, **changes):
     """Two iterations; the trained tensors after them, the second update's metrics, and how often a layer ran in it."""
     cfg, accelerator, tokens, built, prompts = assembled(settings(place, "light", train, **changes))
-    optimizer, calls, metrics = optimizer_of(cfg, built), [], {}
+    optimizer, calls, metrics = optimizer_of(cfg.train, built.trained), [], {}
     layer = next(m for m in built.trained.policy.modules() if isinstance(m, LlamaMLP))
     for iteration in range(2):
         rollout = collect_rollout(built.trained, built.reference, built.scorer, prompts, cfg, accelerator, iteration=iteration, tokens=tokens, clock=Clock())

@@ -16,7 +16,8 @@ from stages.ppo import train as ppo_train
 from stages.ppo.build import AdapterScorer
 from stages.ppo.collect import Clock, collect_rollout, experience_of
 from stages.ppo.modules import POLICY, REWARD, VALUE, is_of
-from stages.ppo.train import main, optimizer_of
+from stages.ppo.optimizer import optimizer_of
+from stages.ppo.train import main
 from stages.ppo.update import update_policy
 from stages.registry import Registry
 from stages.scorers import reward_scorer
@@ -56,7 +57,7 @@ def one_update(values):
     before = {name: p.detach().clone() for name, p in built.trained.named_parameters()}
     rollout = rollout_of(cfg, accelerator, tokens, built, prompts)
     experience, _ = experience_of(rollout, cfg, kl_coef=cfg.kl_coef, mean=built.scorer.mean, std=built.scorer.std)
-    update_policy(built.trained, optimizer_of(cfg, built), accelerator, experience, cfg, 0)
+    update_policy(built.trained, optimizer_of(cfg.train, built.trained), accelerator, experience, cfg, 0)
     return built, rollout, before
 
 
