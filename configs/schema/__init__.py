@@ -3,11 +3,12 @@
 from configs.schema.chain import Chain, Prepare
 from configs.schema.common import Lora, Source, Split, StageConfig, Strict, Train
 from configs.schema.evaluation import EvalConfig, EvalSettings
+from configs.schema.health import Health
 from configs.schema.ppo import PTX, AdaptiveKL, PPOStage, PPOTrain, Sampling
 from configs.schema.scorers import ScorerSpec
 from configs.schema.supervised import DPOStage, RewardStage, SFTStage, TRLStage
 
 __all__ = [
-    "PTX", "AdaptiveKL", "Chain", "DPOStage", "EvalConfig", "EvalSettings", "Lora", "PPOStage", "PPOTrain", "Prepare",
+    "PTX", "AdaptiveKL", "Chain", "DPOStage", "EvalConfig", "EvalSettings", "Health", "Lora", "PPOStage", "PPOTrain", "Prepare",
     "RewardStage", "SFTStage", "Sampling", "ScorerSpec", "Source", "Split", "StageConfig", "Strict", "TRLStage", "Train",
 ]  # fmt: skip

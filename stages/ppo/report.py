@@ -56,6 +56,14 @@ def part_means(rollout: Rollout, scorers: Sequence[str]) -> dict[str, float]:
     return {f"objective/score/{name}": float(values[mask].mean()) for name, values, mask in columns if mask.any()}
 
 
+def score_clipped(rollout: Rollout, cfg: PPOStage, *, mean: float, std: float) -> float:
+    """Share of the completions whose score, centred and scaled as `cfg` says, lies at the clip or beyond it."""
+    if cfg.score_clip is None:
+        return 0.0
+    centred = (rollout.scores - (mean if cfg.center_scores else 0.0)) / (std if cfg.scale_scores else 1.0)
+    return float((centred.abs() >= cfg.score_clip).float().mean())
+
+
 def line(iteration: int, cfg: PPOStage, metrics: dict[str, float], seconds_left: float) -> str:
     """One readable line per iteration."""
     m = metrics
@@ -68,28 +76,32 @@ def line(iteration: int, cfg: PPOStage, metrics: dict[str, float], seconds_left:
     )
 
 
+def lines_of(path: Path) -> list[dict[str, float]]:
+    """The lines of a metrics file up to one that a kill has torn: nothing after it can be trusted."""
+    found = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            found.append(dict(json.loads(text)))
+        except ValueError:
+            break
+    return found
+
+
 class MetricsFile:
     """OUTPUT/metrics.jsonl; a resumed run first drops the lines of iterations that it will do again."""
 
     def __init__(self, path: Path, first_iteration: int) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = []
-        if path.exists():
-            for text in path.read_text().splitlines():
-                try:
-                    if json.loads(text)["iteration"] <= first_iteration:
-                        kept.append(text)
-                except (ValueError, KeyError):
-                    break  # a line torn by a kill, and nothing after it can be trusted
-        write_durably(path, "".join(f"{text}\n" for text in kept))
+        self.lines = [line for line in lines_of(path) if line.get("iteration", first_iteration + 1) <= first_iteration]
+        write_durably(path, "".join(json.dumps(line) + "\n" for line in self.lines))
 
     def add(self, iteration: int, metrics: dict[str, float]) -> None:
         """Append the metrics of the iteration with this number, counted from 1."""
+        self.lines.append({"iteration": iteration} | metrics)
         with self.path.open("a") as stream:
-            stream.write(json.dumps({"iteration": iteration} | metrics) + "\n")
+            stream.write(json.dumps(self.lines[-1]) + "\n")
 
     def last(self) -> dict[str, float]:
         """The newest line's metrics, for a run that was complete but for its publication."""
-        lines = self.path.read_text().splitlines()
-        return json.loads(lines[-1]) if lines else {}
+        return self.lines[-1] if self.lines else {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from configs import presets
 from configs.errors import UserError
 from configs.schema import PPOStage
 from stages import models
-from stages.ppo import maths, quantized, report, state
+from stages.ppo import health, maths, quantized, report, state
 from stages.ppo.build import PPOModels, build_models, find_all
 from stages.ppo.collect import Clock, PromptSet, collect_rollout, experience_of
 from stages.ppo.ema import PolicyAverage
@@ -26,7 +27,7 @@ from stages.ppo.update import update_policy
 from stages.tokens import ModelTokens, load_tokens
 from stages.training import ready, resume
 from stages.training.publish import publish_checkpoint
-from stages.training.ranks import rank, say
+from stages.training.ranks import from_rank_0, rank, say
 
 
 def main(cfg: PPOStage) -> None:
@@ -101,13 +102,18 @@ def train(
         metrics, kl_coef = run_iteration(cfg, accelerator, built, optimizer, prompts, tokens, iteration, position.kl_coef, mix)
         position = state.Position(iteration + 1, kl_coef)
         left = (time.monotonic() - began) / (iteration + 1 - first) * (cfg.train.iterations - iteration - 1)
+        started: list[health.Finding] = []
         if file is not None:
+            metrics, started = health.examine(metrics, file.lines, cfg)
             file.add(iteration + 1, metrics)
-            say(report.line(iteration, cfg, metrics, left))
+            say("\n".join([report.line(iteration, cfg, metrics, left), *(f"warning: {finding}" for finding in started)]))
+        save = partial(state.save, folder, built.trained, optimizer, position, extra={"ema": average.tensors} if average else None)
         if position.iteration % cfg.train.save_every == 0 and position.iteration < cfg.train.iterations:
             if accelerator.is_main_process:
-                state.save(folder, built.trained, optimizer, position, extra={"ema": average.tensors} if average else None)
+                save()
             accelerator.wait_for_everyone()
+        if cfg.health.action == "stop":
+            from_rank_0("health checks", partial(health.stop, started, save))
     if average is not None:
         average.put_in_place()  # what is published
     return metrics
@@ -130,6 +136,7 @@ def run_iteration(
     updates = update_policy(built.trained, optimizer, accelerator, experience, cfg, iteration, mix)
     clock.update = time.monotonic() - started
     metrics = report.metrics_of(rollout, experience, rewards, cfg, kl_coef=kl_coef, clock=clock, scorers=list(scorer.parts)) | updates
+    metrics["objective/score_clipped"] = report.score_clipped(rollout, cfg, mean=scorer.mean, std=scorer.std)
     if cfg.adaptive_kl is not None:
         kl_coef = maths.adapt_kl_coef(
             kl_coef, metrics["objective/kl"], target=cfg.adaptive_kl.target, horizon=cfg.adaptive_kl.horizon, samples=len(rollout)
@@ -141,7 +148,7 @@ def publish(
     cfg: PPOStage, built: PPOModels, tokens: ModelTokens, data_info: dict[str, Any], metrics: dict[str, float]
 ) -> None:
     """Publish the policy, then drop the resumable saves."""
-    stage_info: dict[str, Any] = {"scorers": built.scorer.name}
+    stage_info: dict[str, Any] = {"scorers": built.scorer.name, "health": health.counts(report.lines_of(output_folder(cfg) / "metrics.jsonl"))}
     extra = {"selected_adapters": [POLICY]} if built.base is not None else {}
     if built.base is not None:
         stage_info["adapter"] = models.adapter_facts(built.base) | {"vocabulary": len(tokens.tokenizer)}
