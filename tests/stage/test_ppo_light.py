@@ -32,7 +32,7 @@ def place(tmp_path_factory):
 def updated(place, train, **changes):
     """Two iterations; the trained tensors after them, the second update's metrics, and how often a layer ran in it."""
     cfg, accelerator, tokens, built, prompts = assembled(settings(place, "light", train, **changes))
-    optimizer, calls, metrics = optimizer_of(cfg.train, built.trained), [], {}
+    optimizer, calls, metrics = optimizer_of(cfg, built), [], {}
     layer = next(m for m in built.trained.policy.modules() if isinstance(m, LlamaMLP))
     for iteration in range(2):
         rollout = collect_rollout(built.trained, built.reference, built.scorer, prompts, cfg, accelerator, iteration=iteration, tokens=tokens, clock=Clock())

@@ -57,7 +57,7 @@ def one_update(values):
     before = {name: p.detach().clone() for name, p in built.trained.named_parameters()}
     rollout = rollout_of(cfg, accelerator, tokens, built, prompts)
     experience, _ = experience_of(rollout, cfg, kl_coef=cfg.kl_coef, mean=built.scorer.mean, std=built.scorer.std)
-    update_policy(built.trained, optimizer_of(cfg.train, built.trained), accelerator, experience, cfg, 0)
+    update_policy(built.trained, optimizer_of(cfg, built), accelerator, experience, cfg, 0)
     return built, rollout, before
 
 
