@@ -46,7 +46,7 @@ NPLUS = Preset(
         Setting("adaptive_kl", None, "the coefficient stays"),
         Setting("missing_eos", "replace", "non_eos_penalty: torch.where, not a subtraction"),
         Setting("missing_eos_penalty", 1.0, "penalty_reward_value -1"),
-        Setting("reward_at", "post_eos", "rewards[sequence_lengths + 1] += scores"),
+        Setting("reward_at", "post_eos", "rewards[sequence_lengths + 1] += scores, or on the last token where there is no position after it"),
         Setting("center_scores", True, "reward.py stores the mean score of the demonstrations as the reward model's bias"),
         Setting("scale_scores", False, "a bias and no gain"),
         Setting("score_clip", None, "scores are not clipped"),
@@ -81,7 +81,6 @@ NPLUS = Preset(
     notes=(
         "its 53 tokens per completion (sampling.max_new_tokens) and 512 completions per iteration (train.rollout_batch_size) are for TL;DR and are not set",
         "advantages are whitened and losses averaged over all processes; its code does both per process",
-        "a completion that fills max_new_tokens has no position after it: its code puts that score on the last token, here it is one later",
     ),
 )
 

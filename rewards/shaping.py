@@ -29,18 +29,21 @@ def shape_scores(
     return torch.where(finished, shaped, cut_off)
 
 
-def per_token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float, reward_at: str = "last_token") -> Tensor:
+def per_token_rewards(
+    scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float, reward_at: str = "last_token", room: Tensor | None = None
+) -> Tensor:
     """-kl_coef * kl at every completion token, plus the score once. `scores` [B], `kl` and `mask` [B, T].
 
     `last_token` puts the score on the last generated token and returns [B, T]; `post_eos` one position later, as N+ and
-    TRL do, and returns [B, T + 1]. A completion without a token gets no score.
+    TRL do, and returns [B, T + 1]. Where `room` [B] is False, because the completion has as many tokens as it may, they too put it on
+    the last token. A completion without a token gets no score.
     """
     lengths = mask.sum(dim=1)
     rewards = torch.where(mask, -kl_coef * kl, 0.0)
     position = lengths - 1
     if reward_at == "post_eos":
         rewards = torch.cat([rewards, torch.zeros_like(rewards[:, :1])], dim=1)
-        position = lengths
+        position = lengths if room is None else torch.where(room, lengths, position)
     rows = (lengths > 0).nonzero(as_tuple=True)[0]
     rewards[rows, position[rows]] += scores[rows]
     return rewards

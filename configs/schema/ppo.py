@@ -89,7 +89,7 @@ class PPOStage(StageConfig):
         default="replace", description="What happens to the score of a completion that was cut off, after centring."
     )
     missing_eos_penalty: float = Field(default=1.0, ge=0, description="replace: the score becomes minus this; subtract: less this; scale: times this.")
-    reward_at: Literal["last_token", "post_eos"] = Field(default="last_token", description="Where the score lands; post_eos is one position later.")
+    reward_at: Literal["last_token", "post_eos"] = Field(default="last_token", description="Where the score lands; post_eos is one position later, where max_new_tokens leaves one.")
     center_scores: bool = Field(default=True, description="Subtract the reward model's mean score on the demonstrations.")
     scale_scores: bool = Field(default=False, description="Divide by the standard deviation of those scores too.")
     score_clip: float | None = Field(default=10.0, gt=0, description="Centred scores are clipped at plus or minus this.")

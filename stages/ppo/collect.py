@@ -158,15 +158,17 @@ def experience_of(rollout: Rollout, cfg: PPOStage, *, kl_coef: float, mean: floa
         missing_eos=cfg.missing_eos, missing_eos_penalty=cfg.missing_eos_penalty,
     )  # fmt: skip
     kl = maths.k1(rollout.old_logprobs, rollout.ref_logprobs, mask)
-    rewards = per_token_rewards(scores, kl, mask, kl_coef=kl_coef, reward_at=cfg.reward_at)
+    lengths = mask.sum(dim=1, keepdim=True)
+    room = lengths < cfg.sampling.max_new_tokens  # for a position after the last token
+    rewards = per_token_rewards(scores, kl, mask, kl_coef=kl_coef, reward_at=cfg.reward_at, room=room.squeeze(1))
     value_mask = torch.cat([mask, torch.zeros_like(mask[:, :1])], dim=1)
     if cfg.reward_at == "post_eos":
-        value_mask = torch.cat([torch.ones_like(mask[:, :1]), mask], dim=1) & (mask.sum(dim=1, keepdim=True) > 0)
+        value_mask |= torch.cat([torch.ones_like(mask[:, :1]), mask], dim=1) & (lengths > 0) & room
     else:
         rewards = torch.cat([rewards, torch.zeros_like(rewards[:, :1])], dim=1)
     if cfg.whiten_rewards:
         rewards = maths.whiten(rewards, value_mask, shift_mean=False)
-    after = rollout.values.gather(1, mask.sum(dim=1, keepdim=True)).squeeze(1)
+    after = rollout.values.gather(1, lengths).squeeze(1)
     cut_off = ~rollout.finished & (cfg.bootstrap_cut_off and cfg.reward_at == "last_token")
     advantages, returns = maths.gae(
         rewards, rollout.values, value_mask, torch.where(cut_off, after, 0.0), gamma=cfg.gamma, gae_lambda=cfg.gae_lambda

@@ -114,6 +114,19 @@ def test_row_2_post_eos_trains_a_value_one_position_later_too():
     torch.testing.assert_close(out.returns[1], torch.tensor([0.75, 0.7, 1.0, 0.0]))
 
 
+def test_row_2_post_eos_stays_on_the_last_token_of_a_completion_that_has_no_position_after_it():
+    """Two rows of at most 3 tokens, values .5 .6 .8 | .4 and .5 .8 | .4, score 1, lambda .5: the full one ends as under last_token."""
+    settings = config(**PLAIN, sampling={"max_new_tokens": 3}, bootstrap_cut_off=False)
+    late = settings.model_copy(update={"reward_at": "post_eos"})
+    both = [experience_of(rollout_of(values=VALUES.nan_to_num()), cfg, kl_coef=0.0, mean=0.0, std=1.0) for cfg in (settings, late)]
+    (plain, _), (out, rewards) = both
+    assert rewards.tolist() == [[0, 0, 1, 0], [0, 0, 1, 0]]
+    assert out.value_mask.tolist() == [[True, True, True, False]] * 2
+    torch.testing.assert_close(out.advantages[0], torch.tensor([0.25, 0.30, 0.20]))
+    torch.testing.assert_close(out.returns[0], plain.returns[0])
+    torch.testing.assert_close(out.advantages[1, :2], torch.tensor([0.25, -0.1]))  # the numbers above: it has such a position
+
+
 def test_row_1_kl_is_a_penalty_on_every_completion_token():
     rewards = experience_of(rollout_of(kl=0.5), config(**PLAIN), kl_coef=0.2, mean=0.0, std=1.0)[1]
     torch.testing.assert_close(rewards, torch.tensor([[-0.1, -0.1, 0.9, 0], [-0.1, 0.9, 0, 0]]))
