@@ -2,6 +2,7 @@
 
 from configs.schema.chain import Chain, Prepare
 from configs.schema.common import Lora, Source, Split, StageConfig, Strict, Train
+from configs.schema.engines import VLLM, RolloutEngine
 from configs.schema.evaluation import EvalConfig, EvalSettings
 from configs.schema.health import Health
 from configs.schema.ppo import PTX, AdaptiveKL, PPOStage, PPOTrain, Sampling
@@ -9,6 +10,6 @@ from configs.schema.scorers import ScorerSpec
 from configs.schema.supervised import DPOStage, RewardStage, SFTStage, TRLStage
 
 __all__ = [
-    "PTX", "AdaptiveKL", "Chain", "DPOStage", "EvalConfig", "EvalSettings", "Health", "Lora", "PPOStage", "PPOTrain", "Prepare",
-    "RewardStage", "SFTStage", "Sampling", "ScorerSpec", "Source", "Split", "StageConfig", "Strict", "TRLStage", "Train",
+    "PTX", "VLLM", "AdaptiveKL", "Chain", "DPOStage", "EvalConfig", "EvalSettings", "Health", "Lora", "PPOStage", "PPOTrain", "Prepare",
+    "RewardStage", "RolloutEngine", "SFTStage", "Sampling", "ScorerSpec", "Source", "Split", "StageConfig", "Strict", "TRLStage", "Train",
 ]  # fmt: skip

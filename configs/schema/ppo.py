@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from configs import presets
 from configs.schema.common import Lora, PositiveInt, Sources, StageConfig, Strict
+from configs.schema.engines import EngineChoice, RolloutEngine
 from configs.schema.health import Health
 from configs.schema.scorers import ScorerSpec
 
@@ -82,6 +83,7 @@ class PPOStage(StageConfig):
         default=None, description="Checkpoint that a value copy starts from; null is the reward model among the scorers, else the policy."
     )
     sampling: Sampling = Field(default_factory=Sampling, description="How completions are sampled.")
+    engine: EngineChoice = Field(default_factory=RolloutEngine, description="What samples them: native, generate, continuous or vllm, or a mapping.")
     train: PPOTrain = Field(default_factory=PPOTrain, description="How the policy is optimised.")
     kl_coef: float = Field(default=0.05, ge=0, description="Weight of the KL penalty per token, per nat; where an adaptive controller starts.")
     adaptive_kl: AdaptiveKL | None = Field(default=None, description="Adapts kl_coef towards a target KL once per rollout; null keeps it.")

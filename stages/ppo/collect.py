@@ -14,10 +14,10 @@ from configs.schema import PPOStage
 from rewards.combine import Scores, WeightedSum
 from rewards.shaping import per_token_rewards, shape_scores
 from stages.ppo import maths
+from stages.ppo.engines.protocol import Engine
 from stages.ppo.modules import PolicyAndValue, Reference
 from stages.ppo.order import stream
 from stages.ppo.rollout import Experience, Rollout, Tokens, cut, padded
-from stages.ppo.sampling import completion_seed, sample
 from stages.tokens import ModelTokens
 
 
@@ -45,7 +45,7 @@ class Clock:
 
 def collect_rollout(
     module: PolicyAndValue, reference: Reference, scorer: WeightedSum, prompts: PromptSet, cfg: PPOStage, accelerator: Any, *,
-    iteration: int, tokens: ModelTokens, clock: Clock,
+    engine: Engine, iteration: int, tokens: ModelTokens, clock: Clock,
 ) -> Rollout:  # fmt: skip
     """Sample this process's share of the batch, score it, and exchange it: the result is the same on every process."""
     started = time.monotonic()
@@ -55,11 +55,7 @@ def collect_rollout(
     numbers = prompts.chosen(iteration, total, cfg.seed)
     prompt_ids = [prompts.ids[numbers[i]] for i in mine]
     module.eval()
-    with accelerator.autocast():
-        samples = sample(
-            module.policy, prompt_ids, sampling=cfg.sampling, eos_ids=tokens.eos_ids, pad_id=tokens.pad_id,
-            seeds=[completion_seed(cfg.seed, iteration, i) for i in mine],
-        )  # fmt: skip
+    samples = engine.sample(prompt_ids, iteration=iteration, indices=mine)
     clock.rollout = time.monotonic() - started
     started = time.monotonic()
     completion_ids = [s.completion_ids for s in samples]
@@ -70,10 +66,10 @@ def collect_rollout(
     )  # fmt: skip
     batch = padded(prompt_ids, completion_ids, tokens.pad_id, accelerator.device)
     old, values, entropy, ref = _forward(module, reference, batch, cfg, accelerator)
-    gap = _sampler_gap(old, batch.mask, [s.logprobs for s in samples])
+    theirs = _right_padded([s.logprobs for s in samples], old)
     rollout = Rollout(
         batch, torch.tensor([s.finished for s in samples], device=accelerator.device), old, ref, values,
-        torch.tensor(scores.total, device=accelerator.device), entropy, *_parts(scores, accelerator.device), gap,
+        torch.tensor(scores.total, device=accelerator.device), entropy, *_parts(scores, accelerator.device), theirs,
     )  # fmt: skip
     rollout = exchange(rollout, accelerator, tokens.pad_id)
     clock.scoring = time.monotonic() - started
@@ -112,12 +108,12 @@ def _forward(module: PolicyAndValue, reference: Reference, tokens: Tokens, cfg: 
     return old, values, entropy, ref
 
 
-def _sampler_gap(old: Tensor, mask: Tensor, logprobs: list[list[float]]) -> Tensor:
-    """Largest difference of each completion between the sampler's log-probs and the forward's, [B], nats."""
-    theirs = torch.zeros_like(old)
-    for i, row in enumerate(logprobs):
-        theirs[i, : len(row)] = torch.tensor(row)
-    return torch.where(mask, (theirs - old).abs(), 0.0).amax(dim=1)
+def _right_padded(rows: list[list[float]], like: Tensor) -> Tensor:
+    """Rows of numbers as [B, T], shaped as `like`, 0 after a row's end."""
+    padded = torch.zeros(like.shape, dtype=like.dtype)
+    for i, row in enumerate(rows):
+        padded[i, : len(row)] = torch.tensor(row)
+    return padded.to(like.device)
 
 
 def exchange(rollout: Rollout, accelerator: Any, pad_id: int) -> Rollout:
@@ -139,7 +135,7 @@ def exchange(rollout: Rollout, accelerator: Any, pad_id: int) -> Rollout:
     return Rollout(
         tokens, gather(rollout.finished.long()).bool(), gather(rollout.old_logprobs), gather(rollout.ref_logprobs), gather(rollout.values),
         gather(rollout.scores), gather(rollout.entropy), gather(rollout.parts), gather(rollout.parts_mask.long()).bool(),
-        gather(rollout.sampler_gap),
+        gather(rollout.sampler_logprobs),
     )  # fmt: skip
 
 
@@ -176,4 +172,11 @@ def experience_of(rollout: Rollout, cfg: PPOStage, *, kl_coef: float, mean: floa
     advantages = advantages[:, :-1]
     if cfg.whiten_advantages:
         advantages = maths.whiten(advantages, mask)
-    return Experience(rollout.tokens, rollout.old_logprobs, advantages, rollout.values, returns, value_mask), rewards
+    return Experience(rollout.tokens, rollout.old_logprobs, advantages, rollout.values, returns, value_mask, _importance(rollout, cfg)), rewards
+
+
+def _importance(rollout: Rollout, cfg: PPOStage) -> Tensor | None:
+    """Weights of the policy loss; None for the native engine, which samples with the policy itself in the update's arithmetic."""
+    if cfg.engine.kind == "native" or cfg.engine.importance_cap is None:
+        return None
+    return maths.importance_weights(rollout.old_logprobs, rollout.sampler_logprobs, rollout.tokens.mask, cap=cfg.engine.importance_cap)

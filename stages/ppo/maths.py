@@ -30,6 +30,16 @@ class PolicyLoss(NamedTuple):
     max_ratio: Tensor
 
 
+class SamplerGap(NamedTuple):
+    """How far an engine's log-probs of what it sampled lie from those of a training forward, over the tokens that count."""
+
+    largest: float  # |sampler - forward|, nats
+    mean: float  # of the same
+    kl: float  # k3 estimate of KL(sampler || policy) per token, nats
+    weight: float  # mean truncated importance weight
+    truncated: float  # share of tokens whose weight was cut to the cap
+
+
 class ValueLoss(NamedTuple):
     """Sums over the tokens that count."""
 
@@ -84,13 +94,39 @@ def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True, epsilon: float =
     return torch.where(mask, white if shift_mean else white + mean, 0.0)
 
 
+def importance_weights(old_logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor, *, cap: float) -> Tensor:
+    """Truncated importance weights, min(exp(old - sampler), cap) per token. [B, T], 1 where masked.
+
+    A completion comes from the engine's distribution, not from the policy's as a training forward computes it: the weight makes
+    up for the difference. Source: Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training".
+    """
+    log_ratio = torch.where(mask, old_logprobs - sampler_logprobs, 0.0).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    return torch.where(mask, log_ratio.exp().clamp(max=cap), 1.0)
+
+
+def sampler_gap(old_logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor, *, cap: float) -> SamplerGap:
+    """Compare log-probs [B, T] of the engine that sampled with those of a training forward; all 0 where nothing was sampled."""
+    if not mask.any():
+        return SamplerGap(0.0, 0.0, 0.0, 1.0, 0.0)
+    count = mask.sum().double()
+    distance = torch.where(mask, (sampler_logprobs - old_logprobs).abs(), 0.0)
+    weights = importance_weights(old_logprobs, sampler_logprobs, mask, cap=float("inf"))
+    kept = torch.where(mask, weights.clamp(max=cap), 0.0)
+    kl = k3(sampler_logprobs, old_logprobs, mask)
+    return SamplerGap(
+        float(distance.max()), float(distance.double().sum() / count), float(kl.double().sum() / count), float(kept.double().sum() / count),
+        float(((weights > cap) & mask).sum() / count),
+    )  # fmt: skip
+
+
 def policy_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *,
-    clip_range: float, clip_range_high: float | None = None, dual_clip: float | None = None,
+    clip_range: float, clip_range_high: float | None = None, dual_clip: float | None = None, weights: Tensor | None = None,
 ) -> PolicyLoss:  # fmt: skip
     """Clipped surrogate, eq. 7 of Schulman et al. 2017 (arXiv:1707.06347), summed over tokens. All [B, T].
 
     `dual_clip` bounds the loss at negative advantages by -dual_clip * advantage (Ye et al. 2020, arXiv:1912.09729).
+    `weights` multiply each token's loss: the importance weights of an engine that is not the policy.
     """
     high = clip_range if clip_range_high is None else clip_range_high
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
@@ -101,6 +137,8 @@ def policy_loss(
     loss = torch.maximum(plain, clipped)
     if dual_clip is not None:
         loss = torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
+    if weights is not None:
+        loss = loss * torch.where(mask, weights, 0.0)
     with torch.no_grad():
         was_clipped = ((clipped > plain) & mask).sum()
         approx_kl = torch.where(mask, torch.expm1(log_ratio) - log_ratio, 0.0).sum()

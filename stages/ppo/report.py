@@ -41,13 +41,23 @@ def metrics_of(
         "rollout/length": float(lengths.mean()),
         "rollout/eos_rate": float(rollout.finished.float().mean()) if cfg.sampling.stop_at_eos else 0.0,
         "rollout/short_completions": float((lengths <= 1).float().mean()),
-        "rollout/sampler_gap": float(rollout.sampler_gap.max()),
+        **sampler_metrics(rollout, cfg),
         "rollout/tokens_per_second": tokens / max(clock.rollout, 1e-9),
         "rollout/samples_per_second": count / seconds,
         "time/rollout": clock.rollout,
         "time/scoring": clock.scoring,
         "time/update": clock.update,
     }
+
+
+def sampler_metrics(rollout: Rollout, cfg: PPOStage) -> dict[str, float]:
+    """The engine's log-probs against the training forward's: nats over real tokens, and the importance weights they call for."""
+    cap = cfg.engine.importance_cap if cfg.engine.importance_cap is not None else float("inf")
+    gap = maths.sampler_gap(rollout.old_logprobs, rollout.sampler_logprobs, rollout.tokens.mask, cap=cap)
+    return {
+        "rollout/sampler_gap": gap.largest, "rollout/sampler_gap_mean": gap.mean, "rollout/sampler_kl": gap.kl,
+        "rollout/importance_weight": gap.weight, "rollout/importance_truncated": gap.truncated,
+    }  # fmt: skip
 
 
 def part_means(rollout: Rollout, scorers: Sequence[str]) -> dict[str, float]:

@@ -69,7 +69,7 @@ class Rollout:
     entropy: Tensor  # [B, T] nats
     parts: Tensor  # [B, S] raw values of each scorer, unweighted
     parts_mask: Tensor  # [B, S] bool, True where a scorer applies
-    sampler_gap: Tensor  # [B] largest |sampler's log-prob - forward's| of a completion
+    sampler_logprobs: Tensor  # [B, T] nats, as the engine that sampled gives them
 
     def __len__(self) -> int:
         return self.scores.shape[0]
@@ -85,6 +85,7 @@ class Experience:
     old_values: Tensor  # [B, T + 1]
     returns: Tensor  # [B, T + 1]
     value_mask: Tensor  # [B, T + 1] bool
+    importance: Tensor | None = None  # [B, T] weights of the policy loss, where an engine sampled that is not the policy
 
     def select(self, rows: Tensor) -> Experience:
         """The given rows, trimmed to the columns they use."""
@@ -97,6 +98,7 @@ class Experience:
             self.old_values[rows, : width + 1],
             self.returns[rows, : width + 1],
             self.value_mask[rows, : width + 1],
+            self.importance[rows, :width] if self.importance is not None else None,
         )
 
     def lengths(self) -> Tensor:

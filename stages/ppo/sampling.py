@@ -45,7 +45,7 @@ def left_pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -
     return ids.to(device), mask.to(device)
 
 
-def _uniforms(seeds: Sequence[int], length: int) -> Tensor:
+def uniforms_of(seeds: Sequence[int], length: int) -> Tensor:
     """[B, length] uniforms in [0, 1), each row from its own seed of up to 128 bits.
 
     Philox (Salmon et al. 2011) takes all of them as its key; PyTorch's generator on the CPU would use the low 32.
@@ -53,7 +53,7 @@ def _uniforms(seeds: Sequence[int], length: int) -> Tensor:
     return torch.from_numpy(np.stack([np.random.Generator(np.random.Philox(key=seed)).random(length) for seed in seeds]))
 
 
-def _pick(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+def pick(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens [B] at the given quantiles of softmax(logits [B, V] in float32), and their log-probs [B]."""
     logprobs = torch.log_softmax(logits, dim=-1)
     cumulative = logprobs.double().exp().cumsum(dim=-1)
@@ -91,7 +91,7 @@ def _sample_batch(
     """One batch with a key-value cache; rows that have ended leave the batch when half of it has."""
     device = next(model.parameters()).device
     ids, mask = left_pad(prompts, pad_id, device)
-    uniforms = _uniforms(seeds, sampling.max_new_tokens).to(device)
+    uniforms = uniforms_of(seeds, sampling.max_new_tokens).to(device)
     eos = torch.tensor(sorted(eos_ids), device=device, dtype=torch.long)
     tokens = torch.full((len(prompts), sampling.max_new_tokens), pad_id, device=device)
     logprobs = torch.zeros((len(prompts), sampling.max_new_tokens), device=device)
@@ -104,7 +104,7 @@ def _sample_batch(
         out = model(
             input_ids=inputs, attention_mask=attention, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
         )
-        picked, picked_logprobs = _pick(out.logits[:, -1].float() / sampling.temperature, uniforms[alive, step])
+        picked, picked_logprobs = pick(out.logits[:, -1].float() / sampling.temperature, uniforms[alive, step])
         tokens[alive, step], logprobs[alive, step] = picked, picked_logprobs
         if sampling.stop_at_eos:
             now = torch.isin(picked, eos) & ~ended[alive]

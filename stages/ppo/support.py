@@ -33,7 +33,7 @@ def prove(model: Any) -> None:
 @torch.no_grad()
 def prove_head(model: Any) -> None:
     """Logits computed from hidden states are the model's own."""
-    row = _rows(model)[0]
+    row = short_rows(model)[0]
     expected = _own_logits(model, row)
     found = output_logits(model, model.base_model(input_ids=_tensor(model, row), use_cache=False).last_hidden_state)[0]
     _refuse(model, "logits computed from its hidden states differ from its own", expected, found)
@@ -42,7 +42,7 @@ def prove_head(model: Any) -> None:
 @torch.no_grad()
 def prove_padding(model: Any) -> None:
     """A left-padded row has the logits that it has alone."""
-    rows = _rows(model)
+    rows = short_rows(model)
     device = next(model.parameters()).device
     ids, mask = left_pad([row[:-1] for row in rows], 0, device)
     last, real = torch.tensor([[row[-1]] for row in rows], device=device), torch.ones(len(rows), 1, dtype=torch.bool, device=device)
@@ -55,7 +55,7 @@ def prove_padding(model: Any) -> None:
 def prove_sampling(model: Any) -> None:
     """Rows that are sampled together, of which one ends first, have the log-probs of a forward pass."""
     device, size = next(model.parameters()).device, model.config.get_text_config().vocab_size
-    rows, seeds = _rows(model), [completion_seed(0, 0, 0), completion_seed(0, 0, 1)]
+    rows, seeds = short_rows(model), [completion_seed(0, 0, 0), completion_seed(0, 0, 1)]
     try:
         free = _sample(model, rows, seeds, [])
         ended = _sample(model, rows, seeds, free[0].completion_ids[:1])
@@ -75,7 +75,8 @@ def _sample(model: Any, rows: list[list[int]], seeds: list[int], eos_ids: list[i
     return sample(model, rows, sampling=settings, eos_ids=eos_ids, pad_id=0, seeds=seeds)
 
 
-def _rows(model: Any) -> list[list[int]]:
+def short_rows(model: Any) -> list[list[int]]:
+    """Two short prompts of different length, ids within the model's vocabulary."""
     size = model.config.get_text_config().vocab_size
     return [[token % size for token in row] for row in ROWS]
 

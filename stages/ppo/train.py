@@ -18,6 +18,8 @@ from stages.ppo import health, maths, quantized, report, state
 from stages.ppo.build import PPOModels, build_models, find_all
 from stages.ppo.collect import Clock, PromptSet, collect_rollout, experience_of
 from stages.ppo.ema import PolicyAverage
+from stages.ppo.engines.build import build_engine, check_engine
+from stages.ppo.engines.protocol import Engine
 from stages.ppo.gradients import start_alike
 from stages.ppo.modules import POLICY
 from stages.ppo.optimizer import optimizer_of, set_learning_rate
@@ -56,10 +58,11 @@ def start(cfg: PPOStage) -> Any:
     """The accelerator, and the checks that need nothing but the config and the number of processes.
 
     Raises:
-        UserError: the batch can't be shared out equally.
+        UserError: the batch can't be shared out equally; the engine can't run here.
     """
     from accelerate import Accelerator
 
+    check_engine(cfg)
     # Without `cpu` processes on a machine without GPUs would each believe to be alone.
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(), mixed_precision="bf16" if models.uses_bf16(cfg.train.precision) else "no", gradient_accumulation_steps=1
@@ -95,11 +98,12 @@ def train(
     average = PolicyAverage(built.trained, cfg.ema_decay, optimizer) if cfg.ema_decay is not None else None
     if average is not None and save_from:
         average.load(state.load_extra(save_from, "ema"))
+    engine = build_engine(cfg, built, tokens, accelerator)
     file = report.MetricsFile(output / "metrics.jsonl", position.iteration) if accelerator.is_main_process else None
     metrics, began, first = (file.last() if file else {}), time.monotonic(), position.iteration
     for iteration in range(position.iteration, cfg.train.iterations):
         set_learning_rate(optimizer, cfg, iteration)
-        metrics, kl_coef = run_iteration(cfg, accelerator, built, optimizer, prompts, tokens, iteration, position.kl_coef, mix)
+        metrics, kl_coef = run_iteration(cfg, accelerator, built, engine, optimizer, prompts, tokens, iteration, position.kl_coef, mix)
         position = state.Position(iteration + 1, kl_coef)
         left = (time.monotonic() - began) / (iteration + 1 - first) * (cfg.train.iterations - iteration - 1)
         started: list[health.Finding] = []
@@ -120,13 +124,13 @@ def train(
 
 
 def run_iteration(
-    cfg: PPOStage, accelerator: Any, built: PPOModels, optimizer: Any, prompts: PromptSet, tokens: ModelTokens, iteration: int, kl_coef: float,
-    mix: Mix | None = None,
+    cfg: PPOStage, accelerator: Any, built: PPOModels, engine: Engine, optimizer: Any, prompts: PromptSet, tokens: ModelTokens, iteration: int,
+    kl_coef: float, mix: Mix | None = None,
 ) -> tuple[dict[str, float], float]:  # fmt: skip
     """One iteration in the paper's order. Returns its metrics and the KL coefficient of the next one."""
     clock, scorer = Clock(), built.scorer
     rollout = collect_rollout(
-        built.trained, built.reference, scorer, prompts, cfg, accelerator, iteration=iteration, tokens=tokens,
+        built.trained, built.reference, scorer, prompts, cfg, accelerator, engine=engine, iteration=iteration, tokens=tokens,
         clock=clock,
     )  # fmt: skip
     experience, rewards = experience_of(rollout, cfg, kl_coef=kl_coef, mean=scorer.mean, std=scorer.std)
@@ -134,6 +138,7 @@ def run_iteration(
     if cfg.train.gradient_checkpointing:
         built.trained.train()
     updates = update_policy(built.trained, optimizer, accelerator, experience, cfg, iteration, mix)
+    engine.sync()
     clock.update = time.monotonic() - started
     metrics = report.metrics_of(rollout, experience, rewards, cfg, kl_coef=kl_coef, clock=clock, scorers=list(scorer.parts)) | updates
     metrics["objective/score_clipped"] = report.score_clipped(rollout, cfg, mean=scorer.mean, std=scorer.std)

@@ -113,7 +113,7 @@ def _accumulate(module: PolicyAndValue, accelerator: Any, experience: Experience
     def policy_loss(logprobs: Tensor, batch: Experience) -> Tensor:
         policy = maths.policy_loss(
             logprobs, batch.old_logprobs, batch.advantages, batch.tokens.mask, clip_range=cfg.clip_range,
-            clip_range_high=cfg.clip_range_high, dual_clip=cfg.dual_clip,
+            clip_range_high=cfg.clip_range_high, dual_clip=cfg.dual_clip, weights=batch.importance,
         )  # fmt: skip
         totals.add_policy(policy)
         return policy.loss / tokens

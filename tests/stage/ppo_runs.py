@@ -13,7 +13,10 @@ import torch
 from configs.schema import Lora, PPOStage
 from stages import models
 from stages.ppo.build import PPOModels, build_models
+from stages.ppo.collect import Clock, collect_rollout
+from stages.ppo.engines.build import build_engine
 from stages.ppo.prompts import load_prompts
+from stages.ppo.rollout import Rollout
 from stages.ppo.train import main, start
 from stages.registry import Checkpoint, Parent, Registry
 from stages.tokens import ModelTokens, load_tokens
@@ -110,6 +113,12 @@ def assembled(values: dict[str, Any]) -> tuple[PPOStage, Any, ModelTokens, PPOMo
     built = build_models(cfg, origin, tokens, accelerator.device)
     prompts, _ = load_prompts(cfg, tokens.formatter, cfg.max_length)
     return cfg, accelerator, tokens, built, prompts
+
+
+def rollout_of(cfg: PPOStage, accelerator: Any, tokens: ModelTokens, built: PPOModels, prompts: Any, iteration: int = 0) -> Rollout:
+    """A rollout with the config's engine."""
+    engine = build_engine(cfg, built, tokens, accelerator)
+    return collect_rollout(built.trained, built.reference, built.scorer, prompts, cfg, accelerator, engine=engine, iteration=iteration, tokens=tokens, clock=Clock())
 
 
 def metrics(values: dict[str, Any], timed: bool = False) -> list[dict[str, float]]:

@@ -11,11 +11,11 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from configs.errors import MissingExtra, UserError
 from configs.schema import PPOStage
 from stages.ppo import quantized
-from stages.ppo.collect import Clock, collect_rollout, experience_of
+from stages.ppo.collect import experience_of
 from stages.ppo.modules import store_linear_weights
 from stages.ppo.optimizer import optimizer_of
 from stages.ppo.update import update_policy
-from tests.stage.ppo_runs import LORA, assembled, publish_reward, settings, workspace
+from tests.stage.ppo_runs import LORA, assembled, publish_reward, rollout_of, settings, workspace
 from tests.unit.ppo_samples import model_of
 
 ADAPTER = {"kind": "model", "checkpoint": "reward/adapter"}
@@ -35,7 +35,7 @@ def updated(place, train, **changes):
     optimizer, calls, metrics = optimizer_of(cfg, built), [], {}
     layer = next(m for m in built.trained.policy.modules() if isinstance(m, LlamaMLP))
     for iteration in range(2):
-        rollout = collect_rollout(built.trained, built.reference, built.scorer, prompts, cfg, accelerator, iteration=iteration, tokens=tokens, clock=Clock())
+        rollout = rollout_of(cfg, accelerator, tokens, built, prompts, iteration)
         experience, _ = experience_of(rollout, cfg, kl_coef=cfg.kl_coef, mean=built.scorer.mean, std=built.scorer.std)
         if cfg.train.gradient_checkpointing:
             built.trained.train()

@@ -10,14 +10,23 @@ import torch
 from configs.errors import UserError
 from stages import models
 from stages.ppo.build import AdapterScorer
-from stages.ppo.collect import Clock, collect_rollout
 from stages.ppo.prompts import row_limit
 from stages.ppo.train import main
 from stages.registry import Registry
 from stages.scorers import reward_scorer
 from stages.tokens import load_tokens
 from stages.training import entry
-from tests.stage.ppo_runs import LORA, assembled, metrics, publish_policy, publish_reward, run, settings, workspace
+from tests.stage.ppo_runs import (
+    LORA,
+    assembled,
+    metrics,
+    publish_policy,
+    publish_reward,
+    rollout_of,
+    run,
+    settings,
+    workspace,
+)
 from tests.tiny import tiny_model
 
 WHOLE, ADAPTER = ({"kind": "model", "checkpoint": f"reward/{name}"} for name in ("whole", "adapter"))
@@ -29,10 +38,6 @@ def place(tmp_path_factory):
     publish_reward(folder, "whole")
     publish_reward(folder, "adapter", lora=True, seed=6)
     return folder
-
-
-def rollout_of(cfg, accelerator, tokens, built, prompts, iteration=0):
-    return collect_rollout(built.trained, built.reference, built.scorer, prompts, cfg, accelerator, iteration=iteration, tokens=tokens, clock=Clock())
 
 
 def started_in_bf16(place, **changes):

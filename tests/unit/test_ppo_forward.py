@@ -267,7 +267,7 @@ def test_row_5_an_architecture_without_a_cache_that_can_be_cut_is_refused():
 
 def test_the_rows_that_prove_sampling_do_not_end_together():
     model = model_of(spread=1.0)
-    rows, seeds = support._rows(model), [support.completion_seed(0, 0, i) for i in (0, 1)]
+    rows, seeds = support.short_rows(model), [support.completion_seed(0, 0, i) for i in (0, 1)]
     free = support._sample(model, rows, seeds, [])
     ended = support._sample(model, rows, seeds, free[0].completion_ids[:1])
     assert len(ended[1].completion_ids) > len(ended[0].completion_ids) == 1

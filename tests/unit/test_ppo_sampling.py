@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 
 from stages.ppo.collect import PromptSet
 from stages.ppo.forward import hidden_states, token_outputs
-from stages.ppo.sampling import _uniforms, completion_seed, sample
+from stages.ppo.sampling import completion_seed, sample, uniforms_of
 from tests.unit.ppo_samples import model_of, ragged_ids, sampling, tokens_of
 
 EOS = [2]
@@ -53,13 +53,13 @@ def test_row_22_every_bit_of_a_seed_counts():
     """Seeds that differ in any one bit draw other numbers, and the same seed draws the same."""
     first = completion_seed(-5, 3, 7)
     assert first.bit_length() > 64
-    draws = _uniforms([first, *(first ^ (1 << bit) for bit in range(128))], 4)
+    draws = uniforms_of([first, *(first ^ (1 << bit) for bit in range(128))], 4)
     assert len({tuple(row) for row in draws.tolist()}) == 129
-    assert torch.equal(_uniforms([first], 4)[0], draws[0])
-    assert torch.equal(_uniforms([first], 2)[0], draws[0, :2]), "a longer completion begins with the same draws"
+    assert torch.equal(uniforms_of([first], 4)[0], draws[0])
+    assert torch.equal(uniforms_of([first], 2)[0], draws[0, :2]), "a longer completion begins with the same draws"
     assert completion_seed(0, 0, 1) != completion_seed(0, 1, 0) != completion_seed(1, 0, 0)
     assert completion_seed(0, 4295, 0) != completion_seed(0, 0, 2**31)
-    wide = _uniforms(range(4000), 5)
+    wide = uniforms_of(range(4000), 5)
     assert abs(float(wide.mean()) - 0.5) < 4 / (12 * 20000) ** 0.5
 
 

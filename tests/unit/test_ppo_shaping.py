@@ -84,7 +84,7 @@ def rollout_of(lengths=(3, 2), finished=(True, True), values=None, scores=(1.0, 
     zeros = torch.zeros(rows, width)
     raw = torch.tensor(scores)
     return Rollout(
-        tokens, torch.tensor(finished), old, old - kl, values, raw, zeros, raw.unsqueeze(1), torch.ones(rows, 1, dtype=torch.bool), torch.zeros(rows)
+        tokens, torch.tensor(finished), old, old - kl, values, raw, zeros, raw.unsqueeze(1), torch.ones(rows, 1, dtype=torch.bool), old
     )  # fmt: skip
 
 

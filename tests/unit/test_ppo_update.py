@@ -221,7 +221,7 @@ def test_trap_5_metrics_leave_padding_out():
     tokens = tokens_of([[5], [6]], [[7, 8, 9], [7]])
     logprobs, ref = torch.tensor([[-1.0, -1, -1], [-2, 99, 99]]), torch.tensor([[-2.0, -1, -1], [-1, -99, -99]])
     values = torch.tensor([[0.0, 1, 2, 9], [3, 9, 9, 9]])
-    rollout = Rollout(tokens, torch.tensor([True, False]), logprobs, ref, values, torch.tensor([1.0, 2]), torch.tensor([[1.0, 2, 3], [2, 0, 0]]), torch.tensor([[3.0, -99, -99], [5, 7, -99]]), torch.tensor([[True, False, False], [True, True, False]]), torch.tensor([0.0, 1e-6]))
+    rollout = Rollout(tokens, torch.tensor([True, False]), logprobs, ref, values, torch.tensor([1.0, 2]), torch.tensor([[1.0, 2, 3], [2, 0, 0]]), torch.tensor([[3.0, -99, -99], [5, 7, -99]]), torch.tensor([[True, False, False], [True, True, False]]), logprobs)
     wide = torch.cat([mask, torch.zeros(2, 1, dtype=torch.bool)], dim=1)
     experience = Experience(tokens, logprobs, logprobs, values, torch.where(wide, values, -50.0), wide)
     rewards = torch.tensor([[0.0, 0, 1, 77], [2, 77, 77, 77]])
