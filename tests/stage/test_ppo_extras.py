@@ -8,9 +8,11 @@ from safetensors.torch import load_file
 
 from configs.errors import UserError
 from configs.schema import PPOStage
+from stages.ppo.modules import POLICY, is_of
+from stages.ppo.ptx import load_mix
 from stages.registry import Registry
 from tests.stage import ppo_runs
-from tests.stage.ppo_runs import LORA, metrics, run, settings, weights, workspace
+from tests.stage.ppo_runs import LORA, assembled, metrics, run, settings, weights, workspace
 
 MORTAL = {"scorers": [{"kind": "python", "function": "tests.stage.ppo_runs:mortal"}]}
 ONE_STEP = {"iterations": 1, "num_ppo_epochs": 1, "num_minibatches": 1}
@@ -75,6 +77,32 @@ def test_row_25_the_mix_moves_the_policy_towards_the_demonstrations(place):
     first, second = weights(run(off)), weights(run(none))
     assert metrics(off) == metrics(none)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+def test_row_25_with_adapters_the_mix_teaches_the_policys_alone(place, checkpointing):
+    """Against transformers' own loss with labels, on one backbone whose policy adapter has been moved off zero."""
+    cfg, accelerator, tokens, built, _ = assembled(settings(place, "adapters", {"gradient_checkpointing": checkpointing}, lora=LORA, ptx=ptx(place)))
+    mix, _ = load_mix(cfg, tokens, built.trained.policy)
+    module, numbers = built.trained, [0, 3, 4]
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.policy_parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    count, total = 0, 0.0
+    for row in (mix.rows[n] for n in numbers):
+        ids, mask = (torch.tensor([row[key]]) for key in ("input_ids", "completion_mask"))
+        total = total + module.policy(input_ids=ids, labels=torch.where(mask.bool(), ids, -100), use_cache=False).loss * int(mask.sum())
+        count += int(mask.sum())
+    names = [name for name, p in module.named_parameters() if p.requires_grad and is_of(name, POLICY)]
+    expected = torch.autograd.grad(0.5 * total / count, [module.get_parameter(name) for name in names])
+    module.train(checkpointing)
+    loss = mix.add_gradients(module, accelerator, numbers, 2)
+    assert loss == pytest.approx((total / count).item(), rel=1e-5)
+    assert {name for name, p in module.named_parameters() if p.grad is not None} == set(names)
+    for name, gradient in zip(names, expected, strict=True):
+        torch.testing.assert_close(module.get_parameter(name).grad, gradient, atol=1e-5, rtol=1e-4)
+    assert max(gradient.abs().max().item() for gradient in expected) > 1e-3
 
 
 def test_row_25_other_demonstrations_are_other_data(place, monkeypatch):
