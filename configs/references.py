@@ -19,6 +19,8 @@ def references(config: Any) -> dict[str, str]:
     found = {key: getattr(config, key, None) for key in ("init_from", "reference", "value_init")}
     for number, scorer in enumerate(getattr(config, "scorers", None) or []):
         found[f"scorers.{number}"] = getattr(scorer, "checkpoint", None)
+    for number, scorer in enumerate(getattr(getattr(config, "evaluation", None), "scorers", None) or []):
+        found[f"evaluation.scorers.{number}"] = getattr(scorer, "checkpoint", None)
     for label, checkpoint in (getattr(config, "checkpoints", None) or {}).items():
         found[f"checkpoints.{label}"] = checkpoint
     return {role: ref for role, ref in found.items() if ref is not None and is_reference(ref)}
@@ -28,11 +30,17 @@ def pin(config: Any, pinned: Callable[[str], str]) -> Any:
     """A copy of a config in which every registry reference is what `pinned` makes of it, such as sft/demo -> sft/demo@3."""
     refs = references(config)
     update: dict[str, Any] = {role: pinned(ref) for role, ref in refs.items() if "." not in role}
-    if any(role.startswith("scorers.") for role in refs):
-        update["scorers"] = [
-            scorer.model_copy(update={"checkpoint": pinned(scorer.checkpoint)}) if f"scorers.{number}" in refs else scorer
-            for number, scorer in enumerate(config.scorers)
+
+    def scorers(owner: Any, prefix: str) -> list[Any]:
+        return [
+            scorer.model_copy(update={"checkpoint": pinned(scorer.checkpoint)}) if f"{prefix}{number}" in refs else scorer
+            for number, scorer in enumerate(owner.scorers)
         ]
+
+    if any(role.startswith("scorers.") for role in refs):
+        update["scorers"] = scorers(config, "scorers.")
+    if any(role.startswith("evaluation.scorers.") for role in refs):
+        update["evaluation"] = config.evaluation.model_copy(update={"scorers": scorers(config.evaluation, "evaluation.scorers.")})
     if any(role.startswith("checkpoints.") for role in refs):
         update["checkpoints"] = {
             label: pinned(ref) if f"checkpoints.{label}" in refs else ref for label, ref in config.checkpoints.items()

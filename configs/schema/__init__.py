@@ -5,11 +5,13 @@ from configs.schema.common import Lora, Source, Split, StageConfig, Strict, Trai
 from configs.schema.engines import VLLM, RolloutEngine
 from configs.schema.evaluation import EvalConfig, EvalSettings
 from configs.schema.health import Health
+from configs.schema.monitoring import Evaluation, Stopping
 from configs.schema.ppo import PTX, AdaptiveKL, PPOStage, PPOTrain, Sampling
 from configs.schema.scorers import ScorerSpec
 from configs.schema.supervised import DPOStage, RewardStage, SFTStage, TRLStage
 
 __all__ = [
-    "PTX", "VLLM", "AdaptiveKL", "Chain", "DPOStage", "EvalConfig", "EvalSettings", "Health", "Lora", "PPOStage", "PPOTrain", "Prepare",
-    "RewardStage", "RolloutEngine", "SFTStage", "Sampling", "ScorerSpec", "Source", "Split", "StageConfig", "Strict", "TRLStage", "Train",
+    "PTX", "VLLM", "AdaptiveKL", "Chain", "DPOStage", "EvalConfig", "EvalSettings", "Evaluation", "Health", "Lora", "PPOStage", "PPOTrain",
+    "Prepare", "RewardStage", "RolloutEngine", "SFTStage", "Sampling", "ScorerSpec", "Source", "Split", "StageConfig", "Stopping", "Strict",
+    "TRLStage", "Train",
 ]  # fmt: skip

@@ -10,6 +10,7 @@ from configs import presets
 from configs.schema.common import Lora, PositiveInt, Sources, StageConfig, Strict
 from configs.schema.engines import EngineChoice, RolloutEngine
 from configs.schema.health import Health
+from configs.schema.monitoring import Evaluation, Stopping
 from configs.schema.scorers import ScorerSpec
 
 
@@ -85,6 +86,10 @@ class PPOStage(StageConfig):
     sampling: Sampling = Field(default_factory=Sampling, description="How completions are sampled.")
     engine: EngineChoice = Field(default_factory=RolloutEngine, description="What samples them: native, generate, continuous or vllm, or a mapping.")
     train: PPOTrain = Field(default_factory=PPOTrain, description="How the policy is optimised.")
+    evaluation: Evaluation | None = Field(
+        default_factory=Evaluation, description="Evaluation on held-out prompts; the best checkpoint is the one published. Null is off: the last one is."
+    )
+    stopping: Stopping = Field(default_factory=Stopping, description="What ends a run early, and which checkpoints may be published.")
     kl_coef: float = Field(default=0.05, ge=0, description="Weight of the KL penalty per token, per nat; where an adaptive controller starts.")
     adaptive_kl: AdaptiveKL | None = Field(default=None, description="Adapts kl_coef towards a target KL once per rollout; null keeps it.")
     missing_eos: Literal["replace", "subtract", "scale", "none"] = Field(
@@ -115,6 +120,13 @@ class PPOStage(StageConfig):
     @classmethod
     def _fill_from_preset(cls, data: Any) -> Any:
         return presets.filled(data, PPOTrain.model_fields["iterations"].default)[0] if isinstance(data, dict) else data
+
+    @model_validator(mode="after")
+    def _stops_by_evaluations(self) -> PPOStage:
+        limits = [name for name in ("kl_budget", "patience") if getattr(self.stopping, name) is not None]
+        if limits and self.evaluation is None:
+            raise ValueError(f"stopping.{limits[0]} is judged at evaluations, and evaluation is null: give an `evaluation:` section, or leave it out")
+        return self
 
     @model_validator(mode="after")
     def _relations(self) -> PPOStage:

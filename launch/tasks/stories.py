@@ -26,6 +26,7 @@ NOUNS = (
     "duck", "frog", "box", "rock", "king", "bunny", "mouse", "star", "train", "doll", "bug", "lion", "apple", "bee", "cow",
 )  # fmt: skip
 HELD_OUT = ("frog", "train", "hat", "lion", "cake", "bug")
+VALIDATION = ("rabbit", "horse", "house", "pig", "kite", "monkey", "shoe", "truck", "bike", "cup", "moon", "sheep")  # of no other file
 SIZES = ("little ", "big ", "small ", "")
 LABEL_SLOPE = 6.0  # P(a preferred to b) = sigmoid(LABEL_SLOPE * (gold(a) - gold(b)))
 MOST_REPEATED = 0.1  # a demonstration repeats at most this share of its word pairs
@@ -57,9 +58,11 @@ def gold(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> 
 
 
 def write_prompts(output: str) -> None:
-    """Write prompts.jsonl (24 nouns, for training) and test_prompts.jsonl (the six held out) into the folder `output`."""
+    """Write prompts.jsonl (24 nouns, for training), test_prompts.jsonl (the six held out) and validation_prompts.jsonl (twelve others, for
+    evaluations while PPO trains) into the folder `output`.
+    """
     training = [noun for noun in NOUNS if noun not in HELD_OUT]
-    for file, nouns in (("prompts.jsonl", training), ("test_prompts.jsonl", HELD_OUT)):
+    for file, nouns in (("prompts.jsonl", training), ("test_prompts.jsonl", HELD_OUT), ("validation_prompts.jsonl", VALIDATION)):
         write_jsonl(Path(output) / file, ({"prompt": prompt_of(noun), "noun": noun} for noun in nouns))
 
 

@@ -6,7 +6,7 @@ from stages.data.formatter import Formatter
 from stages.data.read import read_demonstrations, read_pairs, read_prompts
 from stages.data.rows import Demonstration, Loaded, Message, PreferencePair, Prompt, Report, as_messages
 from stages.data.special_tokens import SpecialTokens, ensure_special_tokens
-from stages.data.split import Splits, Splitter, group_key
+from stages.data.split import Splits, Splitter, group_key, one_per_group
 from stages.data.templates import Template, resolve_template
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "ensure_special_tokens",
     "fingerprint",
     "group_key",
+    "one_per_group",
     "prove_loss_mask",
     "read_demonstrations",
     "read_pairs",

@@ -29,6 +29,12 @@ def group_key(prompt: str | Messages) -> str:
     return " ".join(unicodedata.normalize("NFKC", content).casefold().split())
 
 
+def one_per_group(rows: Sequence[R]) -> list[R]:
+    """The first row of each prompt group, in order."""
+    first = {group_key(row.prompt): row for row in reversed(rows)}
+    return [row for row in rows if first[group_key(row.prompt)] is row]
+
+
 def unit_hash(*parts: object) -> float:
     """A number in [0, 1) that depends on nothing but `parts`: the first 52 bits of their BLAKE3."""
     digest = blake3("\x1f".join(map(str, parts)).encode()).digest(7)

@@ -12,7 +12,7 @@ from configs.schema import EvalConfig
 from stages.data.fingerprint import fingerprint
 from stages.data.read import read_prompts
 from stages.data.rows import Prompt
-from stages.data.split import Splitter, group_key
+from stages.data.split import Splitter, one_per_group
 from stages.models import Origin, uses_bf16
 from stages.registry import contract
 
@@ -35,8 +35,7 @@ def choose_prompts(cfg: EvalConfig) -> list[Prompt]:
             f"{getattr(cfg.split, cfg.subset, 0)}); the others are for training. Add prompts, name them in split.test_prompts, or set "
             "subset: all if no stage has trained on this file"
         )
-    first = {group_key(row.prompt): row for row in reversed(chosen)}
-    return [row for row in chosen if first[group_key(row.prompt)] is row][: cfg.max_prompts]
+    return one_per_group(chosen)[: cfg.max_prompts]
 
 
 def check_split(origins: Iterable[Origin], cfg: EvalConfig) -> None:

@@ -6,6 +6,7 @@ standard error and interval treats the prompt, never the completion, as the unit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -92,6 +93,23 @@ def widening(groups: int) -> float:
     df = groups - 1
     t = T_975[df - 1] if df <= len(T_975) else 1.95996 + 2.3722 / df
     return float(np.sqrt(groups / df) * t / 1.95996)
+
+
+def student_t_tail(t: float, df: int) -> float:
+    """P(T > t) of Student's t distribution with `df` >= 1 whole degrees of freedom (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
+    assert df >= 1, df
+    angle = math.atan(t / math.sqrt(df))
+    cos2 = math.cos(angle) ** 2
+    odd = df % 2
+    term = math.cos(angle) if odd else 1.0
+    total = term if df > 1 else 0.0
+    for k in range(2 + odd, df - 1, 2):
+        term *= cos2 * (k - 1) / k
+        total += term
+    inside = math.sin(angle) * total
+    if odd:
+        inside = 2 / math.pi * (angle + inside)
+    return 0.5 * (1 - inside)
 
 
 def _rates_per_prompt(ours: Array, our_groups: Sequence[int], theirs: Array, their_groups: Sequence[int]) -> Array:

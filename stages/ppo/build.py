@@ -46,6 +46,7 @@ class PPOModels:
     published: Any  # the policy: a transformers model, or a peft model whose POLICY adapter is saved
     base: models.Origin | None  # what lies under the published adapter
     parents: list[Parent]
+    heldout_scorer: WeightedSum | None = None  # scores evaluations, never a rollout
 
 
 def build_models(cfg: PPOStage, origin: models.Origin, tokens: ModelTokens, device: torch.device) -> PPOModels:
@@ -62,7 +63,15 @@ def build_models(cfg: PPOStage, origin: models.Origin, tokens: ModelTokens, devi
     parents = [origin.parent("init_from"), reference_origin.parent("reference")]
     built = (_one_backbone if cfg.lora else _separate)(cfg, origin, reference_origin, policy, tokens, device, parents)
     _check_reproducible(built.trained, cfg, device)
+    built.heldout_scorer = _heldout_scorer(cfg, device, parents)
     return built
+
+
+def _heldout_scorer(cfg: PPOStage, device: torch.device, parents: list[Parent]) -> WeightedSum | None:
+    """The scorers that only evaluations use; a reward model among them is a model of its own."""
+    if cfg.evaluation is None or cfg.evaluation.scorers is None:
+        return None
+    return build_scorers(cfg.evaluation.scorers, _loader(cfg, parents, lambda o: _frozen_scorer(o, cfg, device), role="heldout_scorer"))
 
 
 def _check_reproducible(trained: PolicyAndValue, cfg: PPOStage, device: torch.device) -> None:
@@ -154,12 +163,14 @@ def _freeze(model: Any) -> Any:
     return model.requires_grad_(False).eval()
 
 
-def _loader(cfg: PPOStage, parents: list[Parent], load: Callable[[models.Origin], RewardModelScorer]) -> Callable[[str], RewardModelScorer]:
+def _loader(
+    cfg: PPOStage, parents: list[Parent], load: Callable[[models.Origin], RewardModelScorer], role: str = "scorer"
+) -> Callable[[str], RewardModelScorer]:
     """What build_scorers calls for `kind: model`; each checkpoint becomes a parent."""
 
     def found(asked: str) -> RewardModelScorer:
         origin = _reward_origin(cfg, asked)
-        parents.append(origin.parent("scorer"))
+        parents.append(origin.parent(role))
         return load(origin)
 
     return found
@@ -253,7 +264,9 @@ def find_reference(cfg: PPOStage, origin: models.Origin) -> models.Origin:
 def find_all(cfg: PPOStage, origin: models.Origin) -> list[models.Origin]:
     """Every model that a run starts from, `origin` first."""
     value = [_reward_origin(cfg, cfg.value_init)] if cfg.value_init else []
-    return [origin, find_reference(cfg, origin), *_reward_origins(cfg), *value]
+    heldout = (cfg.evaluation.scorers if cfg.evaluation else None) or []
+    heldout_origins = [_reward_origin(cfg, s.checkpoint) for s in heldout if s.kind == "model"]
+    return [origin, find_reference(cfg, origin), *_reward_origins(cfg), *value, *heldout_origins]
 
 
 def _reward_origins(cfg: PPOStage) -> list[models.Origin]:

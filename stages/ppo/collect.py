@@ -59,7 +59,7 @@ def collect_rollout(
     clock.rollout = time.monotonic() - started
     started = time.monotonic()
     completion_ids = [s.completion_ids for s in samples]
-    columns = _columns([prompts.columns[numbers[i]] for i in mine])
+    columns = columns_of([prompts.columns[numbers[i]] for i in mine])
     scores = scorer.score(
         [prompts.texts[numbers[i]] for i in mine], [tokens.formatter.completion_text(ids) for ids in completion_ids], token_key=tokens.key, prompt_ids=prompt_ids,
         completion_ids=completion_ids, **(columns | {"finished": [s.finished for s in samples]}),
@@ -76,7 +76,7 @@ def collect_rollout(
     return rollout
 
 
-def _columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+def columns_of(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
     """Columns of the prompts as lists; a column some prompts lack is None there."""
     names = {name for row in rows for name in row}
     return {name: [row.get(name) for row in rows] for name in sorted(names)}

@@ -11,6 +11,7 @@ from rewards.protocol import scorer_prompt, turns_of
 from stages import data
 from stages.ppo.build import PPOModels
 from stages.ppo.collect import PromptSet
+from stages.ppo.evaluation import EvaluationSet
 from stages.tokens import ModelTokens
 from stages.training import text
 from stages.training.ranks import say
@@ -30,29 +31,67 @@ def load_prompts(cfg: PPOStage, formatter: data.Formatter, limit: int) -> tuple[
         formatter, splits.train, max_length=limit, max_new_tokens=cfg.sampling.max_new_tokens, overlong=cfg.overlong
     )
     say(f"ppo: {len(rows)} prompts to train on, {len(splits.validation)} for validation, {len(splits.test)} held out, {dropped} too long")
-    prompts = PromptSet([r["prompt_ids"] for r in rows], [scorer_prompt(r["row"].prompt) for r in rows], [r["row"].columns for r in rows])
     fingerprint = splits.report["fingerprint"]["train"]
-    return prompts, splits.report | {"fingerprint": fingerprint, "dropped": {"too_long": dropped}}
+    return _prompt_set(rows), splits.report | {"fingerprint": fingerprint, "dropped": {"too_long": dropped}}
+
+
+def _prompt_set(rows: list[dict[str, Any]]) -> PromptSet:
+    return PromptSet([r["prompt_ids"] for r in rows], [scorer_prompt(r["row"].prompt) for r in rows], [r["row"].columns for r in rows])
+
+
+def load_evaluation(cfg: PPOStage, formatter: data.Formatter, limit: int) -> EvaluationSet | None:
+    """The held-out prompts of evaluations, each prompt group once, encoded; None where there is nothing to evaluate on, or no wish to.
+
+    Raises:
+        UserError: unreadable prompts, or none left where the config counts on evaluations.
+    """
+    if cfg.evaluation is None:
+        return None
+    splitter = data.Splitter(cfg.split)
+    training = splitter.split(data.read_prompts(cfg.prompts).rows)
+    rows, place = training.validation, "the validation part of prompts is empty (split.validation)"
+    if cfg.evaluation.prompts is not None:
+        trained = {data.group_key(row.prompt) for row in training.train}
+        own = data.read_prompts(cfg.evaluation.prompts).rows
+        rows = [row for row in own if splitter.of(row) != "test" and data.group_key(row.prompt) not in trained]
+        place = f"evaluation.prompts holds {len(own)} prompts, all of the test part or trained on"
+    if not rows:
+        if cfg.evaluation.prompts is not None or cfg.evaluation.scorers is not None or cfg.stopping.kl_budget or cfg.stopping.patience:
+            raise UserError(f"evaluation: there are no held-out prompts: {place}; give evaluation.prompts others")
+        say(f"ppo: no evaluation: {place}, and evaluation.prompts names none; the last policy is published")
+        return None
+    rows = data.one_per_group(rows)[: cfg.evaluation.max_prompts]
+    _refuse_reserved(rows)
+    encoded, dropped = data.encode_prompts(formatter, rows, max_length=limit, max_new_tokens=cfg.sampling.max_new_tokens, overlong="drop")
+    every, count, kept = cfg.evaluation.every, cfg.evaluation.samples_per_prompt, [row["row"] for row in encoded]
+    say(f"ppo: evaluation every {every} iterations on {len(kept)} held-out prompts x {count}" + (f", {dropped} too long" if dropped else ""))
+    return EvaluationSet(_prompt_set(encoded), count, cfg.seed, data.fingerprint(kept))
 
 
 def row_limit(cfg: PPOStage, built: PPOModels, tokens: ModelTokens) -> int:
     """The tokens a row may have, so that every model that reads the policy's ids can read it."""
-    scorers = [part.scorer for part in built.scorer.parts.values()]
-    readers = [built.trained.policy, built.reference.model, *(s.model for s in scorers if getattr(s, "token_key", None) == tokens.key)]  # type: ignore[attr-defined]
+    scorers = [scorer for _, scorer in _scorers(built)]
+    readers = [built.trained.policy, built.reference.model, *(s.model for s in scorers if getattr(s, "token_key", None) == tokens.key)]
     readers += [built.trained.value_trunk] if built.trained.value_trunk is not None else []
     return text.row_limit(min(readers, key=lambda model: getattr(model.config, "max_position_embeddings", None) or cfg.max_length), cfg)
 
 
-def check_scorers_read(cfg: PPOStage, built: PPOModels, tokens: ModelTokens, prompts: PromptSet) -> None:
+def _scorers(built: PPOModels) -> list[tuple[str, Any]]:
+    """Name and scorer of everything that scores, in rollouts or in evaluations."""
+    sums = [built.scorer] + ([built.heldout_scorer] if built.heldout_scorer is not None else [])
+    return [(name, part.scorer) for total in sums for name, part in total.parts.items()]
+
+
+def check_scorers_read(cfg: PPOStage, built: PPOModels, tokens: ModelTokens, *sets: PromptSet) -> None:
     """Make sure that a reward model with a tokenizer of its own can read about every row.
 
     Raises:
         UserError: the longest prompt leaves it no room for a completion.
     """
-    for name, (scorer, _) in built.scorer.parts.items():
+    for name, scorer in _scorers(built):
         if not isinstance(scorer, RewardModelScorer) or scorer.token_key == tokens.key or scorer.max_length is None:
             continue
-        longest = max(len(scorer.tokens.prompt_ids(turns_of(prompt))) for prompt in prompts.texts)
+        longest = max(len(scorer.tokens.prompt_ids(turns_of(prompt))) for prompts in sets for prompt in prompts.texts)
         if longest + cfg.sampling.max_new_tokens > scorer.max_length:
             raise UserError(
                 f"scorer {name} reads {scorer.max_length} tokens; the longest prompt has {longest} of its tokens, and sampling.max_new_tokens is "

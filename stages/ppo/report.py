@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,8 +13,11 @@ from torch import Tensor
 from configs.schema import PPOStage
 from stages.ppo import maths
 from stages.ppo.collect import Clock
+from stages.ppo.evaluation import EvaluationSet, Written
+from stages.ppo.monitor import Decision
 from stages.ppo.rollout import Experience, Rollout
 from stages.training.progress import duration
+from stages.training.ranks import say
 from stages.training.resume import write_durably
 
 
@@ -86,32 +90,105 @@ def line(iteration: int, cfg: PPOStage, metrics: dict[str, float], seconds_left:
     )
 
 
-def lines_of(path: Path) -> list[dict[str, float]]:
-    """The lines of a metrics file up to one that a kill has torn: nothing after it can be trusted."""
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    """The JSON lines of a file, each with its iteration, up to one that a kill has torn: nothing after it can be trusted."""
     found = []
-    for text in path.read_text().splitlines() if path.exists() else []:
+    for text in path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []:
         try:
-            found.append(dict(json.loads(text)))
+            row = dict(json.loads(text))
         except ValueError:
             break
+        if "iteration" not in row:
+            break
+        found.append(row)
     return found
 
 
-class MetricsFile:
-    """OUTPUT/metrics.jsonl; a resumed run first drops the lines of iterations that it will do again."""
+def evaluation_line(iteration: int, cfg: PPOStage, metrics: dict[str, float], best: bool) -> str:
+    """One readable line per evaluation."""
+    m = metrics
 
-    def __init__(self, path: Path, first_iteration: int) -> None:
+    def shown(name: str, digits: int) -> str:
+        se = m.get(f"evaluation/{name}_se")
+        return f"{m[f'evaluation/{name}']:+.{digits}f}" + ("" if se is None else f"±{se:.{digits}f}")
+
+    return (
+        f"ppo {iteration}/{cfg.train.iterations}  evaluation: held-out score {shown('heldout_score', 3)}  score {shown('score', 3)}  "
+        f"kl {shown('kl', 2)} (k3 {m['evaluation/kl_k3']:.2f})  length {m['evaluation/length']:.1f}  eos {m['evaluation/eos_rate']:.0%}  "
+        f"win rate {m['evaluation/win_rate']:.0%} [{m['evaluation/win_rate_low']:.0%}, {m['evaluation/win_rate_high']:.0%}]"
+        + ("  (best so far)" if best else "")
+    )
+
+
+def evaluation_text(
+    iteration: int, cfg: PPOStage, metrics: dict[str, float], written: Sequence[Written], chosen: EvaluationSet, decision: Decision
+) -> str:
+    """An evaluation's line, a few samples, and why the run stops, if it does."""
+    assert cfg.evaluation is not None
+    lines = [evaluation_line(iteration, cfg, metrics, decision.best), *sample_table(written, chosen.samples, cfg.evaluation.show_samples)]
+    if decision.stop:
+        lines.append(f"ppo: stopped after iteration {iteration} of {cfg.train.iterations}: {decision.stop}: {decision.why}")
+    return "\n".join(lines)
+
+
+def sample_table(written: Sequence[Written], samples: int, prompts: int) -> list[str]:
+    """The first completion of the first prompts, one line each, with both scores."""
+    shown = [written[n * samples] for n in range(min(prompts, len(written) // samples))]
+    return [f"    {_short(w.prompt, 40)!r} -> {_short(w.completion, 80)!r}  held-out {w.heldout:+.2f}, score {w.proxy:+.2f}" for w in shown]
+
+
+def _short(text: str, characters: int) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= characters else text[: characters - 1] + "…"
+
+
+class Lines:
+    """A file of JSON lines, each with its iteration; a resumed run first drops the lines of iterations that it will do again."""
+
+    def __init__(self, path: Path, resumed_at: int | None) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.lines = [line for line in lines_of(path) if line.get("iteration", first_iteration + 1) <= first_iteration]
-        write_durably(path, "".join(json.dumps(line) + "\n" for line in self.lines))
+        self.kept = [] if resumed_at is None else [row for row in lines_of(path) if row["iteration"] <= resumed_at]
+        write_durably(path, "".join(_json(row) for row in self.kept))
+
+    def add(self, *rows: dict[str, Any]) -> None:
+        """Append rows. A full disk costs the rows, not the run."""
+        try:
+            with self.path.open("a", encoding="utf-8") as stream:
+                stream.write("".join(_json(row) for row in rows))
+        except OSError as error:
+            say(f"ppo: lines of {self.path} could not be written ({error}); the run goes on without them")
+
+
+def _json(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+class Logs:
+    """OUTPUT/metrics.jsonl and OUTPUT/samples.jsonl, written by rank 0 alone; `resumed_at` is None where a run starts anew."""
+
+    def __init__(self, output: Path, resumed_at: int | None, *, main: bool) -> None:
+        self.metrics = Lines(output / "metrics.jsonl", resumed_at) if main else None
+        self.samples = Lines(output / "samples.jsonl", resumed_at) if main else None
+        self.rows: list[dict[str, Any]] = self.metrics.kept if self.metrics is not None else []
+
+    @property
+    def iterations(self) -> list[dict[str, float]]:
+        """The metrics of the iterations so far; the evaluation before the first one is none."""
+        return [row for row in self.rows if row["iteration"]]
 
     def add(self, iteration: int, metrics: dict[str, float]) -> None:
-        """Append the metrics of the iteration with this number, counted from 1."""
-        self.lines.append({"iteration": iteration} | metrics)
-        with self.path.open("a") as stream:
-            stream.write(json.dumps(self.lines[-1]) + "\n")
+        """Append the metrics of the iteration with this number, counted from 1 (0: the evaluation before it)."""
+        if self.metrics is not None:
+            self.rows.append({"iteration": iteration} | metrics)
+            self.metrics.add(self.rows[-1])
 
-    def last(self) -> dict[str, float]:
-        """The newest line's metrics, for a run that was complete but for its publication."""
-        return self.lines[-1] if self.lines else {}
+    def add_samples(self, iteration: int, written: Sequence[Written]) -> None:
+        """Append every completion of an evaluation."""
+        if self.samples is not None:
+            self.samples.add(*({"iteration": iteration} | w._asdict() for w in written))
+
+    def of(self, iteration: int) -> dict[str, float]:
+        """What the line of an iteration says, on rank 0."""
+        found: dict[str, Any] = next((row for row in reversed(self.rows) if row["iteration"] == iteration), {})
+        return {key: value for key, value in found.items() if key != "iteration"}

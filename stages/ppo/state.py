@@ -1,7 +1,8 @@
-"""Resumable saves of a PPO run: trained weights, optimizer, KL controller and position, and nothing that a seed can redraw.
+"""Resumable saves of a PPO run: trained weights, optimizer, KL controller, what its evaluations found, and position.
 
 Prompts, sampling noise and minibatches are functions of seed and iteration, the learning rate of the iteration: none of
-them is state. Tensors are kept in safetensors, the rest in JSON: nothing is unpickled on resume.
+them is state. Tensors are kept in safetensors, the rest in JSON: nothing is unpickled on resume. Beside the saves lie the
+policies of the best evaluations, best-ITERATION, as long as a save or the run itself may still publish them.
 """
 
 from __future__ import annotations
@@ -9,23 +10,26 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from stages.training.resume import saves, seal
+from stages.ppo.modules import PolicyAndValue
+from stages.training.ranks import say
+from stages.training.resume import problem, saves, seal
 
-KEPT = 2  # saves: the newest, and one to fall back to when it is damaged
+KEPT = 2  # saves, and best policies of each: the newest, and one to fall back to when it is damaged
 
 
 class Position(NamedTuple):
-    """Where a run stands: iterations that are complete, and the KL controller's coefficient."""
+    """Where a run stands: iterations that are complete, the KL controller's coefficient, and the monitor's state as JSON."""
 
     iteration: int
     kl_coef: float
+    monitor: dict[str, Any] | None = None
 
 
 def trained_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -33,43 +37,84 @@ def trained_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
+def policy_tensors(module: PolicyAndValue) -> dict[str, torch.Tensor]:
+    """What of it is published: the policy's, by name."""
+    policy = {id(p) for p in module.policy_parameters()}
+    return {name: p for name, p in trained_tensors(module).items() if id(p) in policy}
+
+
 def save(
     folder: Path, module: nn.Module, optimizer: Any, position: Position, *, extra: Mapping[str, Mapping[str, torch.Tensor]] | None = None
 ) -> None:
-    """Write a sealed save (rank 0): staged under another name, renamed when it is whole. Older ones go after that.
+    """Write a sealed save (rank 0). Older ones, and best policies that no save can publish any more, go after that.
 
     `extra` holds tensors by name of a file of their own, which `load_extra` reads.
     """
     from safetensors.torch import save_file
 
-    staging, final = folder / f".staging-{position.iteration}", folder / f"checkpoint-{position.iteration}"
-    for left in folder.glob(".staging-*"):
-        shutil.rmtree(left)
-    staging.mkdir(parents=True)
-    save_file({n: p.detach().cpu().contiguous() for n, p in trained_tensors(module).items()}, staging / "weights.safetensors")
-    save_file(_flat(optimizer.state_dict()["state"]), staging / "optimizer.safetensors")
-    for name, tensors in (extra or {}).items():
-        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, staging / f"{name}.safetensors")
-    (staging / "state.json").write_text(json.dumps(position._asdict()))
-    seal(staging)
-    if final.exists():
-        shutil.rmtree(final)
-    staging.rename(final)
-    _sync_folder(folder)
+    def write(staging: Path) -> None:
+        save_file(_on_cpu(trained_tensors(module)), staging / "weights.safetensors")
+        save_file(_flat(optimizer.state_dict()["state"]), staging / "optimizer.safetensors")
+        for name, tensors in (extra or {}).items():
+            save_file(_on_cpu(tensors), staging / f"{name}.safetensors")
+        (staging / "state.json").write_text(json.dumps(position._asdict()))
+
+    _commit(folder, f"checkpoint-{position.iteration}", write)
     for old in saves(folder)[KEPT:]:
         shutil.rmtree(old)
+    forget_bests(folder, position.monitor["bests"] if position.monitor else [])
+
+
+def save_best(folder: Path, module: PolicyAndValue, iteration: int) -> None:
+    """Keep the policy as it is (rank 0), for it is the best so far. One of this number that lies there is of an attempt that was cut."""
+    from safetensors.torch import save_file
+
+    shutil.rmtree(_best(folder, iteration), ignore_errors=True)
+    _commit(folder, _best(folder, iteration).name, lambda staging: save_file(_on_cpu(policy_tensors(module)), staging / "weights.safetensors"))
+
+
+def load_best(folder: Path, module: PolicyAndValue, iteration: int) -> str | None:
+    """Put a kept policy into the module; returns what is wrong with it where that can't be done."""
+    from safetensors.torch import load_file
+
+    kept = _best(folder, iteration)
+    why = problem(kept) if kept.is_dir() else "it is not there"
+    if why is None:
+        _copy(load_file(kept / "weights.safetensors"), policy_tensors(module))
+    return why
+
+
+def forget_bests(folder: Path, current: Sequence[int]) -> None:
+    """Remove the kept policies that neither the run as it is (`current`, iterations) nor one of its saves may publish."""
+    lists = [current]
+    for kept in saves(folder):
+        monitor = json.loads((kept / "state.json").read_text()).get("monitor") if problem(kept) is None else None
+        lists.append(monitor["bests"] if monitor else [])
+    wanted = {_best(folder, iteration).name for bests in lists for iteration in bests[-KEPT:]}
+    for best in folder.glob("best-*"):
+        if best.name not in wanted:
+            shutil.rmtree(best)
+
+
+def attempt(what: str, write: Callable[[], None], folder: Path) -> bool:
+    """Write something (rank 0). A full disk or another failing write costs what was to be written, not the run."""
+    from safetensors import SafetensorError
+
+    try:
+        write()
+    except (OSError, SafetensorError) as error:
+        for left in folder.glob(".staging-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        say(f"ppo: {what} could not be written ({error}); the run goes on without it")
+        return False
+    return True
 
 
 def restore(folder: Path, module: nn.Module, optimizer: Any) -> Position:
     """Load a verified save into the module and the optimizer."""
     from safetensors.torch import load_file
 
-    weights = load_file(folder / "weights.safetensors")
-    trained = trained_tensors(module)
-    assert set(weights) == set(trained), f"the save has other weights than the model: {sorted(set(weights) ^ set(trained))[:3]}"
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(weights[name])
+    _copy(load_file(folder / "weights.safetensors"), trained_tensors(module))
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, tensor in load_file(folder / "optimizer.safetensors").items():
         index, name = key.split(".", 1)
@@ -86,9 +131,39 @@ def load_extra(folder: Path, name: str) -> dict[str, torch.Tensor]:
     return load_file(folder / f"{name}.safetensors")
 
 
+def _best(folder: Path, iteration: int) -> Path:
+    return folder / f"best-{iteration}"
+
+
+def _commit(folder: Path, name: str, write: Callable[[Path], None]) -> None:
+    """A sealed folder: staged under another name, renamed when it is whole."""
+    staging, final = folder / f".staging-{name}", folder / name
+    for left in folder.glob(".staging-*"):
+        shutil.rmtree(left)
+    staging.mkdir(parents=True)
+    write(staging)
+    seal(staging)
+    if final.exists():
+        shutil.rmtree(final)
+    staging.rename(final)
+    _sync_folder(folder)
+
+
+def _copy(weights: dict[str, torch.Tensor], into: dict[str, torch.Tensor]) -> None:
+    """Set parameters to what was saved of them."""
+    assert set(weights) == set(into), f"the save has other weights than the model: {sorted(set(weights) ^ set(into))[:3]}"
+    with torch.no_grad():
+        for name, parameter in into.items():
+            parameter.copy_(weights[name])
+
+
+def _on_cpu(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: p.detach().cpu().contiguous() for name, p in tensors.items()}
+
+
 def _flat(state: dict[int, dict[str, Any]]) -> dict[str, torch.Tensor]:
     """Optimizer state as one level of tensors, "parameter.name"."""
-    return {f"{i}.{name}": value.detach().cpu().contiguous() for i, entry in state.items() for name, value in entry.items()}
+    return _on_cpu({f"{i}.{name}": value for i, entry in state.items() for name, value in entry.items()})
 
 
 def _sync_folder(folder: Path) -> None:

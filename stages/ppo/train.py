@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,14 @@ from stages.ppo.collect import Clock, PromptSet, collect_rollout, experience_of
 from stages.ppo.ema import PolicyAverage
 from stages.ppo.engines.build import build_engine, check_engine
 from stages.ppo.engines.protocol import Engine
+from stages.ppo.evaluation import EvaluationSet
 from stages.ppo.gradients import start_alike
 from stages.ppo.modules import POLICY
 from stages.ppo.optimizer import optimizer_of, set_learning_rate
-from stages.ppo.prompts import check_scorers_read, load_prompts, row_limit
+from stages.ppo.prompts import check_scorers_read, load_evaluation, load_prompts, row_limit
 from stages.ppo.ptx import Mix, load_mix
 from stages.ppo.update import update_policy
+from stages.ppo.watch import Outcome, Watch
 from stages.tokens import ModelTokens, load_tokens
 from stages.training import ready, resume
 from stages.training.publish import publish_checkpoint
@@ -43,15 +46,17 @@ def main(cfg: PPOStage) -> None:
     for note in tokens.notes:
         say(f"tokenizer: {note}")
     built = build_models(cfg, origin, tokens, accelerator.device)
-    prompts, data_info = load_prompts(cfg, tokens.formatter, row_limit(cfg, built, tokens))
-    check_scorers_read(cfg, built, tokens, prompts)
+    limit = row_limit(cfg, built, tokens)
+    prompts, data_info = load_prompts(cfg, tokens.formatter, limit)
+    chosen = load_evaluation(cfg, tokens.formatter, limit)
+    check_scorers_read(cfg, built, tokens, prompts, *([chosen.prompts] if chosen else []))
     mix, mix_info = load_mix(cfg, tokens, built.trained.policy)
-    fingerprint = {"prompts": data_info["fingerprint"], "ptx": mix_info["parts"]["train"]} if mix else data_info["fingerprint"]
+    fingerprints = {"prompts": data_info["fingerprint"], "ptx": mix_info["parts"]["train"] if mix else None, "evaluation": chosen.fingerprint if chosen else None}
     identity = resume.identity(
-        cfg, data=fingerprint, tokenizer=tokens.key, parents=[p.manifest_hash or p.digest or p.source or "" for p in built.parents]
+        cfg, data=fingerprints, tokenizer=tokens.key, parents=[p.manifest_hash or p.digest or p.source or "" for p in built.parents]
     )
-    metrics = train(cfg, accelerator, built, prompts, tokens, identity, mix)
-    publish(cfg, built, tokens, data_info | ({"ptx": mix_info} if mix else {}), metrics)
+    outcome, metrics = train(cfg, accelerator, built, prompts, tokens, identity, mix, chosen)
+    publish(cfg, built, tokens, data_info | ({"ptx": mix_info} if mix else {}), outcome, metrics)
 
 
 def start(cfg: PPOStage) -> Any:
@@ -86,9 +91,13 @@ def output_folder(cfg: PPOStage) -> Path:
 
 
 def train(
-    cfg: PPOStage, accelerator: Any, built: PPOModels, prompts: PromptSet, tokens: ModelTokens, identity: dict[str, Any], mix: Mix | None = None
-) -> dict[str, float]:
-    """All iterations, from the newest resumable save if there is one. Returns the last iteration's metrics."""
+    cfg: PPOStage, accelerator: Any, built: PPOModels, prompts: PromptSet, tokens: ModelTokens, identity: dict[str, Any],
+    mix: Mix | None = None, chosen: EvaluationSet | None = None,
+) -> tuple[Outcome, dict[str, float]]:  # fmt: skip
+    """All iterations, from the newest resumable save if there is one, until the last or until the monitor stops the run.
+
+    Returns what is to be published, which the module then holds on rank 0, and its metrics.
+    """
     output = output_folder(cfg)
     folder = output / "resume"
     save_from = resume.choose_save(folder, cfg, identity)
@@ -99,28 +108,35 @@ def train(
     if average is not None and save_from:
         average.load(state.load_extra(save_from, "ema"))
     engine = build_engine(cfg, built, tokens, accelerator)
-    file = report.MetricsFile(output / "metrics.jsonl", position.iteration) if accelerator.is_main_process else None
-    metrics, began, first = (file.last() if file else {}), time.monotonic(), position.iteration
-    for iteration in range(position.iteration, cfg.train.iterations):
+    logs = report.Logs(output, position.iteration if save_from else None, main=accelerator.is_main_process)
+    watch = Watch(cfg, accelerator, built, tokens, chosen, folder=folder, logs=logs, saved=position.monitor, average=average)
+    watch.begin(position.iteration)
+    began, first = time.monotonic(), position.iteration
+    while position.iteration < cfg.train.iterations and not watch.stopped:
+        iteration = position.iteration
         set_learning_rate(optimizer, cfg, iteration)
         metrics, kl_coef = run_iteration(cfg, accelerator, built, engine, optimizer, prompts, tokens, iteration, position.kl_coef, mix)
-        position = state.Position(iteration + 1, kl_coef)
         left = (time.monotonic() - began) / (iteration + 1 - first) * (cfg.train.iterations - iteration - 1)
-        started: list[health.Finding] = []
-        if file is not None:
-            metrics, started = health.examine(metrics, file.lines, cfg)
-            file.add(iteration + 1, metrics)
-            say("\n".join([report.line(iteration, cfg, metrics, left), *(f"warning: {finding}" for finding in started)]))
+        evaluated, text = watch.look(iteration + 1)
+        position = state.Position(iteration + 1, kl_coef, watch.record())
+        metrics, started = health.examine(metrics | evaluated, logs.iterations, cfg) if accelerator.is_main_process else (metrics, [])
+        logs.add(iteration + 1, metrics)
+        say("\n".join([report.line(iteration, cfg, metrics, left), *filter(None, [text]), *(f"warning: {finding}" for finding in started)]))
         save = partial(state.save, folder, built.trained, optimizer, position, extra={"ema": average.tensors} if average else None)
-        if position.iteration % cfg.train.save_every == 0 and position.iteration < cfg.train.iterations:
-            if accelerator.is_main_process:
-                save()
-            accelerator.wait_for_everyone()
+        save_if_due(cfg, accelerator, position, folder, save)
         if cfg.health.action == "stop":
             from_rank_0("health checks", partial(health.stop, started, save))
-    if average is not None:
-        average.put_in_place()  # what is published
-    return metrics
+    outcome = watch.conclude(position.iteration)
+    return outcome, logs.of(outcome.iteration)
+
+
+def save_if_due(cfg: PPOStage, accelerator: Any, position: state.Position, folder: Path, save: Callable[[], None]) -> None:
+    """Write a resumable save every so many iterations; the last one is published instead."""
+    if position.iteration % cfg.train.save_every or position.iteration >= cfg.train.iterations:
+        return
+    if accelerator.is_main_process:
+        state.attempt(f"the save after iteration {position.iteration}", save, folder)
+    accelerator.wait_for_everyone()
 
 
 def run_iteration(
@@ -150,10 +166,11 @@ def run_iteration(
 
 
 def publish(
-    cfg: PPOStage, built: PPOModels, tokens: ModelTokens, data_info: dict[str, Any], metrics: dict[str, float]
+    cfg: PPOStage, built: PPOModels, tokens: ModelTokens, data_info: dict[str, Any], outcome: Outcome, metrics: dict[str, float]
 ) -> None:
     """Publish the policy, then drop the resumable saves."""
-    stage_info: dict[str, Any] = {"scorers": built.scorer.name, "health": health.counts(report.lines_of(output_folder(cfg) / "metrics.jsonl"))}
+    seen = health.counts(report.lines_of(output_folder(cfg) / "metrics.jsonl"))
+    stage_info: dict[str, Any] = {"scorers": built.scorer.name, "run": outcome.record, "health": seen}
     extra = {"selected_adapters": [POLICY]} if built.base is not None else {}
     if built.base is not None:
         stage_info["adapter"] = models.adapter_facts(built.base) | {"vocabulary": len(tokens.tokenizer)}

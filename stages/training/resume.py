@@ -37,7 +37,7 @@ def file_hash(file: Path) -> str:
 def write_durably(file: Path, text: str) -> None:
     """Write a file so that after a crash it holds either all of the text or what it held before."""
     staging = file.with_name(f".{file.name}.{os.getpid()}")
-    with staging.open("w") as stream:
+    with staging.open("w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())

@@ -254,9 +254,9 @@ def test_trap_14_a_kill_while_old_lines_are_dropped_loses_no_metrics(tmp_path, m
         for name in ("replace", "rename"):
             patch.setattr(Path, name, killed)
         with pytest.raises(KeyboardInterrupt):
-            report.MetricsFile(path, 2)
+            report.Lines(path, 2)
     assert path.read_text().startswith(lines)
-    report.MetricsFile(path, 2).add(3, {"x": 9})
+    report.Lines(path, 2).add({"iteration": 3, "x": 9})
     assert [line["x"] for line in map(json.loads, path.read_text().splitlines())] == [1, 2, 9]
 
 
