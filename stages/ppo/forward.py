@@ -1,7 +1,6 @@
 """Log-probs, entropy and values at completion positions, without the logits of a rollout ever being held.
 
-Only hidden states of completion positions reach the output head, and in chunks; a chunk's logits are recomputed in the
-backward pass. What outlives a call is one number per sampled token.
+Only hidden states of completion positions reach the output head, and in chunks, none of which outlives a call (stages/ppo/logprobs.py).
 """
 
 from __future__ import annotations
@@ -12,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from stages.ppo.logprobs import choose_, chosen_logprobs, chunk_rows
 from stages.ppo.rollout import Tokens
-
-CHUNK_ELEMENTS = 2**24  # logits of one chunk: 64 MiB in float32
 
 
 class TokenOutputs(NamedTuple):
@@ -35,37 +33,52 @@ def hidden_states(trunk: nn.Module, tokens: Tokens) -> Tensor:
 def output_logits(model: Any, hidden: Tensor) -> Tensor:
     """Logits of hidden states, with the scaling and capping that some architectures apply after the head."""
     logits = model.get_output_embeddings()(hidden)
-    config = model.config
-    if getattr(config, "logit_scale", None) is not None:
-        logits = logits * config.logit_scale
-    if getattr(config, "logits_scaling", None) is not None:
-        logits = logits / config.logits_scaling
-    if getattr(config, "final_logit_softcapping", None) is not None:
-        logits = torch.tanh(logits / config.final_logit_softcapping) * config.final_logit_softcapping
-    return logits
+    scale, cap = logits_scale(model), getattr(model.config, "final_logit_softcapping", None)
+    if scale != 1.0:
+        logits = logits * scale
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def logits_scale(model: Any) -> float:
+    """What the head's output is multiplied by."""
+    times, over = (getattr(model.config, name, None) for name in ("logit_scale", "logits_scaling"))
+    return (1.0 if times is None else times) / (1.0 if over is None else over)
+
+
+def is_linear(model: Any) -> bool:
+    """Whether logits are a multiple of what a plain linear layer makes of hidden states."""
+    return type(model.get_output_embeddings()) is nn.Linear and getattr(model.config, "final_logit_softcapping", None) is None
 
 
 def token_outputs(model: Any, hidden: Tensor, tokens: Tokens, *, temperature: float, entropy: bool = False) -> TokenOutputs:
-    """Log-probs (and entropy) of the sampled tokens from hidden states [B, T + 1, d], at the sampling temperature."""
-    mask = tokens.mask
+    """Log-probs (and entropy) of the sampled tokens from hidden states [B, T + 1, d], at the sampling temperature.
+
+    Entropy has no gradient.
+    """
+    mask, head = tokens.mask, model.get_output_embeddings()
     real, targets = hidden[:, :-1][mask], tokens.completion_ids[mask]
-    rows = max(1, CHUNK_ELEMENTS // model.get_output_embeddings().weight.shape[0])
 
-    def outputs_of(states: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        logits = output_logits(model, states).float() / temperature
-        normaliser = logits.logsumexp(dim=-1)
-        chosen = logits.gather(1, ids.unsqueeze(1)).squeeze(1) - normaliser
-        if not entropy:
-            return chosen, chosen
-        return chosen, normaliser - (torch.softmax(logits, dim=-1) * logits).sum(dim=-1)
+    def logits_of(states: Tensor) -> Tensor:
+        logits = output_logits(model, states).float()
+        return logits if temperature == 1.0 else logits.div_(temperature)
 
-    recompute = torch.is_grad_enabled() and real.shape[0] > rows
-    parts = [
-        checkpoint(outputs_of, states, ids, use_reentrant=False) if recompute else outputs_of(states, ids)
-        for states, ids in zip(real.split(rows), targets.split(rows), strict=True)
-    ]
-    chosen = _scatter(torch.cat([part[0] for part in parts]) if parts else real.new_zeros(0).float(), mask)
-    return TokenOutputs(chosen, _scatter(torch.cat([part[1] for part in parts]), mask) if entropy and parts else None)
+    parts = list(zip(real.split(chunk_rows(head)), targets.split(chunk_rows(head)), strict=True))
+    entropies = None
+    if entropy or not torch.is_grad_enabled():
+        with torch.no_grad():
+            found = [choose_(logits_of(states), ids, entropy=entropy) for states, ids in parts]
+        logprobs = torch.cat([part.logprobs for part in found])
+        entropies = torch.cat([part.entropy for part in found if part.entropy is not None]) if entropy else None
+    if torch.is_grad_enabled() and is_linear(model):
+        logprobs = chosen_logprobs(head, real, targets, logits_of, logits_scale(model) / temperature)
+    elif torch.is_grad_enabled():
+        logprobs = torch.cat([checkpoint(_recomputed, model, states, ids, temperature, use_reentrant=False) for states, ids in parts])
+    return TokenOutputs(_scatter(logprobs, mask), _scatter(entropies, mask) if entropies is not None else None)
+
+
+def _recomputed(model: Any, states: Tensor, ids: Tensor, temperature: float) -> Tensor:
+    """Log-probs of `ids` under a head that is not a plain linear layer, for autograd."""
+    return torch.log_softmax(output_logits(model, states).float() / temperature, dim=-1).gather(1, ids.unsqueeze(1)).squeeze(1)
 
 
 def _scatter(values: Tensor, mask: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import nn
 
 from configs.errors import UserError
 from stages import dropout, models
-from stages.ppo import forward, maths, support
+from stages.ppo import forward, logprobs, maths, support
 from stages.ppo.modules import PolicyAndValue, Reference
 from stages.ppo.rollout import Tokens, cut
 from tests.unit.ppo_samples import model_of, ragged_ids, tokens_of
@@ -34,13 +34,16 @@ def expected_logprobs(model, prompt, completion, temperature):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_row_6_trap_6_log_probs_are_those_of_the_models_own_logits_at_the_temperature(kind, chunk, temperature, monkeypatch):
     if chunk:
-        monkeypatch.setattr(forward, "CHUNK_ELEMENTS", 32 * chunk)
+        monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", 32 * chunk)
     model = model_of(kind)
     prompts, completions = ragged_ids(6)
     tokens = tokens_of(prompts, completions)
     hidden = forward.hidden_states(model.base_model, tokens)
-    out = forward.token_outputs(model, hidden, tokens, temperature=temperature, entropy=True)
+    out = forward.token_outputs(model, hidden, tokens, temperature=temperature)
     out.logprobs.sum().backward()
+    with torch.no_grad():
+        again = forward.token_outputs(model, hidden, tokens, temperature=temperature, entropy=True)
+    torch.testing.assert_close(again.logprobs, out.logprobs, atol=1e-6, rtol=0)
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     total = 0.0
@@ -48,7 +51,7 @@ def test_row_6_trap_6_log_probs_are_those_of_the_models_own_logits_at_the_temper
         full = expected_logprobs(model, prompt, completion, temperature)
         chosen = full.gather(1, torch.tensor(completion).unsqueeze(1)).squeeze(1)
         torch.testing.assert_close(out.logprobs[row, : len(completion)], chosen, atol=1e-5, rtol=0)
-        torch.testing.assert_close(out.entropy[row, : len(completion)], -(full.exp() * full).sum(-1), atol=1e-5, rtol=0)
+        torch.testing.assert_close(again.entropy[row, : len(completion)], -(full.exp() * full).sum(-1), atol=1e-5, rtol=0)
         assert out.logprobs[row, len(completion) :].eq(0).all()
         total = total + chosen.sum()
     total.backward()
@@ -58,7 +61,7 @@ def test_row_6_trap_6_log_probs_are_those_of_the_models_own_logits_at_the_temper
 
 def test_trap_13_logits_exist_for_completion_tokens_only_and_a_chunk_at_a_time(monkeypatch):
     """The output head sees each real completion token once a pass, and never more rows at once than a chunk holds."""
-    monkeypatch.setattr(forward, "CHUNK_ELEMENTS", 32 * 4)
+    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", 32 * 4)
     model = model_of()
     prompts, completions = ragged_ids(9, prompt=(5, 30))
     tokens = tokens_of(prompts, completions)
@@ -78,6 +81,43 @@ def test_trap_13_logits_exist_for_completion_tokens_only_and_a_chunk_at_a_time(m
     out.logprobs.sum().backward()
     assert max(seen) == 4
     assert sum(seen) == 2 * real
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("rows", [1, 3, 100])
+def test_trap_13_the_gradient_without_logits_is_autograds(trained, rows, monkeypatch):
+    """A head with a bias and a scale, frozen under adapters or trained, in chunks of any size: values and gradients."""
+    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", 11 * rows)
+    torch.manual_seed(0)
+    head = nn.Linear(6, 11)
+    head.requires_grad_(trained)
+    states, ids, pull = torch.randn(7, 6, requires_grad=True), torch.randint(0, 11, (7,)), torch.randn(7)
+    factor = 0.6 / 1.7
+    expected = torch.log_softmax(head(states) * factor, dim=-1).gather(1, ids.unsqueeze(1)).squeeze(1)
+    leaves = [states, *(p for p in head.parameters() if trained)]
+    theirs = torch.autograd.grad((expected * pull).sum(), leaves)
+    found = logprobs.chosen_logprobs(head, states, ids, lambda part: head(part) * factor, factor)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    for ours, other in zip(torch.autograd.grad((found * pull).sum(), leaves), theirs, strict=True):
+        torch.testing.assert_close(ours, other, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_trap_13_the_gradient_without_logits_rounds_as_autocast_does(trained):
+    """bf16 products over float32 weights: as far from float32 as autograd is, and float32 gradients for float32 weights."""
+    torch.manual_seed(0)
+    head = nn.Linear(64, 200, bias=False)
+    head.requires_grad_(trained)
+    states, ids = torch.randn(30, 64, requires_grad=True), torch.randint(0, 200, (30,))
+    plain = lambda: torch.log_softmax(head(states).float(), dim=-1).gather(1, ids.unsqueeze(1)).sum()  # noqa: E731
+    leaves = [states, *(p for p in head.parameters() if trained)]
+    exact = torch.autograd.grad(plain(), leaves)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        theirs = plain()
+        ours = logprobs.chosen_logprobs(head, states, ids, lambda part: head(part).float(), 1.0).sum()
+    for mine, other, true in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(theirs, leaves), exact, strict=True):
+        assert mine.dtype == torch.float32
+        assert (mine - true).norm() < 1.5 * (other - true).norm()
 
 
 @pytest.mark.parametrize("kind", KINDS)
