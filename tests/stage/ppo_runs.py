@@ -100,8 +100,13 @@ def settings(folder: Path, output: str = "out", train: dict[str, Any] | None = N
 
 def run(values: dict[str, Any]) -> Checkpoint:
     """Run PPO in this process, as its command does, and return what it published."""
-    main(models.pinned(PPOStage.model_validate(values)))
+    run_alone(values)
     return Registry(values["registry"]).resolve(f"ppo/{values['name']}")
+
+
+def run_alone(values: dict[str, Any]) -> None:
+    """The same, of this one process among others: only rank 0 publishes."""
+    main(models.pinned(PPOStage.model_validate(values)))
 
 
 def assembled(values: dict[str, Any]) -> tuple[PPOStage, Any, ModelTokens, PPOModels, Any]:

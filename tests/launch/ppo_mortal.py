@@ -1,0 +1,97 @@
+"""PPO runs in processes that die at a chosen point as if the kernel had killed them.
+
+Processes are forked from the test's own, which has everything imported, so that a run of a second does not wait ten for its start;
+that a real `accelerate launch` works is shown by test_ppo_two_processes.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from stages.ppo import state
+from stages.training.ranks import leave
+from tests.stage import ppo_runs
+
+
+def die(*_: Any, **__: Any) -> None:
+    """End this process now: nothing is flushed, nothing is closed."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def at_call(number: int, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, but the call of this number (from 1) does not return from dying instead."""
+    calls = 0
+
+    def counted(*arguments: Any, **keywords: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            die()
+        return function(*arguments, **keywords)
+
+    return counted
+
+
+def arm(point: str, number: int) -> None:
+    """Set where this process dies: in scoring a rollout, before an optimizer step, before a save is sealed, or when it is renamed."""
+    if point == "scoring":
+        ppo_runs.calls = 0
+        os.environ["PPO_TEST_DIES_AT"] = f"kill:{number}"
+    elif point == "step":
+        torch.optim.AdamW.step = at_call(number, torch.optim.AdamW.step)  # type: ignore[method-assign]
+    elif point == "seal":
+        state.seal = at_call(number, state.seal)
+    else:
+        assert point == "renamed", point
+        state._sync_folder = at_call(number, state._sync_folder)
+
+
+def run_in_processes(values: dict[str, Any], world: int, death: tuple[str, int] | None = None) -> list[int]:
+    """Run PPO in `world` new processes; how each ended: 0, an exit code, or minus the signal that killed it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    sys.stdout.flush()
+    children = [_fork(values, rank, world, port, death) for rank in range(world)]
+    first, status = os.wait()
+    ended = {first: os.waitstatus_to_exitcode(status)}
+    for child in children:
+        if child in ended:
+            continue
+        if ended[first] != 0:  # a launcher ends the others when one has died
+            os.kill(child, signal.SIGKILL)
+        ended[child] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return [ended[child] for child in children]
+
+
+def _fork(values: dict[str, Any], rank: int, world: int, port: int, death: tuple[str, int] | None) -> int:
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+        if world > 1:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+        if death is not None:
+            arm(*death)
+        ppo_runs.run_alone(values)
+        leave()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
