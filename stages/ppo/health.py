@@ -216,7 +216,7 @@ CHECKS = (
     Check(
         "negative_kl", negative_kl, "completions do not come from the distribution whose log-probs are taken (another temperature, top-k or top-p in a rollout "
         "engine, weights that were not synced), so the KL penalty has the wrong sign",
-        "look at rollout/sampler_gap; let the built-in sampler do the rollouts; take sampling parameters out of the engine",
+        "look at rollout/sampler_gap; set engine.kind: native; take sampling parameters out of the engine's own config",
     ),
     Check(
         "ratio_explosion", ratio_explosion, "updates are too large for the rollout they learn from",
@@ -264,7 +264,7 @@ CHECKS = (
     ),
     Check(
         "sampler_gap", sampler_gap, "the sampler computes other probabilities than the training forward: another precision, stale weights, or its own sampling parameters",
-        "use train.precision: fp32, or the built-in sampler; health.max_sampler_gap if the engine's rounding is known",
+        "set engine.kind: native or train.precision: fp32; leave engine.importance_cap on; health.max_sampler_gap if the engine's rounding is known",
     ),
     Check(
         "skipped_steps", skipped_steps, "gradients were not finite numbers: overflow, or a rollout with extreme values",

@@ -54,11 +54,11 @@ def shaped(completion: Completion, cfg, mean: float, std: float) -> float:
 
 
 def token_rewards(completion: Completion, score: float, cfg, kl_coef: float) -> list[float]:
-    """KL penalty at each token; the score at the last one, or alone one position later. None for a completion without a token."""
+    """KL penalty at each token; the score at the last one, or alone one position later where there may be one. Nothing without a token."""
     penalties = [-kl_coef * k1(p, r) for p, r in zip(completion.logprobs, completion.ref_logprobs, strict=True)]
     if not penalties:
         return []
-    if cfg.reward_at == "post_eos":
+    if cfg.reward_at == "post_eos" and len(penalties) < cfg.sampling.max_new_tokens:
         return [*penalties, score]
     return [*penalties[:-1], penalties[-1] + score]
 

@@ -40,11 +40,12 @@ def test_remedies_name_fields_that_exist():
     import re
 
     from configs.schema import AdaptiveKL, PPOStage, PPOTrain, Sampling
+    from configs.schema.engines import RolloutEngine
 
-    sections = {"train": PPOTrain, "sampling": Sampling, "health": Health, "adaptive_kl": AdaptiveKL}
+    sections = {"train": PPOTrain, "sampling": Sampling, "health": Health, "adaptive_kl": AdaptiveKL, "engine": RolloutEngine}
     metrics = {key.split("/")[1] for key in WELL}
     for check in health.CHECKS:
-        for section, field in re.findall(r"\b(train|sampling|health|adaptive_kl)\.(\w+)", check.remedy):
+        for section, field in re.findall(r"\b(train|sampling|health|adaptive_kl|engine)\.(\w+)", check.remedy):
             assert field in sections[section].model_fields, f"{check.name}: {section}.{field}"
         for word in re.findall(r"(?<![./\w])([a-z]+_[a-z_]+)\b(?!\.)", check.remedy):
             assert word in PPOStage.model_fields or word in metrics or word in PPOTrain.model_fields, f"{check.name}: {word}"

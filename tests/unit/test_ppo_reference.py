@@ -28,7 +28,7 @@ def options(seed):
         missing_eos_penalty=draw.uniform(0, 2), reward_at=draw.choice(["last_token", "post_eos"]), center_scores=draw.random() < 0.7,
         scale_scores=draw.random() < 0.5, score_clip=draw.choice([None, 0.8, 10.0]), gamma=draw.choice([1.0, 0.9]), gae_lambda=draw.choice([0.0, 0.5, 0.95, 1.0]),
         bootstrap_cut_off=draw.random() < 0.7, whiten_advantages=draw.random() < 0.5, whiten_rewards=draw.random() < 0.5, clip_range=draw.choice([0.1, 0.2]),
-        clip_range_high=draw.choice([None, 0.3]), dual_clip=draw.choice([None, 1.5]), value_clip_range=draw.choice([0.2, 0.5]),
+        sampling={"max_new_tokens": WIDTH}, clip_range_high=draw.choice([None, 0.3]), dual_clip=draw.choice([None, 1.5]), value_clip_range=draw.choice([0.2, 0.5]),
     )  # fmt: skip
 
 
@@ -58,7 +58,7 @@ def rollout_of(completions):
     fixed = dict(
         tokens=tokens, finished=torch.tensor([c.finished for c in completions]), old_logprobs=padded([c.logprobs for c in completions], WIDTH),
         ref_logprobs=padded([c.ref_logprobs for c in completions], WIDTH), values=padded([c.values for c in completions], WIDTH + 1), scores=scores,
-        entropy=torch.zeros(count, WIDTH), parts=scores.unsqueeze(1), parts_mask=torch.ones(count, 1, dtype=torch.bool), sampler_gap=torch.zeros(count),
+        entropy=torch.zeros(count, WIDTH), parts=scores.unsqueeze(1), parts_mask=torch.ones(count, 1, dtype=torch.bool), sampler_logprobs=torch.zeros(count, WIDTH),
     )  # fmt: skip
     return Rollout(**fixed)
 
@@ -134,7 +134,7 @@ def test_a_whole_update_has_the_loss_of_the_slow_one(seed, accelerator):
     draw = torch.Generator().manual_seed(seed)
     noise = lambda like, size: size * torch.randn(like.shape, generator=draw)  # noqa: E731
     module = PolicyAndValue(model_of(seed=seed), model_of(seed=seed + 50).base_model, models.scalar_head(16, seed=seed), temperature=1.0)
-    tokens = tokens_of(*ragged_ids(6, seed=seed))
+    tokens = tokens_of(*ragged_ids(6, seed=seed, completion=(1, WIDTH)))
     with torch.no_grad():
         now = module(tokens)
     mask, cfg = tokens.mask, options(seed).model_copy(update={"train": config(train={"iterations": 1, "rollout_batch_size": 6, "num_ppo_epochs": 1, "micro_batch_size": 2}).train})
@@ -144,7 +144,7 @@ def test_a_whole_update_has_the_loss_of_the_slow_one(seed, accelerator):
     scores, finished = noise(torch.zeros(6), 2.0), torch.rand(6, generator=draw) < 0.5
     rollout = Rollout(
         tokens=tokens, finished=finished, old_logprobs=old, ref_logprobs=ref, values=values, scores=scores, entropy=torch.zeros_like(old), parts=scores.unsqueeze(1),
-        parts_mask=torch.ones(6, 1, dtype=torch.bool), sampler_gap=torch.zeros(6),
+        parts_mask=torch.ones(6, 1, dtype=torch.bool), sampler_logprobs=torch.where(mask, 0.0, NAN),
     )  # fmt: skip
     completions = [reference.Completion(*row) for row in zip(*(real_rows(x, m) for x, m in ((old, mask), (ref, mask), (values, wide))), scores.tolist(), finished.tolist(), strict=True)]
     learned = reference.experience(completions, cfg, kl_coef=0.1, mean=0.2, std=1.5)
