@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from configs.errors import UserError
-from stages.ppo import collect, health, train
+from stages.ppo import health, train
+from stages.ppo.engines import native
 from stages.registry import Registry
 from tests.stage.ppo_runs import metrics, publish_policy, run, weights, workspace
 from tests.stage.ppo_runs import settings as default_settings
@@ -154,8 +155,8 @@ def faulty_models(monkeypatch, break_it):
 
 def faulty_sampler(monkeypatch, sample_otherwise):
     """Rollouts from `sample_otherwise(sample, model, prompt_ids, **keywords)`."""
-    sample = collect.sample
-    monkeypatch.setattr(collect, "sample", lambda model, prompt_ids, **keywords: sample_otherwise(sample, model, prompt_ids, **keywords))
+    sample = native.sample
+    monkeypatch.setattr(native, "sample", lambda model, prompt_ids, **keywords: sample_otherwise(sample, model, prompt_ids, **keywords))
 
 
 def test_a_value_head_that_predicts_the_opposite(place, monkeypatch):
