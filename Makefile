@@ -8,12 +8,13 @@ STAMP := $(VENV)/.installed
 QUIET := OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint setup
+.PHONY: help demo test lint setup bench-ppo
 
 help:
 	@echo 'make demo   align a small model in a small world and print the table (CPU, offline, minutes)'
 	@echo 'make test   lint, types and every test'
 	@echo 'make lint   ruff and mypy only'
+	@echo 'make bench-ppo   PPO against TRL 1.12, which it installs into runs/bench (an hour on one idle core; ARGS="--quick" shows that it runs)'
 
 setup: $(STAMP)
 
@@ -35,3 +36,12 @@ lint: $(STAMP)
 test: lint
 	$(QUIET) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit
 	$(QUIET) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/stage tests/launch tests/chain
+
+# The peer lives in a folder of its own: the project itself uses a later trl, which has no PPO.
+PEER := runs/bench/trl-1.12
+$(PEER)/.installed: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --no-deps --target $(PEER) trl==1.12.0
+	@touch $@
+
+bench-ppo: $(STAMP) $(PEER)/.installed
+	$(QUIET) OMP_NUM_THREADS=1 $(BIN)/python -m tests.bench.ppo --peer $(PEER) $(ARGS)
