@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 
 from stages.ppo.collect import PromptSet
 from stages.ppo.forward import hidden_states, token_outputs
-from stages.ppo.sampling import completion_seed, sample, uniforms_of
+from stages.ppo.sampling import completion_seed, pick, sample, uniforms_of
 from tests.unit.ppo_samples import model_of, ragged_ids, sampling, tokens_of
 
 EOS = [2]
@@ -103,6 +103,26 @@ def test_row_6_logits_of_half_precision_are_divided_by_the_temperature_in_float3
     rows = draw(model, [[5, 6, 7]] * 16, stop_at_eos=False, max_new_tokens=4, temperature=0.7)
     expected = torch.log_softmax(torch.stack(logits, dim=1).float() / 0.7, dim=-1).gather(2, torch.tensor([r.completion_ids for r in rows]).unsqueeze(2))
     torch.testing.assert_close(torch.tensor([r.logprobs for r in rows]), expected.squeeze(2), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("vocabulary", [5, 255, 256, 257, 512, 700])
+def test_the_token_at_a_quantile_is_that_of_the_cumulative_distribution(vocabulary):
+    """One running sum of float64 over the whole vocabulary, as the definition has it, at random quantiles and at both ends."""
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits = 3 * torch.randn(400, vocabulary, generator=generator)
+    logits[:, vocabulary // 2] = logits[200:, 0] = logits[:200, -1] = float("-inf")
+    uniforms = torch.rand(400, generator=generator, dtype=torch.float64)
+    uniforms[:50], uniforms[50:100] = 0.0, 1.0 - 2.0**-53
+    tokens, logprobs = pick(logits.clone(), uniforms)
+    exact = torch.log_softmax(logits.double(), dim=1)
+    cumulative = exact.exp().cumsum(dim=1)
+    low = torch.where(tokens > 0, cumulative.gather(1, (tokens - 1).clamp(min=0).unsqueeze(1)).squeeze(1), 0.0)
+    high = cumulative.gather(1, tokens.unsqueeze(1)).squeeze(1)
+    assert ((low - 1e-6 <= uniforms) & (uniforms <= high + 1e-6)).all()
+    assert ((low <= uniforms) & (uniforms <= high))[100:].float().mean() > 0.99, "rounding may only matter beside a boundary"
+    chosen = exact.gather(1, tokens.unsqueeze(1)).squeeze(1)
+    assert chosen.isfinite().all(), "a token without probability was sampled"
+    torch.testing.assert_close(logprobs.double(), chosen, atol=2e-6, rtol=0)
 
 
 def test_row_5_a_completion_ends_with_the_first_of_any_eos_id():
