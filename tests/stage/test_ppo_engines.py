@@ -9,9 +9,11 @@ from stages.ppo import update
 from stages.ppo.engines.native import NativeEngine
 from stages.ppo.sampling import Sample
 from tests.stage.ppo_runs import LORA, metrics, publish_reward, run, settings, weights, workspace
+from tests.unit import fake_vllm
 
 GAP = ("rollout/sampler_gap", "rollout/sampler_gap_mean", "rollout/sampler_kl", "rollout/importance_weight", "rollout/importance_truncated")
-ENGINES = {"native": "native", "generate": "generate", "static": {"kind": "generate", "static_cache": True}, "continuous": "continuous"}
+ENGINES = {"native": "native", "generate": "generate", "static": {"kind": "generate", "static_cache": True}, "continuous": "continuous",
+           "vllm": "vllm", "server": {"kind": "vllm", "vllm": {"mode": "server", "url": "http://127.0.0.1:8000"}}}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -21,9 +23,18 @@ def place(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def vllm(place, monkeypatch):
+    """The stand-in for vLLM, on a machine that is taken to have a GPU."""
+    from transformers import AutoModelForCausalLM
+
+    fake_vllm.install(monkeypatch, AutoModelForCausalLM.from_pretrained(place / "base").eval())
+    monkeypatch.setattr("stages.ppo.train.check_engine", lambda _: None)
+
+
 @pytest.mark.parametrize("mode", ["full", "lora"])
 @pytest.mark.parametrize("engine", list(ENGINES))
-def test_row_8_a_run_with_each_engine(place, engine, mode):
+def test_row_8_a_run_with_each_engine(place, engine, mode, vllm):
     changes = {"lora": LORA, "scorers": [{"kind": "model", "checkpoint": "reward/adapter"}]} if mode == "lora" else {}
     values = settings(place, f"{engine}-{mode}", engine=ENGINES[engine], **changes)
     published = run(values)

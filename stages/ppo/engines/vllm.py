@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from configs.errors import UserError
 from configs.schema import VLLM
@@ -22,7 +22,7 @@ from stages.ppo.modules import POLICY
 from stages.ppo.sampling import Sample
 
 
-class PlainWeights:
+class PlainWeights(nn.Module):
     """The policy's weights as vLLM names them: adapters merged in copies, one tensor at a time.
 
     peft's own merge writes into the base weights and takes the adapter out again afterwards, which rounds: the reference and the
@@ -30,17 +30,15 @@ class PlainWeights:
     """
 
     def __init__(self, model: Any) -> None:
-        self.model = model
+        super().__init__()
+        self.of = (model,)  # in a tuple, lest its layers become this module's
         self.name_or_path = model.name_or_path
 
-    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """The layers; VLLMGeneration looks for quantised ones."""
-        return self.model.named_modules()
-
-    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+    def named_parameters(self, *_: Any, **__: Any) -> Iterator[tuple[str, Any]]:
         """Names without peft's additions, and the weights that the policy computes with."""
-        adapted = {name: layer for name, layer in self.model.named_modules() if hasattr(layer, "get_delta_weight")}
-        for name, parameter in self.model.named_parameters():
+        (model,) = self.of
+        adapted = {name: layer for name, layer in model.named_modules() if hasattr(layer, "get_delta_weight")}
+        for name, parameter in model.named_parameters():
             if ".lora_" in name:
                 continue
             layer = adapted.get(name.removesuffix(".base_layer.weight"))
