@@ -138,6 +138,18 @@ def test_values_that_may_not_move_as_far_as_they_must(place):
     assert found.keys() == {"value_clip"}
 
 
+def test_a_score_that_rises_against_the_held_out_one(place):
+    """Trained on brevity, held out for length: the best held-out score is an early one."""
+    (place / "held_out.jsonl").write_text('{"prompt": "a ship"}\n{"prompt": "blue and green"}\n{"prompt": "who"}\n')
+    evaluation = {"every": 1, "prompts": str(place / "held_out.jsonl"), "samples_per_prompt": 16, "scorers": scorer("tally")}
+    values = settings(
+        place, "against", EAGER | {"iterations": 7, "learning_rate": 0.01}, **FREE, scorers=scorer("brevity"), missing_eos="none", evaluation=evaluation,
+        stopping={"over_optimisation": None},
+    )  # fmt: skip
+    found = provoked(values)["over_optimisation"]
+    assert min(found) > 3, "three evaluations after the best one at the earliest"
+
+
 # -- injected faults
 
 
