@@ -21,6 +21,7 @@ MODES = {
 }
 MIXED = ("mortal", "once")
 """Modes with demonstrations mixed in: 5 of them per optimizer step, or 15, which two processes can't share out equally."""
+UPDATES = [("copy", 1), ("copy", 3), ("lora", 1), ("lora", 3)]  # the value function, and rows of a micro-batch
 TRAIN = {"iterations": 5, "rollout_batch_size": 12, "micro_batch_size": 2, "learning_rate": 3e-4, "value_warmup_iterations": 1, "save_every": 2}
 
 
@@ -31,8 +32,8 @@ def values_of(folder: Path, mode: str, label: str) -> dict:
     return settings(folder, f"{mode}-{label}", train, **MODES[mode], **mix)
 
 
-def update(folder: Path) -> None:
-    """One update from a rollout on disk, with SGD; rank 0 writes the new weights."""
+def update(folder: Path, kind: str, micro: int) -> None:
+    """One update from a fixed rollout, with SGD, in full or with adapters; rank 0 writes the new weights."""
     import torch
     from accelerate import Accelerator
     from safetensors.torch import save_file
@@ -42,19 +43,20 @@ def update(folder: Path) -> None:
     from tests.unit.test_ppo_update import experience_of, module_of
 
     accelerator = Accelerator(cpu=True)
-    module = module_of()
+    module = module_of(kind=kind)
     experience = experience_of(module)
-    cfg = config(train={"rollout_batch_size": 8, "num_ppo_epochs": 2, "num_minibatches": 2, "micro_batch_size": 3, "max_grad_norm": 0.5})
-    metrics = update_policy(module, torch.optim.SGD(module.parameters(), lr=0.5), accelerator, experience, cfg, 0)
+    cfg = config(train={"rollout_batch_size": 8, "num_ppo_epochs": 2, "num_minibatches": 2, "micro_batch_size": micro, "max_grad_norm": 0.5})
+    metrics = update_policy(module, torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.5), accelerator, experience, cfg, 0)
     if accelerator.is_main_process:
         numbers = {f"metric:{k}": torch.tensor(v) for k, v in metrics.items()}
-        tensors = {n: p.detach().clone() for n, p in module.named_parameters()}
-        save_file(tensors | numbers, folder / f"update-{accelerator.num_processes}.safetensors")
+        tensors = {n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad}
+        save_file(tensors | numbers, folder / f"update-{kind}-{micro}-{accelerator.num_processes}.safetensors")
 
 
 def work(folder: Path, label: str) -> None:
     """All of it in this process (and its siblings)."""
-    update(folder)
+    for kind, micro in UPDATES:
+        update(folder, kind, micro)
     for mode in MODES:
         run(values_of(folder, mode, label))
 

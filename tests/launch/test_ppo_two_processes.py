@@ -18,6 +18,7 @@ from stages.ppo.train import start
 from stages.registry import Registry
 from tests.launch.ppo_worker import values_of, work
 from tests.stage.ppo_runs import metrics, publish_reward, run, settings, weights, workspace
+from tests.unit.test_ppo_update import module_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -42,13 +43,19 @@ def place(tmp_path_factory):
     return folder
 
 
-def test_row_14_one_update_of_a_fixed_rollout_is_the_same_on_two_processes(place):
+@pytest.mark.parametrize("kind", ["copy", "lora"])
+def test_row_14_one_update_of_a_fixed_rollout_is_the_same_for_any_processes_and_accumulation(place, kind):
+    """Against one process with micro-batches of 3: of 1, and two processes with either; in full and with adapters."""
     from safetensors.torch import load_file
 
-    one, two = (load_file(place / f"update-{n}.safetensors") for n in (1, 2))
-    assert one.keys() == two.keys()
-    for name in one:
-        torch.testing.assert_close(two[name], one[name], atol=1e-6 if not name.startswith("metric:") else 1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    expected, *others = (load_file(place / f"update-{kind}-{micro}-{count}.safetensors") for micro, count in ((3, 1), (1, 1), (3, 2), (1, 2)))
+    start = {n: p.detach() for n, p in module_of(kind=kind).named_parameters() if p.requires_grad}
+    assert max((expected[n] - start[n]).abs().max().item() for n in start) > 1e-3
+    for found in others:
+        assert found.keys() == expected.keys()
+        for name in expected:
+            tolerance = 1e-6 if not name.startswith("metric:") else 1e-5
+            torch.testing.assert_close(found[name], expected[name], atol=tolerance, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("mode", ["full", "lora", "head", "mortal"])
@@ -86,7 +93,7 @@ def test_trap_14_a_run_of_two_processes_that_was_killed_ends_as_the_uninterrupte
     again = launch("stages.ppo", "--config", config)
     assert again.returncode == 0, again.stderr
     assert "continuing from checkpoint-2" in again.stdout
-    assert again.stdout.count("published") == 1
+    assert again.stdout.count("published ppo/") == 1
     assert metrics(values) == metrics(whole)
     resumed, straight = (weights(Registry(place / "registry").resolve(f"ppo/{name}")) for name in ("killed", "mortal-two"))
     assert all(torch.equal(resumed[name], straight[name]) for name in straight)

@@ -15,7 +15,7 @@ from configs.errors import UserError
 from stages import models
 from stages.ppo import maths, report
 from stages.ppo.collect import Clock
-from stages.ppo.modules import PolicyAndValue, is_of
+from stages.ppo.modules import POLICY, VALUE, AdapterSwitch, PolicyAndValue, is_of
 from stages.ppo.rollout import Experience, Rollout
 from stages.ppo.update import micro_batches, minibatches, update_policy
 from tests.unit.ppo_samples import config, model_of, ragged_ids, tokens_of
@@ -30,8 +30,26 @@ def accelerator():
 
 def module_of(*, kind="copy", zero=False):
     policy = model_of(spread=0.2)
+    if kind == "lora":
+        return adapters_on(policy)
     trunk = model_of(spread=0.2, seed=1).base_model if kind == "copy" else None
     return PolicyAndValue(policy, trunk, models.scalar_head(16, seed=0, zero=zero), temperature=1.0)
+
+
+def adapters_on(policy):
+    """Policy and value adapter on one backbone, both away from zero."""
+    from peft import get_peft_model
+
+    from configs.schema import Lora
+
+    torch.manual_seed(0)
+    peft_model = get_peft_model(policy, models.lora_config(Lora(rank=4, alpha=8), "CAUSAL_LM"), adapter_name=POLICY)
+    peft_model.add_adapter(VALUE, models.lora_config(Lora(rank=4, alpha=8), "CAUSAL_LM"))
+    for name, parameter in policy.named_parameters():
+        parameter.requires_grad_(is_of(name, POLICY) or is_of(name, VALUE))
+        if parameter.requires_grad:
+            parameter.data.copy_(0.1 * torch.randn(parameter.shape))
+    return PolicyAndValue(policy, None, models.scalar_head(16, seed=0), temperature=1.0, switch=AdapterSwitch(policy, [POLICY, VALUE])).eval()
 
 
 def experience_of(module, rows=8, *, drift=0.3, seed=0):
@@ -60,8 +78,10 @@ def largest_difference(a, b):
     return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
-def test_row_14_trap_9_the_same_new_weights_for_every_micro_batch_size(accelerator):
-    start = module_of()
+@pytest.mark.parametrize("kind", ["copy", "head", "lora"])
+def test_row_14_trap_9_the_same_new_weights_for_every_micro_batch_size(accelerator, kind):
+    """8, 4, 2 and 1 rows at once: 1, 2, 4 and 8 backward passes are added up before each optimizer step."""
+    start = module_of(kind=kind)
     experience = experience_of(start)
     results, metrics = {}, {}
     for size in (8, 4, 2, 1):
