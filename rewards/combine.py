@@ -65,7 +65,7 @@ class WeightedSum:
         for name, (scorer, _) in self.parts.items():
             same_tokens = token_key is not None and getattr(scorer, "token_key", None) == token_key
             if same_tokens and prompt_ids is not None and completion_ids is not None:
-                returned: Any = scorer.score_ids(prompt_ids, completion_ids)  # type: ignore[attr-defined]
+                returned: Any = scorer.score_ids(prompt_ids, completion_ids, columns.get("finished"))  # type: ignore[attr-defined]
             else:
                 returned = scorer(prompts, completions, **columns)
             parts[name] = check_scores(name, returned, len(completions))

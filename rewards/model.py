@@ -144,17 +144,28 @@ class RewardModelScorer:
         ids = list(self.tokens.completion_ids(text, prompt)) if text else [self.eos_ids[0]]
         return ids[:-1] if not finished and ids[-1] in self.eos_ids else ids
 
-    def _ended_as_trained(self, completion: Sequence[int]) -> list[int]:
-        """The completion with its last EOS replaced by the one that stood in the training data: a policy may have several."""
-        ids = list(completion)
-        return [*ids[:-1], self.eos_ids[0]] if ids and ids[-1] in self.eos_ids else ids
+    def _ended_as_trained(self, completion: Sequence[int], finished: bool) -> list[int]:
+        """The completion with its last EOS replaced by the one that stood in the training data: a policy may have several.
 
-    def score_ids(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> Tensor:
+        A finished completion without an EOS (of a fixed length) gets that one: elsewhere the model never learned to read a score.
+        """
+        ids = list(completion)
+        if ids and ids[-1] in self.eos_ids:
+            return [*ids[:-1], self.eos_ids[0]]
+        return [*ids, self.eos_ids[0]] if finished else ids
+
+    def score_ids(
+        self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], finished: Sequence[bool] | None = None
+    ) -> Tensor:
         """Scores [B] (fp32, on the model's device) at the last token of each completion; rows carry no padding.
 
-        An empty completion is scored at the end of its prompt. Raises UserError for a row longer than the model can read.
+        `finished` [B] says which completions ended, as the column of the text path does; an EOS is read after one that has none
+        (None: the ids are read as they are). An empty completion that did not end is scored at the end of its prompt.
+        Raises UserError for a row longer than the model can read.
         """
-        rows = [[*prompt, *self._ended_as_trained(completion)] for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
+        ended = finished if finished is not None else [False] * len(completion_ids)
+        completions = [self._ended_as_trained(ids, end) for ids, end in zip(completion_ids, ended, strict=True)]
+        rows = [[*prompt, *completion] for prompt, completion in zip(prompt_ids, completions, strict=True)]
         device = next(self.model.parameters()).device
         scores = torch.empty(len(rows), device=device)
         longest = max(map(len, rows), default=0)

@@ -197,10 +197,12 @@ class AdapterScorer(RewardModelScorer):
         super().__init__(*args, **kwargs)
         self.switch = switch
 
-    def score_ids(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> torch.Tensor:
+    def score_ids(
+        self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], finished: Sequence[bool] | None = None
+    ) -> torch.Tensor:
         """Scores [B] at the last token of each completion."""
         with self.switch.on(REWARD):
-            return super().score_ids(prompt_ids, completion_ids)
+            return super().score_ids(prompt_ids, completion_ids, finished)
 
 
 def _one_backbone(

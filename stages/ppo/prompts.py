@@ -70,10 +70,14 @@ def load_evaluation(cfg: PPOStage, formatter: data.Formatter, limit: int) -> Eva
 
 def row_limit(cfg: PPOStage, built: PPOModels, tokens: ModelTokens) -> int:
     """The tokens a row may have, so that every model that reads the policy's ids can read it."""
-    scorers = [scorer for _, scorer in _scorers(built)]
-    readers = [built.trained.policy, built.reference.model, *(s.model for s in scorers if getattr(s, "token_key", None) == tokens.key)]
+    scorers = [scorer for _, scorer in _scorers(built) if getattr(scorer, "token_key", None) == tokens.key]
+    readers = [built.trained.policy, built.reference.model, *(s.model for s in scorers)]
     readers += [built.trained.value_trunk] if built.trained.value_trunk is not None else []
-    return text.row_limit(min(readers, key=lambda model: getattr(model.config, "max_position_embeddings", None) or cfg.max_length), cfg)
+    limit = text.row_limit(min(readers, key=lambda model: getattr(model.config, "max_position_embeddings", None) or cfg.max_length), cfg)
+    if cfg.sampling.stop_at_eos:
+        return limit
+    # A completion of fixed length is scored at an EOS after it: one token more.
+    return min([limit, *(s.max_length - 1 for s in scorers if s.max_length is not None)])
 
 
 def _scorers(built: PPOModels) -> list[tuple[str, Any]]:

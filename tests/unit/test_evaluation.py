@@ -194,9 +194,9 @@ def test_a_reward_model_reads_the_sampled_ids(tmp_path, folders, monkeypatch):
     calls = []
     original = RewardModelScorer.score_ids
 
-    def spy(self, prompt_ids, completion_ids):
+    def spy(self, prompt_ids, completion_ids, finished):
         calls.append((list(prompt_ids), list(completion_ids)))
-        return original(self, prompt_ids, completion_ids)
+        return original(self, prompt_ids, completion_ids, finished)
 
     monkeypatch.setattr(RewardModelScorer, "score_ids", spy)
     monkeypatch.setattr(RewardModelScorer, "__call__", None)  # the text path must not be taken

@@ -131,7 +131,7 @@ def test_a_part_with_the_same_tokens_reads_ids_and_the_others_text():
     class Model(Fixed):
         token_key = "k"
 
-        def score_ids(self, prompt_ids, completion_ids):
+        def score_ids(self, prompt_ids, completion_ids, finished):
             return torch.tensor([float(len(c)) for c in completion_ids])
 
     scorer = WeightedSum([Weighted(Model("m", [-1.0]), 1.0)])

@@ -113,6 +113,17 @@ def test_an_empty_text_is_scored_at_its_eos_or_at_the_end_of_the_prompt():
     assert scorer(["hello"], [""], finished=[False]) == scorer.score_ids([prompt], [[]]).tolist()
 
 
+def test_trap_19_a_finished_completion_without_eos_is_scored_at_one_in_ids_as_in_text():
+    """Completions of a fixed length count as finished; the model learned to read its score at an EOS and nowhere else."""
+    scorer = scorer_of(tiny("llama"))
+    letters = Letters()
+    prompt, said = letters.prompt_ids([Turn("user", "hello")]), letters.completion_ids("world", ())
+    assert said[-1] == EOS
+    for end, text in ((True, scorer(["hello"], ["world"])), (False, scorer(["hello"], ["world"], finished=[False]))):
+        assert scorer.score_ids([prompt], [said[:-1]], [end]).tolist() == text
+    assert scorer.score_ids([prompt], [said], [True]).tolist() == scorer(["hello"], ["world"]), "one EOS is enough"
+
+
 def test_dropout_is_off_while_scoring_and_the_mode_comes_back():
     model = tiny("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5).train()
     model.score.eval()
