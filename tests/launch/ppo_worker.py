@@ -16,6 +16,8 @@ MODES = {
     "full": {"scorers": [WHOLE, {"kind": "python", "function": "tests.stage.ppo_runs:sometimes", "weight": 0.5}], "whiten_rewards": True},
     "lora": {"lora": LORA, "scorers": [ADAPTER]},
     "head": {"value_function": "head"},
+    "generate": {"engine": "generate"},
+    "continuous": {"lora": LORA, "scorers": [ADAPTER], "engine": "continuous"},
     "once": {"scorers": [WHOLE]},
     "mortal": {"scorers": [{"kind": "python", "function": "tests.stage.ppo_runs:mortal"}], "ema_decay": 0.8},
 }

@@ -43,6 +43,14 @@ def place(tmp_path_factory):
     return folder
 
 
+def test_row_22_continuous_batching_on_two_processes_draws_other_samples_from_the_same_policy(place):
+    """One stream per process: other completions than one process draws, each process's own, as near the forward as on one."""
+    one, two = (metrics(values_of(place, "continuous", label)) for label in ("one", "two"))
+    assert [line["iteration"] for line in two] == [1, 2, 3, 4, 5]
+    assert all(line["rollout/sampler_gap"] < 1e-4 and line["rollout/importance_weight"] == pytest.approx(1, abs=1e-4) for line in one + two)
+    assert one[0]["rollout/length"] != two[0]["rollout/length"] or one[0]["objective/score"] != two[0]["objective/score"]
+
+
 @pytest.mark.parametrize("kind", ["copy", "lora"])
 def test_row_14_one_update_of_a_fixed_rollout_is_the_same_for_any_processes_and_accumulation(place, kind):
     """Against one process with micro-batches of 3: of 1, and two processes with either; in full and with adapters."""
@@ -58,7 +66,7 @@ def test_row_14_one_update_of_a_fixed_rollout_is_the_same_for_any_processes_and_
             torch.testing.assert_close(found[name], expected[name], atol=tolerance, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("mode", ["full", "lora", "head", "mortal"])
+@pytest.mark.parametrize("mode", ["full", "lora", "head", "mortal", "generate"])
 def test_trap_4_row_14_two_processes_have_the_trajectory_of_one(place, mode):
     """Five iterations of four optimizer steps: every metric that no clock measured, within 1e-4."""
     one, two = (metrics(values_of(place, mode, label)) for label in ("one", "two"))

