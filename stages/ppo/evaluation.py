@@ -137,5 +137,8 @@ def metrics_of(written: Sequence[Written], groups: Sequence[int], start: Sequenc
         if known:
             found[f"evaluation/heldout_score/{name}"] = float(np.mean(known))  # type: ignore[arg-type]
     found["evaluation/eos_rate"] = float(np.mean([w.finished for w in written])) if cfg.sampling.stop_at_eos else 0.0
-    won = win_rate(heldout, groups, heldout if start is None else start, groups, seed=cfg.seed)
+    # Rounded, for a completion that both have written is a tie, although a reward model's rounding differs between batches.
+    unit = 1e-5 * max(1e-30, *map(abs, heldout))
+    ours, theirs = (np.round(np.asarray(scores) / unit) for scores in (heldout, heldout if start is None else start))
+    won = win_rate(ours, groups, theirs, groups, seed=cfg.seed)
     return found | {"evaluation/win_rate": won.rate, "evaluation/win_rate_low": won.low, "evaluation/win_rate_high": won.high}

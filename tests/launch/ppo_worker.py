@@ -31,7 +31,8 @@ def values_of(folder: Path, mode: str, label: str) -> dict:
     """The config of a mode; `once` is a single iteration of a single optimizer step."""
     train = TRAIN | ({"iterations": 1, "num_ppo_epochs": 1, "num_minibatches": 1, "value_warmup_iterations": 0} if mode == "once" else {})
     mix = {"ptx": {"data": str(folder / "demonstrations.jsonl"), "coef": 0.7, "ratio": 1.25 if mode == "once" else 0.8}} if mode in MIXED else {}
-    return settings(folder, f"{mode}-{label}", train, **MODES[mode], **mix)
+    watched = {"evaluation": {"every": 2, "prompts": str(folder / "held_out.jsonl"), "samples_per_prompt": 3}, "stopping": {"kl_budget": 50.0}}
+    return settings(folder, f"{mode}-{label}", train, **MODES[mode], **mix, **(watched if mode == "lora" else {}))
 
 
 def update(folder: Path, kind: str, micro: int) -> None:

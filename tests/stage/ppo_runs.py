@@ -22,6 +22,7 @@ from stages.registry import Checkpoint, Parent, Registry
 from stages.tokens import ModelTokens, load_tokens
 from tests.tiny import tiny_model
 
+HELD_OUT = ["blue", "a long day", "who", "the moon and a hat", "six", "old men sing", "no", "a red dog"]
 PROMPTS = ["a dog", "the cat sat on", "why", "tell me of the sea and of ships", "red"]
 TRAIN = {"iterations": 3, "rollout_batch_size": 8, "num_ppo_epochs": 2, "num_minibatches": 2, "micro_batch_size": 3, "learning_rate": 1e-3}
 LORA = {"rank": 4, "alpha": 8}
@@ -31,7 +32,8 @@ def workspace(folder: Path) -> Path:
     """A folder with base/ (a Llama that ends about one completion in two), prompts.jsonl, demonstrations.jsonl, a registry with sft/one."""
     tiny_model(folder / "base", initializer_range=0.2)
     _let_it_end(folder / "base")
-    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in PROMPTS))
+    for name, texts in (("prompts", PROMPTS), ("held_out", HELD_OUT)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
     rows = [{"prompt": text, "completion": text[::-1]} for text in PROMPTS]
     (folder / "demonstrations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     publish_policy(folder, "one")

@@ -19,20 +19,18 @@ from stages.ppo.prompts import load_evaluation
 from stages.registry import Registry
 from stages.tokens import load_tokens
 from tests.stage import ppo_runs
-from tests.stage.ppo_runs import LORA, PROMPTS, metrics, publish_reward, run, settings, weights, workspace
+from tests.stage.ppo_runs import HELD_OUT, LORA, PROMPTS, metrics, publish_reward, run, settings, weights, workspace
 
 ROOT = Path(__file__).resolve().parents[2]
-HELD_OUT = ["blue", "a long day", "who", "the moon and a hat", "six", "old men sing", "no", "a red dog"]
 VOWELS = {"kind": "python", "function": "tests.stage.ppo_runs:share_of_vowels"}
 FEWER = VOWELS | {"weight": -1.0}
-MODES = {"full": {}, "lora": {"lora": LORA, "scorers": [VOWELS, {"kind": "model", "checkpoint": "reward/adapter", "weight": 0.1}]}}
+MODES = {"full": {}, "lora": {"lora": LORA, "scorers": [VOWELS, {"kind": "model", "checkpoint": "reward/adapter", "weight": 0.1}], "ema_decay": 0.9}}
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = workspace(tmp_path_factory.mktemp("watched"))
     publish_reward(folder, "adapter", lora=True)
-    (folder / "held_out.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in HELD_OUT))
     return folder
 
 
@@ -240,7 +238,7 @@ def die(*_, **__):
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize(("mode", "name"), [("full", "checkpoint-6"), ("full", "best-2"), ("lora", "best-4"), ("lora", "checkpoint-3")])
+@pytest.mark.parametrize(("mode", "name"), [("full", "checkpoint-6"), ("full", "best-2"), ("lora", "best-6"), ("lora", "checkpoint-3")])
 def test_trap_14_a_run_cut_while_it_writes_ends_as_the_uninterrupted_one(place, uninterrupted, mode, name, monkeypatch):
     """checkpoint-6: between an evaluation and its save; best-N: half a best policy lies there."""
     values = watched(place, f"cut-{mode}-{name}", mode)

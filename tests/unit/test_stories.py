@@ -37,6 +37,8 @@ def test_held_out_nouns_are_in_the_test_file_only(tmp_path) -> None:
     assert len(training) == 24
     assert not {row["prompt"] for row in training} & {row["prompt"] for row in test}
     assert training[0] == {"prompt": "Tell a happy story about a dog.\n", "noun": "dog"}
+    validation = rows_of(tmp_path / "validation_prompts.jsonl")
+    assert len({row["noun"] for row in validation} - {row["noun"] for row in training + test}) == len(validation) == 12
 
 
 def test_names_means_whole_words() -> None:
