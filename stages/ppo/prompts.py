@@ -58,7 +58,7 @@ def load_evaluation(cfg: PPOStage, formatter: data.Formatter, limit: int) -> Eva
     if not rows:
         if cfg.evaluation.prompts is not None or cfg.evaluation.scorers is not None or cfg.stopping.kl_budget or cfg.stopping.patience:
             raise UserError(f"evaluation: there are no held-out prompts: {place}; give evaluation.prompts others")
-        say(f"ppo: no evaluation: {place}, and evaluation.prompts names none; the last policy is published")
+        say(f"ppo: no evaluation: {place}, and evaluation.prompts names none; the run ends with its last policy")
         return None
     rows = data.one_per_group(rows)[: cfg.evaluation.max_prompts]
     _refuse_reserved(rows)
