@@ -151,6 +151,8 @@ def _limit(kind: str, context: Mapping[str, Any]) -> str | None:
             return f"at least {context['min_length']} item"
         case "string_pattern_mismatch" if "a-z0-9" in context["pattern"]:
             return "a name of a-z, 0-9, dot, dash and underscore, at most 64 characters, that starts with a letter or digit"
+        case "string_pattern_mismatch" if "evaluation/" in context["pattern"]:
+            return "the name of a metric, such as evaluation/heldout_score or evaluation/win_rate, with a minus before it where lower is better"
         case "string_pattern_mismatch":
             return "package.module:function"
     return None

@@ -113,7 +113,7 @@ class PPOStage(StageConfig):
     health: Health = Field(default_factory=Health, description="Checks of every iteration's metrics and what a failed one does.")
     ptx: PTX | None = Field(default=None, description="Demonstrations that are imitated beside PPO; null is none.")
     ema_decay: float | None = Field(
-        default=None, gt=0, lt=1, description="Publish an exponential moving average of the policy, decayed so much per optimizer step; null publishes the last weights."
+        default=None, gt=0, lt=1, description="Publish an exponential moving average of the policy, decayed so much per optimizer step; null publishes the policy itself."
     )
 
     @model_validator(mode="before")

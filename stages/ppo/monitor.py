@@ -55,7 +55,7 @@ class Rules:
     @property
     def sign(self) -> int:
         """-1 where lower is better."""
-        return -1 if self.metric.startswith("-") or lower_is_better(self.name) else 1
+        return -1 if self.metric.startswith("-") or lower_is_better(self.name.removesuffix("_k3")) else 1
 
 
 @dataclass(frozen=True)

@@ -138,6 +138,8 @@ def test_lower_is_better_for_kl_and_after_a_minus():
     for metric in ("evaluation/kl", "-evaluation/heldout_score"):
         state, _ = steps([3, 2, 4], two(metric=metric), kls=[3, 2, 4])
         assert state.bests == (0, 1), metric
+    assert two(metric="evaluation/kl_k3").sign == -1
+    assert two(metric="evaluation/win_rate").sign == 1
 
 
 def test_what_is_not_a_finite_number_is_never_the_best():
