@@ -55,7 +55,7 @@ def encode_pairs(
 
 
 def encode_prompts(
-    formatter: Formatter, rows: Sequence[Prompt], max_length: int, max_new_tokens: int, overlong: Overlong = "drop"
+    formatter: Formatter, rows: Sequence[Prompt], max_length: int, max_new_tokens: int, overlong: Overlong = "drop", may_be_empty: bool = False
 ) -> tuple[list[Encoded], int]:
     """({"prompt_ids", "row"} per prompt in order, number dropped); prompts leave room for `max_new_tokens` within `max_length`."""
     room = max_length - max_new_tokens
@@ -68,7 +68,7 @@ def encode_prompts(
         except UserError as error:
             raise UserError(f"{row.where}: {error}") from None
 
-    return _within(rows, encode, lambda encoded: len(encoded["prompt_ids"]), room, overlong, "max_length - max_new_tokens")
+    return _within(rows, encode, lambda encoded: len(encoded["prompt_ids"]), room, overlong, "max_length - max_new_tokens", may_be_empty)
 
 
 def _within(

@@ -55,14 +55,19 @@ def load_evaluation(cfg: PPOStage, formatter: data.Formatter, limit: int) -> Eva
         own = data.read_prompts(cfg.evaluation.prompts).rows
         rows = [row for row in own if splitter.of(row) != "test" and data.group_key(row.prompt) not in trained]
         place = f"evaluation.prompts holds {len(own)} prompts, all of the test part or trained on"
-    if not rows:
+    rows = data.one_per_group(rows)
+    _refuse_reserved(rows)
+    encoded, dropped = data.encode_prompts(
+        formatter, rows, max_length=limit, max_new_tokens=cfg.sampling.max_new_tokens, overlong="drop", may_be_empty=True
+    )
+    if rows and not encoded:
+        place = f"all {len(rows)} held-out prompts leave no room for sampling.max_new_tokens within max_length"
+    if not encoded:
         if cfg.evaluation.prompts is not None or cfg.evaluation.scorers is not None or cfg.stopping.kl_budget or cfg.stopping.patience:
             raise UserError(f"evaluation: there are no held-out prompts: {place}; give evaluation.prompts others")
-        say(f"ppo: no evaluation: {place}, and evaluation.prompts names none; the run ends with its last policy")
+        say(f"ppo: no evaluation: {place}, and evaluation.prompts names no others; the run ends with its last policy")
         return None
-    rows = data.one_per_group(rows)[: cfg.evaluation.max_prompts]
-    _refuse_reserved(rows)
-    encoded, dropped = data.encode_prompts(formatter, rows, max_length=limit, max_new_tokens=cfg.sampling.max_new_tokens, overlong="drop")
+    encoded = encoded[: cfg.evaluation.max_prompts]
     every, count, kept = cfg.evaluation.every, cfg.evaluation.samples_per_prompt, [row["row"] for row in encoded]
     say(f"ppo: evaluation every {every} iterations on {len(kept)} held-out prompts x {count}" + (f", {dropped} too long" if dropped else ""))
     return EvaluationSet(_prompt_set(encoded), count, cfg.seed, data.fingerprint(kept))

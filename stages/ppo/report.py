@@ -174,11 +174,11 @@ class Logs:
 
     @property
     def iterations(self) -> list[dict[str, float]]:
-        """The metrics of the iterations so far; the evaluation before the first one is none."""
-        return [row for row in self.rows if row["iteration"]]
+        """The metrics of the iterations so far; the line of an evaluation alone, which a run makes of what it starts or goes on from, is none."""
+        return [row for row in self.rows if "objective/score" in row]
 
     def add(self, iteration: int, metrics: dict[str, float]) -> None:
-        """Append the metrics of the iteration with this number, counted from 1 (0: the evaluation before it)."""
+        """Append the metrics of the iteration with this number, counted from 1, or of an evaluation of what it led to (0: of the start)."""
         if self.metrics is not None:
             self.rows.append({"iteration": iteration} | metrics)
             self.metrics.add(self.rows[-1])
@@ -189,6 +189,6 @@ class Logs:
             self.samples.add(*({"iteration": iteration} | w._asdict() for w in written))
 
     def of(self, iteration: int) -> dict[str, float]:
-        """What the line of an iteration says, on rank 0."""
-        found: dict[str, Any] = next((row for row in reversed(self.rows) if row["iteration"] == iteration), {})
-        return {key: value for key, value in found.items() if key != "iteration"}
+        """What the lines of an iteration say, on rank 0."""
+        found = [row for row in self.rows if row["iteration"] == iteration]
+        return {key: value for row in found for key, value in row.items() if key != "iteration"}

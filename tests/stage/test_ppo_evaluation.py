@@ -162,6 +162,20 @@ def test_without_held_out_prompts_there_is_no_evaluation_unless_something_counts
         PPOStage.model_validate(settings(place, evaluation=None, stopping={"patience": 3}))
 
 
+def test_held_out_prompts_without_room_for_a_completion_are_none(place, tmp_path, capsys):
+    """Of too long ones the first max_prompts do not count either; nobody who asked for no evaluation is refused for them."""
+    short, long = tmp_path / "short.jsonl", tmp_path / "long.jsonl"
+    long.write_text(json.dumps({"prompt": "x" * 200}) + "\n")
+    short.write_text(long.read_text() + json.dumps({"prompt": "new"}) + "\n")
+    assert loaded(place, evaluation={"prompts": str(short), "max_prompts": 1}) == ["new"]
+    with pytest.raises(UserError, match=r"all 1 held-out prompts leave no room for sampling\.max_new_tokens within max_length"):
+        loaded(place, evaluation={"prompts": str(long)})
+    both = tmp_path / "both.jsonl"
+    both.write_text((place / "prompts.jsonl").read_text() + long.read_text())
+    assert loaded(place, prompts=str(both), split={"seed": 22, "validation": 0.2, "test": 0}) is None
+    assert "no evaluation: all 1 held-out prompts leave no room" in capsys.readouterr().out
+
+
 def test_a_metric_that_does_not_exist_is_named_before_training(place):
     values = watched(place, "misnamed", metric="evaluation/gold")
     with pytest.raises(UserError, match=r"evaluation\.metric: there is no 'evaluation/gold'; there are evaluation/eos_rate, .*evaluation/win_rate"):
@@ -232,6 +246,20 @@ def test_a_run_that_starts_above_its_kl_budget_says_so(place):
 
 
 # -- interrupted
+
+
+def test_an_evaluation_that_is_switched_on_within_a_run_starts_there(place, monkeypatch):
+    """The line of that evaluation is none of an iteration: health checks and the manifest's metrics pass over it."""
+    values = watched(place, "switched", train={"save_every": 1}) | {"evaluation": None}
+    with monkeypatch.context() as patch:
+        patch.setattr(state, "seal", lambda folder, seal=state.seal: die() if folder.name == ".staging-checkpoint-3" else seal(folder))
+        with pytest.raises(KeyboardInterrupt):
+            run(values)
+    checkpoint = run(watched(place, "switched", train={"save_every": 1}, metric="-evaluation/kl") | {"allow_changed": ["config", "data"]})
+    assert [line["iteration"] for line in metrics(values) if "evaluation/score" in line] == [2, 4, 6, 7]
+    assert [line["iteration"] for line in metrics(values) if "objective/score" in line] == list(range(1, 8))
+    found = about_run(checkpoint)["published_iteration"]
+    assert {"objective/score", "evaluation/score"} <= checkpoint.info("metrics").keys(), f"of iteration {found}"
 
 
 def die(*_, **__):
