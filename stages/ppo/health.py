@@ -19,6 +19,7 @@ Metrics = Mapping[str, float]
 History = Sequence[Metrics]  # one entry per iteration, the newest last
 
 PREFIX = "health/"
+HELDOUT = "evaluation/heldout_score"  # where it stands there was an evaluation
 TREND = 4  # iterations pooled where one alone is too noisy
 COMPLETIONS = 32  # from this many on, "none of them" is no accident
 KL_ERRORS, KL_ERRORS_AT_ONCE = 3.0, 5.0  # standard errors below 0: pooled over TREND iterations, in a single one
@@ -61,8 +62,12 @@ def findings(history: History, cfg: PPOStage) -> list[Finding]:
 def examine(metrics: dict[str, float], before: History, cfg: PPOStage) -> tuple[dict[str, float], list[Finding]]:
     """The metrics of an iteration with what failed in it, and of that what had not failed in the iteration before."""
     found = findings([*before, metrics], cfg)
-    known = before[-1] if before else {}
-    return metrics | {PREFIX + f.name: 1.0 for f in found}, [f for f in found if PREFIX + f.name not in known]
+    return metrics | {PREFIX + f.name: 1.0 for f in found}, [f for f in found if PREFIX + f.name not in _judged_before(f.name, before)]
+
+
+def _judged_before(name: CheckName, before: History) -> Metrics:
+    """The last line in which a check could fail; {} where there is none."""
+    return next((line for line in reversed(before) if name != "over_optimisation" or HELDOUT in line), {})
 
 
 def counts(history: History) -> dict[str, int]:
@@ -70,18 +75,18 @@ def counts(history: History) -> dict[str, int]:
     return dict(Counter(key.removeprefix(PREFIX) for line in history for key in line if key.startswith(PREFIX)))
 
 
-def stop(started: Sequence[Finding], save: Callable[[], None]) -> None:
-    """Where a check has begun to fail, call `save` and raise.
+def stop(started: Sequence[Finding], save: Callable[[], bool]) -> None:
+    """Where a check has begun to fail, call `save`, which says whether it could, and raise.
 
     Raises:
         UserError: naming each of them.
     """
     if started:
-        save()
+        saved = "The run is saved as it is" if save() else "The run could not be saved as it is, and goes on from its last save"
         found = "\n".join(f"  {finding}" for finding in started)
         raise UserError(
-            f"health.action is stop, and a health check has failed:\n{found}\nThe run is saved as it is: change the config (with allow_changed: [config]) "
-            "or leave it, and run the same command again to go on; health.ignore: [NAME] leaves a check out"
+            f"health.action is stop, and a health check has failed:\n{found}\n{saved}: run the same command again to go on. What stands under `health` "
+            "may change (health.ignore: [NAME] leaves a check out), other settings with allow_changed: [config]; a chain starts the stage anew for those"
         )
 
 
@@ -198,8 +203,8 @@ def skipped_steps(history: History, cfg: PPOStage) -> str | None:
 
 def over_optimisation(history: History, cfg: PPOStage) -> str | None:
     """The score that is trained on goes on rising while one that is not has stopped (Gao et al. 2022, arXiv:2210.10760)."""
-    seen = [line for line in history if "evaluation/heldout_score" in line]
-    best = max(range(len(seen)), key=lambda i: seen[i]["evaluation/heldout_score"], default=0)
+    seen = [line for line in history if HELDOUT in line]
+    best = max(range(len(seen)), key=lambda i: seen[i][HELDOUT], default=0)
     if len(seen) - 1 - best < PATIENCE or seen[-1] is not history[-1]:
         return None
     then, now = seen[best], seen[-1]
@@ -208,7 +213,7 @@ def over_optimisation(history: History, cfg: PPOStage) -> str | None:
         return None
     return (
         f"score {then['evaluation/score']:+.3f} -> {now['evaluation/score']:+.3f} while the held-out score went "
-        f"{then['evaluation/heldout_score']:+.3f} -> {now['evaluation/heldout_score']:+.3f} in {len(seen) - 1 - best} evaluations"
+        f"{then[HELDOUT]:+.3f} -> {now[HELDOUT]:+.3f} in {len(seen) - 1 - best} evaluations"
     )
 
 

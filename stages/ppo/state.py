@@ -11,12 +11,14 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from configs.errors import UserError
 from stages.ppo.modules import PolicyAndValue
 from stages.training.ranks import say
 from stages.training.resume import problem, saves, seal
@@ -88,8 +90,8 @@ def forget_bests(folder: Path, current: Sequence[int]) -> None:
     """Remove the kept policies that neither the run as it is (`current`, iterations) nor one of its saves may publish."""
     lists = [current]
     for kept in saves(folder):
-        monitor = json.loads((kept / "state.json").read_text()).get("monitor") if problem(kept) is None else None
-        lists.append(monitor["bests"] if monitor else [])
+        with suppress(OSError, ValueError, KeyError, TypeError):  # a damaged save publishes nothing; hashing all of it would cost as much as writing it
+            lists.append(json.loads((kept / "state.json").read_text())["monitor"]["bests"])
     wanted = {_best(folder, iteration).name for bests in lists for iteration in bests[-KEPT:]}
     for best in folder.glob("best-*"):
         if best.name not in wanted:
@@ -111,10 +113,21 @@ def attempt(what: str, write: Callable[[], None], folder: Path) -> bool:
 
 
 def restore(folder: Path, module: nn.Module, optimizer: Any) -> Position:
-    """Load a verified save into the module and the optimizer."""
+    """Load a verified save into the module and the optimizer.
+
+    Raises:
+        UserError: it holds other weights than the module trains.
+    """
     from safetensors.torch import load_file
 
-    _copy(load_file(folder / "weights.safetensors"), trained_tensors(module))
+    weights, trained = load_file(folder / "weights.safetensors"), trained_tensors(module)
+    other = sorted(n for n in weights.keys() | trained.keys() if n not in weights or n not in trained or weights[n].shape != trained[n].shape)
+    if other:
+        raise UserError(
+            f"{folder} holds other weights than this config trains: {', '.join(other[:3])}{' …' if other[3:] else ''}; what is trained can't change within a run: "
+            f"put lora, value_function and the models back (with allow_changed: [config]) to continue, or delete {folder.parent} to start anew"
+        )
+    _copy(weights, trained)
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, tensor in load_file(folder / "optimizer.safetensors").items():
         index, name = key.split(".", 1)
@@ -124,11 +137,12 @@ def restore(folder: Path, module: nn.Module, optimizer: Any) -> Position:
     return Position(**json.loads((folder / "state.json").read_text()))
 
 
-def load_extra(folder: Path, name: str) -> dict[str, torch.Tensor]:
-    """The extra tensors that a verified save holds under this name."""
+def load_extra(folder: Path, name: str) -> dict[str, torch.Tensor] | None:
+    """The extra tensors that a verified save holds under this name; None where it was made without."""
     from safetensors.torch import load_file
 
-    return load_file(folder / f"{name}.safetensors")
+    file = folder / f"{name}.safetensors"
+    return load_file(file) if file.exists() else None
 
 
 def _best(folder: Path, iteration: int) -> Path:

@@ -105,8 +105,8 @@ def train(
     position = state.restore(save_from, built.trained, optimizer) if save_from else state.Position(0, cfg.kl_coef)
     start_alike(built.trained, accelerator)
     average = PolicyAverage(built.trained, cfg.ema_decay, optimizer) if cfg.ema_decay is not None else None
-    if average is not None and save_from:
-        average.load(state.load_extra(save_from, "ema"))
+    if average is not None and save_from and (kept := state.load_extra(save_from, "ema")) is not None:
+        average.load(kept)  # without one it was switched on in between, and starts as the policy is now
     engine = build_engine(cfg, built, tokens, accelerator)
     logs = report.Logs(output, position.iteration if save_from else None, main=accelerator.is_main_process)
     watch = Watch(cfg, accelerator, built, tokens, chosen, folder=folder, logs=logs, saved=position.monitor, average=average)
@@ -122,20 +122,21 @@ def train(
         metrics, started = health.examine(metrics | evaluated, logs.iterations, cfg) if accelerator.is_main_process else (metrics, [])
         logs.add(iteration + 1, metrics)
         say("\n".join([report.line(iteration, cfg, metrics, left), *filter(None, [text]), *(f"warning: {finding}" for finding in started)]))
-        save = partial(state.save, folder, built.trained, optimizer, position, extra={"ema": average.tensors} if average else None)
-        save_if_due(cfg, accelerator, position, folder, save)
+        write = partial(state.save, folder, built.trained, optimizer, position, extra={"ema": average.tensors} if average else None)
+        save = partial(state.attempt, f"the save after iteration {position.iteration}", write, folder)
+        save_if_due(cfg, accelerator, position.iteration, save)
         if cfg.health.action == "stop":
             from_rank_0("health checks", partial(health.stop, started, save))
     outcome = watch.conclude(position.iteration)
     return outcome, logs.of(outcome.iteration)
 
 
-def save_if_due(cfg: PPOStage, accelerator: Any, position: state.Position, folder: Path, save: Callable[[], None]) -> None:
+def save_if_due(cfg: PPOStage, accelerator: Any, iteration: int, save: Callable[[], bool]) -> None:
     """Write a resumable save every so many iterations; the last one is published instead."""
-    if position.iteration % cfg.train.save_every or position.iteration >= cfg.train.iterations:
+    if iteration % cfg.train.save_every or iteration >= cfg.train.iterations:
         return
     if accelerator.is_main_process:
-        state.attempt(f"the save after iteration {position.iteration}", save, folder)
+        save()
     accelerator.wait_for_everyone()
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from configs.errors import UserError
-from stages.ppo import health, train
+from stages.ppo import health, state, train
 from stages.ppo.engines import native
 from stages.registry import Registry
 from tests.stage.ppo_runs import metrics, publish_policy, run, weights, workspace
@@ -252,6 +252,16 @@ def test_stop_saves_and_ends_the_run_and_the_same_command_goes_on(place, capsys)
     whole = run(straight)
     assert metrics(values) == metrics(straight)
     assert all(torch.equal(tensor, weights(whole)[name]) for name, tensor in weights(resumed).items())
+
+
+def test_stop_on_a_full_disk_names_the_check_all_the_same(place, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(state, "save", full)
+    with pytest.raises(UserError, match=r"flat_scores(.|\n)*could not be saved as it is"):
+        run(settings(place, "stop-full", {"iterations": 2}, scorers=scorer("constant"), health={"action": "stop"}, **FREE))
+    assert "the save after iteration 1 could not be written ([Errno 28] No space left on device)" in capsys.readouterr().out
 
 
 def test_off_and_ignored_checks_are_not_made(place):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from configs.errors import UserError
 from stages.ppo import state
@@ -159,8 +160,6 @@ def test_a_save_that_was_not_finished_and_a_torn_line_of_metrics_are_left_behind
 
 
 def test_saves_are_two_and_hold_what_training_changes_and_no_more(place, monkeypatch):
-    from safetensors.torch import load_file
-
     values = values_of(place, "lora", "held")
     die(values, "fail", 7, monkeypatch)
     saves = Path(values["output"]) / "resume"
@@ -194,6 +193,24 @@ def test_a_run_whose_inputs_have_changed_is_refused(place, change, message, monk
     assert (Path(values["output"]) / "resume" / "checkpoint-2").exists(), "nothing is lost by a refusal"
     if change == "kl_coef":
         run(values | {"allow_changed": ["config"]})
+
+
+@pytest.mark.parametrize("change", [{"lora": {"rank": 8, "alpha": 8}}, {"lora": None}, {"lora": None, "value_function": "head"}])
+def test_a_save_of_other_weights_is_refused_even_where_the_config_may_change(place, change, monkeypatch):
+    values = values_of(place, "lora", f"other-weights-{len(str(change))}")
+    die(values, "fail", 4, monkeypatch)
+    with pytest.raises(UserError, match=r"checkpoint-2 holds other weights than this config trains: .*; what is trained can't change within a run"):
+        run(values | change | {"allow_changed": ["config"]})
+    run(values | {"allow_changed": ["config"]})
+
+
+def test_an_average_that_is_switched_on_within_a_run_starts_there(place, monkeypatch):
+    """The newest save, after iteration 6, is without one: with a decay near 1 what is published is the policy after it, not after iteration 7."""
+    values = values_of(place, "full", "average-on")
+    die(values, "fail", 7, monkeypatch)
+    saved = load_file(Path(values["output"]) / "resume" / "checkpoint-6" / "weights.safetensors")
+    found = weights(run(values | {"ema_decay": 0.999999, "allow_changed": ["config"]}))
+    assert max((saved[f"policy.{name}"] - tensor).abs().max().item() for name, tensor in found.items()) < 1e-6
 
 
 def _reading(file):

@@ -85,6 +85,13 @@ def test_data_digest_counts_content_not_where_results_go(tmp_path):
     assert inputs.without_ignored(config) == {"data": config["data"]}
 
 
+def test_what_is_left_out_of_a_steps_inputs_changes_no_resumable_save_either():
+    """Or a chain would start anew where its stage would go on: after health.action: stop, with one check left out."""
+    from stages.training.resume import NOT_COMPARED
+
+    assert inputs.IGNORED == NOT_COMPARED
+
+
 def test_what_changed_is_named():
     assert inputs.what_changed({"config": 1, "data": 2}, {"config": 1, "data": 3, "code": 4}) == "data, code"
 

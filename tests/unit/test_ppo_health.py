@@ -152,6 +152,17 @@ def test_over_optimisation_is_a_rising_score_with_no_new_best_held_out_score():
     assert names(evaluations(*peaked, error=0.1)) == ["over_optimisation"]
 
 
+def test_over_optimisation_is_news_at_the_first_evaluation_that_shows_it():
+    """Every other line has no evaluation, so the check can't fail there: that it did not is no recovery."""
+    lines, news = [], []
+    for metrics in evaluations((0.1, 0.7), None, (0.2, 0.6), None, (0.3, 0.6), None, (0.4, 0.6), None, (0.5, 0.6), None, (0.6, 0.8), None):
+        line, started = health.examine(metrics, lines, config())
+        lines.append(line)
+        news.append([finding.name for finding in started])
+    assert [i for i, found in enumerate(news) if found] == [6]
+    assert health.counts(lines) == {"over_optimisation": 2}
+
+
 # -- what is made of findings
 
 
@@ -181,8 +192,11 @@ def test_off_and_ignore():
 
 def test_stop_saves_before_it_raises_and_only_for_news():
     calls = []
-    health.stop([], lambda: calls.append("saved"))
+    health.stop([], lambda: calls.append("saved") is None)
     assert calls == []
-    with pytest.raises(UserError, match="ratio_explosion: largest ratio 11"):
-        health.stop(health.findings(history({"policy/max_ratio": 11.0}), config()), lambda: calls.append("saved"))
+    found = health.findings(history({"policy/max_ratio": 11.0}), config())
+    with pytest.raises(UserError, match=r"ratio_explosion: largest ratio 11(.|\n)*The run is saved as it is"):
+        health.stop(found, lambda: calls.append("saved") is None)
     assert calls == ["saved"]
+    with pytest.raises(UserError, match=r"ratio_explosion: largest ratio 11(.|\n)*could not be saved as it is, and goes on from its last save"):
+        health.stop(found, lambda: False)
