@@ -75,6 +75,9 @@ class PPOStage(StageConfig):
     quantization: Literal["nf4"] | None = Field(
         default=None, description="nf4: the shared backbone in 4 bits under its adapters (QLoRA; NVIDIA GPU, extra `quantization`); null keeps its weights as they are."
     )
+    offload_frozen: bool = Field(
+        default=False, description="A reference and reward models that are models of their own stay in main memory and are on the GPU only while they are used: less memory, slower."
+    )
     value_function: Literal["auto", "adapter", "copy", "head"] = Field(
         default="auto",
         description="adapter: its own on the shared backbone (needs lora); copy: a full model, from the reward model where it fits; head: on the policy's trunk. "

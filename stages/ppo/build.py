@@ -29,6 +29,7 @@ from stages.ppo.modules import (
     is_of,
     store_linear_weights,
 )
+from stages.ppo.offload import OffloadedReference, OffloadedScorer
 from stages.ppo.rollout import Tokens
 from stages.ppo.support import prove
 from stages.registry import Parent
@@ -97,7 +98,7 @@ def _separate(
     trunk, head = (None, _fresh_head(policy, cfg, zero=True)) if cfg.value_function == "head" else _value_copy(cfg, origin, parents, tokens)
     _checkpoint_layers(cfg, policy, trunk)
     module = PolicyAndValue(policy, trunk, head, temperature=cfg.sampling.temperature).to(device)
-    return PPOModels(module, Reference(reference, temperature=cfg.sampling.temperature), scorer, policy, None, parents)
+    return PPOModels(module, reference, scorer, policy, None, parents)
 
 
 def _checkpoint_layers(cfg: PPOStage, *trunks: Any) -> None:
@@ -151,12 +152,15 @@ def _fresh_head(model: Any, cfg: PPOStage, *, zero: bool) -> nn.Linear:
     return models.scalar_head(model.get_input_embeddings().weight.shape[1], seed=cfg.seed, zero=zero)
 
 
-def _frozen_reference(cfg: PPOStage, origin: models.Origin, tokens: ModelTokens, device: torch.device) -> Any:
+def _frozen_reference(cfg: PPOStage, origin: models.Origin, tokens: ModelTokens, device: torch.device) -> Reference:
     """A copy of the reference that rounds as the policy does: where autocast would cast a linear layer's weight, it is kept cast."""
     reference = models.load_policy(origin, attn_implementation=cfg.attn_implementation)
     models.resize_to(reference, len(tokens.tokenizer))
     store_linear_weights(reference, models.weights_dtype(cfg.train.precision, frozen=True))
-    return _freeze(reference.to(device))
+    temperature = cfg.sampling.temperature
+    if cfg.offload_frozen:
+        return OffloadedReference(_freeze(reference), temperature=temperature, device=device)
+    return Reference(_freeze(reference.to(device)), temperature=temperature)
 
 
 def _freeze(model: Any) -> Any:
@@ -182,6 +186,8 @@ def _frozen_scorer(origin: models.Origin, cfg: PPOStage, device: torch.device) -
     model = models.load_scorer(origin, attn_implementation=cfg.attn_implementation)
     if dtype is not None:
         store_linear_weights(model, dtype)
+    if cfg.offload_frozen:
+        return scorer_of(origin, _freeze(model), batch_size=cfg.train.micro_batch_size, autocast=dtype, kind=OffloadedScorer, device=device)
     return scorer_of(origin, _freeze(model.to(device)), batch_size=cfg.train.micro_batch_size, autocast=dtype)
 
 
@@ -239,8 +245,7 @@ def _one_backbone(
     if reference_origin.identity == origin.identity:
         reference = Reference(backbone, temperature=cfg.sampling.temperature, switch=switch)
     else:
-        other = _frozen_reference(cfg, reference_origin, tokens, device)
-        reference = Reference(other, temperature=cfg.sampling.temperature)
+        reference = _frozen_reference(cfg, reference_origin, tokens, device)
     return PPOModels(trained, reference, scorer, peft_model, origin, parents)
 
 

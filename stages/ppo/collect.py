@@ -65,7 +65,8 @@ def collect_rollout(
         completion_ids=completion_ids, **(columns | {"finished": [s.finished for s in samples]}),
     )  # fmt: skip
     batch = padded(prompt_ids, completion_ids, tokens.pad_id, accelerator.device)
-    old, values, entropy, ref = _forward(module, reference, batch, cfg, accelerator)
+    with reference.at_hand():
+        old, values, entropy, ref = _forward(module, reference, batch, cfg, accelerator)
     theirs = _right_padded([s.logprobs for s in samples], old)
     rollout = Rollout(
         batch, torch.tensor([s.finished for s in samples], device=accelerator.device), old, ref, values,

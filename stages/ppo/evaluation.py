@@ -87,7 +87,8 @@ def _complete(built: PPOModels, chosen: EvaluationSet, mine: Sequence[int], cfg:
 
     proxy = scores(built.scorer)
     heldout = scores(built.heldout_scorer) if built.heldout_scorer is not None else proxy
-    k1, k3 = _kl(built, prompt_ids, ids, cfg, accelerator, tokens.pad_id)
+    with built.reference.at_hand():
+        k1, k3 = _kl(built, prompt_ids, ids, cfg, accelerator, tokens.pad_id)
     return [
         Written(
             text_of(prompts[i]), texts[i], s.finished, len(s.completion_ids), proxy.total[i], heldout.total[i],

@@ -145,6 +145,10 @@ class Reference:
     def __init__(self, model: Any, *, temperature: float, switch: AdapterSwitch | None = None) -> None:
         self.model, self.temperature, self.switch = model, temperature, switch
 
+    def at_hand(self) -> AbstractContextManager[None]:
+        """The context in which `logprobs` runs; here it is always at hand."""
+        return nullcontext()
+
     @torch.no_grad()
     def logprobs(self, tokens: Tokens) -> Tensor:
         """Log-probs of the sampled tokens under the reference, [B, T], nats."""

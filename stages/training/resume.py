@@ -24,7 +24,7 @@ from stages.training.ranks import rank, say, wait_for_everyone, world_size
 
 SEAL = "sealed.json"  # in a save: {relative path: [bytes, blake3]}
 IDENTITY = "identity.json"  # beside the saves: what they were made from
-NOT_COMPARED = {"allow_changed", "machine", "processes", "output", "registry", "health"}  # none of them changes what is computed
+NOT_COMPARED = {"allow_changed", "machine", "processes", "output", "registry", "health", "offload_frozen"}  # none of them changes what is computed
 
 
 def file_hash(file: Path) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -10,15 +12,16 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from configs.errors import MissingExtra, UserError
 from configs.schema import PPOStage
-from stages.ppo import quantized
+from stages.ppo import offload, quantized, train
 from stages.ppo.collect import experience_of
 from stages.ppo.modules import store_linear_weights
 from stages.ppo.optimizer import optimizer_of
 from stages.ppo.update import update_policy
-from tests.stage.ppo_runs import LORA, assembled, publish_reward, rollout_of, settings, workspace
+from tests.stage.ppo_runs import LORA, assembled, metrics, publish_reward, rollout_of, run, settings, weights, workspace
 from tests.unit.ppo_samples import model_of
 
 ADAPTER = {"kind": "model", "checkpoint": "reward/adapter"}
+WHOLE = {"kind": "model", "checkpoint": "reward/whole"}
 MODES = {"copy": {}, "head": {"value_function": "head"}, "lora": {"lora": LORA}, "lora with reward adapter": {"lora": LORA, "scorers": [ADAPTER]}}
 
 
@@ -26,6 +29,7 @@ MODES = {"copy": {}, "head": {"value_function": "head"}, "lora": {"lora": LORA},
 def place(tmp_path_factory):
     folder = workspace(tmp_path_factory.mktemp("light"))
     publish_reward(folder, "adapter", lora=True, seed=6)
+    publish_reward(folder, "whole", seed=7)
     return folder
 
 
@@ -55,6 +59,67 @@ def test_recomputed_activations_give_the_same_weights_to_the_bit(place, mode):
     assert kept.keys() == recomputed.keys()
     assert not [name for name in kept if not torch.equal(kept[name], recomputed[name])]
     assert metrics == expected
+
+
+def where_models_are(monkeypatch):
+    """The models that are brought now, and every one that was, in turn."""
+    here, travelled = set(), []
+
+    @contextmanager
+    def brought(model, device):
+        assert model not in here, "brought twice"
+        here.add(model)
+        travelled.append(model)
+        yield
+        here.remove(model)
+
+    monkeypatch.setattr(offload, "brought", brought)
+    return here, travelled
+
+
+def test_one_backbone_frozen_models_are_brought_for_their_use_and_change_nothing(place, monkeypatch):
+    """Reference, reward model and held-out reward model, each once per rollout or evaluation; metrics and weights are those of a run without."""
+    evaluation = {"every": 2, "prompts": str(place / "held_out.jsonl"), "samples_per_prompt": 2, "scorers": [ADAPTER]}
+    kept = settings(place, "kept", {"iterations": 2}, scorers=[WHOLE], evaluation=evaluation)
+    away = settings(place, "away", {"iterations": 2}, scorers=[WHOLE], evaluation=evaluation, offload_frozen=True)
+    expected = weights(run(kept))
+    here, travelled = where_models_are(monkeypatch)
+    build = train.build_models
+    frozen = {}
+
+    def watched(*arguments):
+        built = build(*arguments)
+        frozen.update(reference=built.reference.model, scorer=built.scorer.parts["reward/whole"].scorer.model, heldout=built.heldout_scorer.parts["reward/adapter"].scorer.model)
+        for model in frozen.values():
+            model.base_model.register_forward_pre_hook(lambda *_, model=model: None if model in here else pytest.fail("used where it is not"))
+        return built
+
+    monkeypatch.setattr(train, "build_models", watched)
+    found = weights(run(away))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert metrics(away) == metrics(kept)
+    assert not here
+    assert {name: travelled.count(model) for name, model in frozen.items()} == {"reference": 4, "scorer": 4, "heldout": 2}, "two rollouts and two evaluations"
+
+
+def test_a_model_is_brought_and_taken_back_also_from_a_failure():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def to(self, device):
+            self.seen.append(str(device))
+
+    def fail_with(model):
+        with offload.brought(model, torch.device("meta")):
+            model.seen.append("used")
+            raise KeyError
+
+    model = Model()
+    with pytest.raises(KeyError):
+        fail_with(model)
+    assert model.seen == ["meta", "used", "cpu"]
 
 
 def packing(monkeypatch):
