@@ -6,7 +6,6 @@ import shutil
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -85,11 +84,6 @@ def start(cfg: PPOStage) -> Any:
     return accelerator
 
 
-def output_folder(cfg: PPOStage) -> Path:
-    """The run's working folder."""
-    return cfg.output or Path("runs") / f"ppo-{cfg.name}"
-
-
 def train(
     cfg: PPOStage, accelerator: Any, built: PPOModels, prompts: PromptSet, tokens: ModelTokens, identity: dict[str, Any],
     mix: Mix | None = None, chosen: EvaluationSet | None = None,
@@ -98,7 +92,7 @@ def train(
 
     Returns what is to be published, which the module then holds on rank 0, and its metrics.
     """
-    output = output_folder(cfg)
+    output = ready.output_folder(cfg, "ppo")
     folder = output / "resume"
     save_from = resume.choose_save(folder, cfg, identity)
     optimizer = optimizer_of(cfg, built)
@@ -170,7 +164,8 @@ def publish(
     cfg: PPOStage, built: PPOModels, tokens: ModelTokens, data_info: dict[str, Any], outcome: Outcome, metrics: dict[str, float]
 ) -> None:
     """Publish the policy, then drop the resumable saves."""
-    seen = health.counts(report.lines_of(output_folder(cfg) / "metrics.jsonl"))
+    output = ready.output_folder(cfg, "ppo")
+    seen = health.counts(report.lines_of(output / "metrics.jsonl"))
     stage_info: dict[str, Any] = {"scorers": built.scorer.name, "run": outcome.record, "health": seen}
     extra = {"selected_adapters": [POLICY]} if built.base is not None else {}
     if built.base is not None:
@@ -180,4 +175,4 @@ def publish(
         parents=built.parents, info={"data": data_info, "tokenizer": tokens.facts, "metrics": metrics, "stage_info": stage_info},
     )  # fmt: skip
     if rank() == 0:
-        shutil.rmtree(output_folder(cfg) / "resume", ignore_errors=True)
+        shutil.rmtree(output / "resume", ignore_errors=True)

@@ -8,6 +8,7 @@ from typing import Any
 from configs.errors import UserError
 from configs.schema import TRLStage
 from stages.compat import remove_printers
+from stages.training import ready
 from stages.training.arguments import trl_arguments
 from stages.training.evaluation import Measure, StopAtNonFinite, StopEarly, evaluate_exactly, exact
 from stages.training.plan import Plan, row_order
@@ -20,7 +21,7 @@ Rows = list[dict[str, Any]]
 
 def output_folder(cfg: TRLStage, stage: str) -> Path:
     """The working folder of a stage, made if it is missing."""
-    folder = cfg.output or Path("runs") / f"{stage}-{cfg.name}"
+    folder = ready.output_folder(cfg, stage)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

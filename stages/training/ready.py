@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
+
+from configs.errors import UserError
 from configs.schema import StageConfig
 from stages import models
 from stages.data import Splitter
@@ -9,15 +13,36 @@ from stages.registry import Registry, contract
 from stages.training.ranks import from_rank_0
 
 
+def output_folder(cfg: StageConfig, stage: str) -> Path:
+    """The working folder of a stage."""
+    return cfg.output or Path("runs") / f"{stage}-{cfg.name}"
+
+
+def check_writable(folder: Path) -> None:
+    """Make sure that a working folder can be written to, and make it if it is missing.
+
+    Raises:
+        UserError: it can't.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"a page" * 1000)
+            probe.flush()
+    except OSError as error:
+        raise UserError(f"output: {folder} can't be written ({error.strerror}); make room, check its owner, or name another folder") from error
+
+
 def check(cfg: StageConfig, stage: str, *origins: models.Origin) -> None:
-    """Verify `origins` deeply and the place to publish to, on rank 0; every rank calls this and learns the outcome.
+    """Verify `origins` deeply and the places to work in and to publish to, on rank 0; every rank calls this and learns the outcome.
 
     Raises:
         UserError: on every rank: a damaged checkpoint, an adapter whose base has changed, one that was trained under another split, a
-            registry that can't be written.
+            registry or working folder that can't be written.
     """
 
     def on_rank_0() -> None:
+        check_writable(output_folder(cfg, stage))
         Registry(cfg.registry).check_publishable(f"{stage}/{cfg.name}")
         split = Splitter(cfg.split).facts()
         for origin in origins if "split" not in cfg.allow_changed else ():

@@ -218,3 +218,11 @@ def test_an_adapter_on_the_hub_is_told_from_a_whole_model(place, tmp_path, monke
     for load in (models.load_policy, models.load_tokenizer):
         with pytest.raises(UserError, match="someone/tuned is an adapter on the hub"):
             load(origin)
+
+
+def test_bad_input_an_output_that_cannot_be_written(place, tmp_path):
+    """Said before a model is loaded; by every stage, whose `ready.check` it is."""
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match=r"output: .*file.* can't be written \((Not a directory|File exists)\); make room, check its owner, or name another folder"):
+            run(settings(place, "unwritable") | {"output": str(output)})

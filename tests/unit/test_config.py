@@ -209,6 +209,7 @@ def test_each_mistake_is_one_clear_line(write, case):
 
 
 BAD_PPO = {
+    "a controller of nothing": (PPO + "kl_coef: 0\nadaptive_kl: {target: 3}\n", "c.yaml:6: adaptive_kl multiplies kl_coef, and kl_coef is 0: it would stay 0; give kl_coef a value to start from, or leave adaptive_kl out"),
     "metric of no evaluation": (PPO + "evaluation: {metric: score}\n", "c.yaml:5: evaluation.metric: found 'score'; expected the name of a metric, such as evaluation/heldout_score or evaluation/win_rate, with a minus before it where lower is better"),
     "unknown scorer": (PPO.replace("length", "lenght"), "c.yaml:4: scorers.0: kind is 'lenght'; expected one of model, length, repetition, regex, keyword, python. Did you mean 'length'?"),
     "scorer without a kind": (PPO.replace("kind: length, ", ""), "c.yaml:4: scorers.0: `kind` is missing; expected one of model, length, repetition, regex, keyword, python"),
