@@ -87,7 +87,7 @@ class PPOStage(StageConfig):
         default=None, description="Checkpoint that a value copy starts from; null is the reward model among the scorers, else the policy."
     )
     sampling: Sampling = Field(default_factory=Sampling, description="How completions are sampled.")
-    engine: EngineChoice = Field(default_factory=RolloutEngine, description="What samples them: native, generate, continuous or vllm, or a mapping.")
+    engine: EngineChoice = Field(default_factory=RolloutEngine, description="What samples them in rollouts: native, generate, continuous or vllm, or a mapping. Evaluations are always sampled natively.")
     train: PPOTrain = Field(default_factory=PPOTrain, description="How the policy is optimised.")
     evaluation: Evaluation | None = Field(
         default_factory=Evaluation, description="Evaluation on held-out prompts; the best checkpoint is the one published. Null is off: the last one is."

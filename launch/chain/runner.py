@@ -162,7 +162,7 @@ class Runner:
         if interrupted:
             print(f"{step.name} was interrupted; to continue: {self.again}", file=sys.stderr)
         elif code == 2:  # the step has said what is wrong
-            print(f"{step.name} has not run; its log: {log}", file=sys.stderr)
+            print(f"{step.name} did not finish, for the reason above; its log: {log}; to go on: {self.again}", file=sys.stderr)
         else:
             how = f"was killed by signal {code - 128}" if code > 128 else f"ended with exit code {code}"
             print(f"error: {step.name} {how}; its log: {log}; to continue once that is mended: {self.again}", file=sys.stderr)
