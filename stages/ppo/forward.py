@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from stages.ppo.logprobs import choose_, chosen_logprobs, chunk_rows
+from stages.ppo.logprobs import choose, chosen_logprobs, chunk_rows
 from stages.ppo.rollout import Tokens
 
 
@@ -23,11 +23,16 @@ class TokenOutputs(NamedTuple):
 
 
 def hidden_states(trunk: nn.Module, tokens: Tokens) -> Tensor:
-    """Last hidden states from which each completion token is predicted, and one after the last: [B, T + 1, d]."""
-    out = trunk(
-        input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, position_ids=tokens.position_ids, use_cache=False
-    )
-    return out.last_hidden_state[:, tokens.prompt_ids.shape[1] - 1 :]
+    """Last hidden states from which each completion token is predicted, and one after the last: [B, T + 1, d].
+
+    The model reads rows that begin at position 0 and are padded on the right, where a causal model does not look: it needs no mask,
+    which would make attention on a CPU take twice as long.
+    """
+    starts = tokens.prompt_mask.sum(dim=1, keepdim=True)
+    states = trunk(input_ids=tokens.flush_left(), use_cache=False).last_hidden_state
+    columns = starts - 1 + torch.arange(tokens.mask.shape[1] + 1, device=starts.device)
+    index = columns.clamp(0, states.shape[1] - 1).unsqueeze(2).expand(-1, -1, states.shape[2])
+    return states.gather(1, index)
 
 
 def output_logits(model: Any, hidden: Tensor) -> Tensor:
@@ -66,9 +71,9 @@ def token_outputs(model: Any, hidden: Tensor, tokens: Tokens, *, temperature: fl
     entropies = None
     if entropy or not torch.is_grad_enabled():
         with torch.no_grad():
-            found = [choose_(logits_of(states), ids, entropy=entropy) for states, ids in parts]
-        logprobs = torch.cat([part.logprobs for part in found])
-        entropies = torch.cat([part.entropy for part in found if part.entropy is not None]) if entropy else None
+            found = [choose(logits_of(states), ids, entropy=entropy)[:2] for states, ids in parts]
+        logprobs = torch.cat([part[0] for part in found])
+        entropies = torch.cat([part[1] for part in found if part[1] is not None]) if entropy else None
     if torch.is_grad_enabled() and is_linear(model):
         logprobs = chosen_logprobs(head, real, targets, logits_of, logits_scale(model) / temperature)
     elif torch.is_grad_enabled():

@@ -1,8 +1,8 @@
-"""Log-probs of chosen tokens from hidden states, in chunks, with a gradient that keeps no logits.
+"""Log-probs of chosen tokens from hidden states, in chunks, with a gradient that keeps few logits or none.
 
 d logprob / d logits is one-hot minus softmax. Under a frozen head the direction (one-hot - softmax) W of each token's gradient is
-known in the forward pass: [N, d] is kept and nothing is computed twice. A head that is trained needs the softmax again: it is
-recomputed, chunk by chunk, from the hidden states and the normaliser.
+known in the forward pass: [N, d] is kept and nothing is computed twice. A head that is trained needs the softmax itself again: it
+is kept where all of a micro-batch is small, and otherwise recomputed from the hidden states, chunk by chunk.
 """
 
 from __future__ import annotations
@@ -14,17 +14,19 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-CHUNK_ELEMENTS = 2**22  # logits of one chunk: 16 MiB in float32, of which two are alive at once
-CHUNK_ELEMENTS_GPU = 2**24  # fewer, larger products
+# Logits of one chunk, of which two are alive at once. Fewer make slow matrix products; of 32 MiB or more glibc would ask the kernel
+# for fresh pages each time, which costs more than reading them.
+CHUNK_ELEMENTS = 7 * 2**20
+CHUNK_ELEMENTS_GPU = 2**24
+KEPT_ELEMENTS = 2**25  # probabilities of one micro-batch, kept for the gradient of a trained head: 128 MiB in float32
 
 
 class Chosen(NamedTuple):
-    """What logits say about the tokens that were chosen, all [N], in nats but `total`."""
+    """What logits say about the tokens that were chosen, both [N], in nats, and softmax(logits) [N, V]."""
 
     logprobs: Tensor
-    normaliser: Tensor
-    total: Tensor  # sum of exp(logit - the row's highest)
     entropy: Tensor | None
+    probabilities: Tensor
 
 
 def chunk_rows(head: Any) -> int:
@@ -33,15 +35,13 @@ def chunk_rows(head: Any) -> int:
     return max(1, elements // head.weight.shape[0])
 
 
-def choose_(logits: Tensor, ids: Tensor, *, entropy: bool = False) -> Chosen:
-    """Read logits [N, V] in float32 and turn them, in place, into exp(logit - the row's highest)."""
-    chosen = logits.gather(1, ids.unsqueeze(1)).squeeze(1)
-    highest = logits.amax(dim=1)
-    logits.sub_(highest.unsqueeze(1))
-    shifted = logits.clone() if entropy else None
-    total = logits.exp_().sum(dim=1)
-    normaliser = highest + total.log()
-    return Chosen(chosen - normaliser, normaliser, total, total.log() - torch.linalg.vecdot(logits, shifted) / total if shifted is not None else None)
+def choose(logits: Tensor, ids: Tensor, *, entropy: bool = False) -> Chosen:
+    """Read logits [N, V] in float32."""
+    probabilities = torch.softmax(logits, dim=1)
+    # Log-sum-exp from what there is: the largest probability is exp(largest logit) over that sum.
+    normaliser = logits.amax(dim=1) - probabilities.amax(dim=1).log()
+    chosen = logits.gather(1, ids.unsqueeze(1)).squeeze(1) - normaliser
+    return Chosen(chosen, normaliser - torch.linalg.vecdot(probabilities, logits) if entropy else None, probabilities)
 
 
 def chosen_logprobs(head: nn.Linear, states: Tensor, ids: Tensor, logits_of: Callable[[Tensor], Tensor], factor: float) -> Tensor:
@@ -57,25 +57,25 @@ class _ChosenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, logits_of: Callable[[Tensor], Tensor], factor: float, rows: int) -> Tensor:
-        """Chunk by chunk; what is kept is the direction of the gradient, or what the softmax is recomputed from."""
+        """Chunk by chunk; what is kept is the direction of the gradient, or what it is computed from."""
         frozen = not any(ctx.needs_input_grad[1:3])
+        keep = not frozen and len(ids) * weight.shape[0] <= KEPT_ELEMENTS
         kept, logprobs = [], []
         for part, chosen in zip(states.split(rows), ids.split(rows), strict=True):
-            logits = logits_of(part)
-            found = choose_(logits, chosen)
+            found = choose(logits_of(part), chosen)
             logprobs.append(found.logprobs)
             if frozen:
-                kept.append((_pull_(logits.div_(found.total.unsqueeze(1)), chosen, factor) @ weight).to(states.dtype))
-            else:
-                kept.append(found.normaliser)
-            del logits
+                kept.append((_push_(found.probabilities, chosen) @ weight).mul_(-factor).to(states.dtype))
+            elif keep:
+                kept.append(_push_(found.probabilities, chosen))
+            del found
         ctx.frozen, ctx.logits_of, ctx.factor, ctx.rows = frozen, logits_of, factor, rows
         device = states.device.type
         ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
         if frozen:
             ctx.save_for_backward(torch.cat(kept))
         else:
-            ctx.save_for_backward(states, weight, bias, ids, torch.cat(kept))
+            ctx.save_for_backward(states, weight, bias, ids, *kept)
         return torch.cat(logprobs)
 
     @staticmethod
@@ -85,26 +85,26 @@ class _ChosenLogprobs(torch.autograd.Function):
         if ctx.frozen:
             (direction,) = ctx.saved_tensors
             return direction * grad.unsqueeze(1), None, None, None, None, None, None
-        states, weight, bias, ids, normaliser = ctx.saved_tensors
+        states, weight, bias, ids, *kept = ctx.saved_tensors
         to_states, to_weight = torch.empty_like(states), torch.zeros_like(weight)
         to_bias = torch.zeros_like(bias) if bias is not None else None
         device, dtype, enabled = ctx.autocast
+        # [N, d] is multiplied with what the loss and the head's scale say, and not [N, V].
+        scale = (grad * -ctx.factor).unsqueeze(1)
         with torch.autocast(device, dtype=dtype, enabled=enabled):
-            for start in range(0, len(states), ctx.rows):
+            for number, start in enumerate(range(0, len(states), ctx.rows)):
                 span = slice(start, start + ctx.rows)
-                softmax = ctx.logits_of(states[span]).sub_(normaliser[span].unsqueeze(1)).exp_()
-                pull = _pull_(softmax, ids[span], ctx.factor).mul_(grad[span].unsqueeze(1))
-                to_states[span] = pull @ weight
+                push = kept[number] if kept else _push_(torch.softmax(ctx.logits_of(states[span]), dim=1), ids[span])
+                to_states[span] = (push @ weight) * scale[span]
                 if enabled:
-                    to_weight += pull.t() @ states[span]
+                    to_weight += push.t() @ (states[span] * scale[span])
                 else:
-                    to_weight.addmm_(pull.t(), states[span])
+                    to_weight.addmm_(push.t(), states[span] * scale[span])
                 if to_bias is not None:
-                    to_bias += pull.sum(dim=0)
+                    to_bias += (push * scale[span]).sum(dim=0)
         return to_states, to_weight, to_bias, None, None, None, None
 
 
-def _pull_(softmax: Tensor, ids: Tensor, factor: float) -> Tensor:
-    """factor * (one-hot of `ids` - softmax), in place: the gradient of the chosen log-probs with respect to the head's output."""
-    softmax.scatter_add_(1, ids.unsqueeze(1), softmax.new_full((len(ids), 1), -1.0))
-    return softmax.mul_(-factor)
+def _push_(probabilities: Tensor, ids: Tensor) -> Tensor:
+    """softmax - one-hot of `ids`, in place: minus the gradient of the chosen log-probs with respect to the logits."""
+    return probabilities.scatter_add_(1, ids.unsqueeze(1), probabilities.new_full((len(ids), 1), -1.0))

@@ -34,38 +34,36 @@ def is_of(parameter: str, adapter: str) -> bool:
 class AdapterSwitch:
     """Chooses which adapter of a shared backbone is on, leaving what is trainable trainable.
 
-    peft couples activity with `requires_grad`: activating one adapter freezes the others. Here policy and value adapter
-    are both trained, so the flags are restored after every switch.
+    peft couples activity with `requires_grad`: activating one adapter freezes the others. Here policy and value adapter are both
+    trained, so only what is active is written, the two attributes in which peft keeps it: its own methods walk through every
+    parameter of every layer, which took a tenth of the time of a small model.
     """
 
     def __init__(self, backbone: nn.Module, trained: list[str]) -> None:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         self.layers = [module for module in backbone.modules() if isinstance(module, BaseTunerLayer)]
-        self.trainable = [p for n, p in backbone.named_parameters() if any(is_of(n, adapter) for adapter in trained)]
-        self._restore()
+        for layer in self.layers:
+            layer.enable_adapters(True)
+        self._activate(POLICY)
+        for name, parameter in backbone.named_parameters():
+            if any(is_of(name, adapter) for adapter in trained):
+                parameter.requires_grad_(True)
 
-    def _restore(self) -> None:
-        for parameter in self.trainable:
-            parameter.requires_grad_(True)
+    def _activate(self, adapter: str | None) -> None:
+        for layer in self.layers:
+            layer._disable_adapters = adapter is None
+            if adapter is not None:
+                layer._active_adapter = [adapter]
 
     @contextmanager
     def on(self, adapter: str | None) -> Iterator[None]:
         """Within the block `adapter` is on, or none is (the bare backbone)."""
-        for layer in self.layers:
-            if adapter is None:
-                layer.enable_adapters(False)
-            else:
-                layer.enable_adapters(True)
-                layer.set_adapter([adapter])
-        self._restore()
+        self._activate(adapter)
         try:
             yield
         finally:
-            for layer in self.layers:
-                layer.enable_adapters(True)
-                layer.set_adapter([POLICY])
-            self._restore()
+            self._activate(POLICY)
 
 
 class PolicyAndValue(nn.Module):

@@ -30,10 +30,13 @@ class Tokens:
         """[B, P + T], 1 on real tokens."""
         return torch.cat([self.prompt_mask, self.mask], dim=1).long()
 
-    @property
-    def position_ids(self) -> Tensor:
-        """[B, P + T], counted over real tokens, so that padding moves nothing."""
-        return (self.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+    def flush_left(self) -> Tensor:
+        """Prompt and completion of each row from column 0 on, padded on the right to the longest: [B, L]."""
+        pads = (~self.prompt_mask).sum(dim=1, keepdim=True)
+        ids = self.input_ids
+        width = int(self.attention_mask.sum(dim=1).max().clamp(min=1))
+        columns = pads + torch.arange(width, device=ids.device)
+        return ids.gather(1, columns.clamp(max=ids.shape[1] - 1))
 
     def trimmed(self) -> Tokens:
         """Without the columns that hold only padding; one completion column stays."""

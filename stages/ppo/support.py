@@ -41,14 +41,14 @@ def prove_head(model: Any) -> None:
 
 @torch.no_grad()
 def prove_padding(model: Any) -> None:
-    """A left-padded row has the logits that it has alone."""
+    """A row with padding after it has the logits that it has alone; padding before it is proved with sampling."""
     rows = short_rows(model)
     device = next(model.parameters()).device
     ids, mask = left_pad([row[:-1] for row in rows], 0, device)
     last, real = torch.tensor([[row[-1]] for row in rows], device=device), torch.ones(len(rows), 1, dtype=torch.bool, device=device)
     found = output_logits(model, hidden_states(model.base_model, Tokens(ids, mask, last, real)))
     for index, row in enumerate(rows):
-        _refuse(model, "a row with padding before it has other logits than alone", _own_logits(model, row)[-2:], found[index])
+        _refuse(model, "a row with padding after it has other logits than alone", _own_logits(model, row)[-2:], found[index])
 
 
 @torch.no_grad()

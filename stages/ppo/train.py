@@ -15,6 +15,7 @@ from configs.errors import UserError
 from configs.schema import PPOStage
 from stages import models
 from stages.ppo import health, maths, quantized, report, state
+from stages.ppo.allocator import keep_freed_memory
 from stages.ppo.build import PPOModels, build_models, find_all
 from stages.ppo.collect import Clock, PromptSet, collect_rollout, experience_of
 from stages.ppo.ema import PolicyAverage
@@ -79,6 +80,8 @@ def start(cfg: PPOStage) -> Any:
             f"train.rollout_batch_size {cfg.train.rollout_batch_size} is not a multiple of train.num_minibatches "
             f"{cfg.train.num_minibatches} x {accelerator.num_processes} process(es); every process takes an equal share of each minibatch"
         )
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     quantized.check(cfg, accelerator.device)
     torch.manual_seed(cfg.seed)
     return accelerator

@@ -63,8 +63,12 @@ def measure(job: dict[str, Any], mode: str) -> dict[str, Any]:
         peft_config=lora if mode == "lora" else None,
     )  # fmt: skip
     watch = Stopwatch()
+    original = module.batch_generation
     _wrap(trainer, module, watch)
-    trainer.train()
+    try:
+        trainer.train()
+    finally:
+        module.batch_generation = original
     return {"updates": watch.updates, "imports": imports, "peak": peak(), **device_facts()}
 
 

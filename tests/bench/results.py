@@ -16,7 +16,7 @@ def summary(case: dict[str, Any], runs: Sequence[dict[str, Any]]) -> dict[str, A
     """Medians over the updates of all processes, each process's first one left out; memory over the processes.
 
     `memory_mib` is what the benchmark compares: on a GPU what tensors held there at most, else the peak of the resident
-    memory less what was resident once everything had been imported.
+    memory less what was resident after an update of a toy, when everything had been imported and every thread started.
     """
     updates = [update for run in runs for update in run["updates"][1:]]
     seconds = median(update["seconds"] for update in updates)

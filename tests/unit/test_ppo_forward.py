@@ -59,34 +59,40 @@ def test_row_6_trap_6_log_probs_are_those_of_the_models_own_logits_at_the_temper
         torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-4, rtol=1e-4)
 
 
-def test_trap_13_logits_exist_for_completion_tokens_only_and_a_chunk_at_a_time(monkeypatch):
-    """The output head sees each real completion token once a pass, and never more rows at once than a chunk holds."""
+@pytest.mark.parametrize("kept", [False, True])
+def test_trap_13_logits_exist_for_completion_tokens_only_and_a_chunk_at_a_time(kept, monkeypatch):
+    """The output head sees each real completion token once a pass, and never more rows at once than a chunk holds.
+
+    Probabilities are kept for the gradient up to a bound on those of a micro-batch.
+    """
     monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", 32 * 4)
+    monkeypatch.setattr(logprobs, "KEPT_ELEMENTS", 32 * 1000 if kept else 32 * 20)
     model = model_of()
     prompts, completions = ragged_ids(9, prompt=(5, 30))
     tokens = tokens_of(prompts, completions)
     seen = []
     model.get_output_embeddings().register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[:-1].numel()))
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
         hidden = forward.hidden_states(model.base_model, tokens)
-        trunk = len(kept)
+        trunk = len(saved)
         out = forward.token_outputs(model, hidden, tokens, temperature=1.0)
     real = int(tokens.mask.sum())
     assert real > 20
     assert max(seen) == 4
     assert sum(seen) == real
-    large = [size for size in kept[trunk:] if size >= 4 * 32 and size not in (hidden.numel(), model.lm_head.weight.numel(), real * 16)]
-    assert not large, "logits of a chunk are recomputed, not kept for the backward pass"
+    large = [size for size in saved[trunk:] if size >= 4 * 32 and size not in (hidden.numel(), model.lm_head.weight.numel(), real * 16)]
+    assert sum(large) == (real // 4 * 4 * 32 if kept else 0), "beyond the bound logits of a chunk are recomputed, not kept"
     out.logprobs.sum().backward()
     assert max(seen) == 4
-    assert sum(seen) == 2 * real
+    assert sum(seen) == (1 if kept else 2) * real
 
 
-@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize(("trained", "kept"), [(False, 0), (True, 0), (True, 1000)])
 @pytest.mark.parametrize("rows", [1, 3, 100])
-def test_trap_13_the_gradient_without_logits_is_autograds(trained, rows, monkeypatch):
+def test_trap_13_the_gradient_without_logits_is_autograds(trained, kept, rows, monkeypatch):
     """A head with a bias and a scale, frozen under adapters or trained, in chunks of any size: values and gradients."""
+    monkeypatch.setattr(logprobs, "KEPT_ELEMENTS", kept)
     monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", 11 * rows)
     torch.manual_seed(0)
     head = nn.Linear(6, 11)
@@ -147,9 +153,11 @@ def test_row_20_what_the_padding_holds_does_not_matter(kind):
     torch.testing.assert_close(clean.values[real], dirty.values[real], atol=1e-6, rtol=0)
 
 
-def test_row_20_position_ids_count_real_tokens():
+def test_row_20_every_row_begins_at_position_0():
     tokens = tokens_of([[5, 6, 7], [5]], [[8], [9, 9]])
-    assert tokens.position_ids.tolist() == [[0, 1, 2, 3, 3], [0, 0, 0, 1, 2]]
+    left = tokens.flush_left()
+    assert left.shape == (2, 4), "no column that only padding uses"
+    assert (left[0].tolist(), left[1, :3].tolist()) == ([5, 6, 7, 8], [5, 9, 9])
     assert tokens.attention_mask.tolist() == [[1, 1, 1, 1, 0], [0, 0, 1, 1, 1]]
 
 
@@ -279,8 +287,15 @@ def test_an_architecture_with_another_output_is_refused():
 def test_row_20_an_architecture_that_reads_padding_is_refused(monkeypatch):
     model = model_of()
     original = model.model.forward
-    monkeypatch.setattr(model.model, "forward", lambda *a, attention_mask=None, position_ids=None, **k: original(*a, **k))
-    with pytest.raises(UserError, match="a row with padding before it has other logits than alone"):
+
+    def looking_ahead(*a, **k):
+        out = original(*a, **k)
+        out.last_hidden_state = out.last_hidden_state + (0 if k["use_cache"] else out.last_hidden_state.mean(dim=1, keepdim=True))
+        return out
+
+    monkeypatch.setattr(model.model, "forward", looking_ahead)
+    monkeypatch.setattr(support, "prove_head", lambda model: None)
+    with pytest.raises(UserError, match="a row with padding after it has other logits than alone"):
         support.prove(model)
 
 

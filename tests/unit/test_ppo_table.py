@@ -19,7 +19,7 @@ row 16  optimizer                             test_row_16_trap_15_the_gradient_n
 row 17  value function                        test_row_17_a_value_copy_starts_as_the_centred_score, test_row_17_a_head_on_the_policys_trunk, test_one_backbone_the_value_adapter_starts_as_the_centred_reward_adapter, test_row_17_warm_up_trains_the_value_function_alone
 row 18  score normalisation                   test_row_18_centring_scaling_and_clipping_by_hand, test_row_18_scores_are_centred_and_scaled_only_when_asked
 row 19  dropout                               test_row_19_dropout_is_switched_off_wherever_it_hides_and_asserted
-row 20  padding                               test_row_20_a_batch_of_one_gives_what_a_batch_of_many_gives, test_row_20_what_the_padding_holds_does_not_matter, test_row_20_position_ids_count_real_tokens, test_row_20_padding_full_of_nan_changes_no_weight
+row 20  padding                               test_row_20_a_batch_of_one_gives_what_a_batch_of_many_gives, test_row_20_what_the_padding_holds_does_not_matter, test_row_20_every_row_begins_at_position_0, test_row_20_padding_full_of_nan_changes_no_weight
 row 21  empty and one-token completions       test_row_21_an_empty_completion_gets_no_reward, test_row_21_a_batch_without_any_token_has_log_probs_zero
 row 22  seeds                                 test_row_22_the_same_tokens_for_any_batch_size_order_and_share_of_processes, test_row_22_seeds_differ_between_iterations_completions_and_runs, test_row_22_every_bit_of_a_seed_counts, test_row_22_the_stream_is_a_function_of_seed_and_iteration
 row 23  evaluation                            test_row_23_evaluations_stand_where_the_config_says_and_hold_every_metric
