@@ -13,7 +13,7 @@ row 10  whitened advantages                   test_row_10_whitening_by_hand, tes
 row 11  whitened rewards                      test_row_10_row_11_whitening_of_advantages_and_rewards
 row 12  value loss                            test_row_12_value_loss_by_hand, test_row_12_value_loss_equals_a_plain_loop_on_ragged_rows
 row 13  policy loss                           test_row_13_policy_loss_by_hand, test_row_13_asymmetric_clip_by_hand, test_row_13_dual_clip_by_hand, test_row_13_policy_loss_equals_a_plain_loop_on_ragged_rows
-row 14  one mean over all tokens              test_row_14_trap_9_the_same_new_weights_for_every_micro_batch_size, test_row_14_the_step_is_the_gradient_of_one_mean_over_all_completion_tokens, test_row_14_one_update_of_a_fixed_rollout_is_the_same_on_two_processes
+row 14  one mean over all tokens              test_row_14_trap_9_the_same_new_weights_for_every_micro_batch_size, test_row_14_the_step_is_the_gradient_of_one_mean_over_all_completion_tokens, test_row_14_one_update_of_a_fixed_rollout_is_the_same_for_any_processes_and_accumulation
 row 15  epochs and minibatches                test_row_15_trap_12_every_minibatch_is_an_optimizer_step_of_its_own, test_row_15_a_pass_visits_each_row_once_in_an_order_of_its_own
 row 16  optimizer                             test_row_16_trap_15_the_gradient_norm_is_clipped_without_deepspeed, test_row_16_policy_and_value_function_have_learning_rates_of_their_own
 row 17  value function                        test_row_17_a_value_copy_starts_as_the_centred_score, test_row_17_a_head_on_the_policys_trunk, test_one_backbone_the_value_adapter_starts_as_the_centred_reward_adapter, test_row_17_warm_up_trains_the_value_function_alone
