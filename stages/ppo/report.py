@@ -149,7 +149,8 @@ class Lines:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self.kept = [] if resumed_at is None else [row for row in lines_of(path) if row["iteration"] <= resumed_at]
-        write_durably(path, "".join(_json(row) for row in self.kept))
+        if path.exists():  # a run without evaluations has no samples
+            write_durably(path, "".join(_json(row) for row in self.kept))
 
     def add(self, *rows: dict[str, Any]) -> None:
         """Append rows. A full disk costs the rows, not the run."""

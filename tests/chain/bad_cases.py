@@ -249,7 +249,7 @@ MODELS = [
 
 SCORERS = [
     Case("scorer that raises", scorer("raises"), (f"{HERE}:raises", "on prompt 0", "KeyError: 'order'", "bad_scorers.py:10, in raises")),
-    Case("scorer with a wrong number", scorer("too_few"), (f"{HERE}:too_few", "returned 1 scores for 4 completions")),
+    Case("scorer with a wrong number", scorer("too_few"), (f"{HERE}:too_few", "returned 1 scores for 12 completions")),
     Case("scorer with NaN", scorer("not_a_number"), (f"{HERE}:not_a_number", "score 0 is nan", "finite")),
     Case("scorer with text", scorer("words"), (f"{HERE}:words", "'good'", "expected a number")),
     Case("scorer that is not there", scorer("rases"), (f"{HERE}:rases", "no function 'rases'", "raises")),
