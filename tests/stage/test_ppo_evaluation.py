@@ -22,6 +22,7 @@ from tests.stage import ppo_runs
 from tests.stage.ppo_runs import HELD_OUT, LORA, PROMPTS, metrics, publish_reward, run, settings, weights, workspace
 
 ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.usefixtures("one_thread")
 VOWELS = {"kind": "python", "function": "tests.stage.ppo_runs:share_of_vowels"}
 FEWER = VOWELS | {"weight": -1.0}
 MODES = {"full": {}, "lora": {"lora": LORA, "scorers": [VOWELS, {"kind": "model", "checkpoint": "reward/adapter", "weight": 0.1}], "ema_decay": 0.9}}
@@ -32,15 +33,6 @@ def place(tmp_path_factory):
     folder = workspace(tmp_path_factory.mktemp("watched"))
     publish_reward(folder, "adapter", lora=True)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The killed process and this one must add numbers up in the same order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def watched(place, output, mode="full", train=None, stopping=None, **evaluation):

@@ -19,6 +19,7 @@ from tests.stage import ppo_runs
 from tests.stage.ppo_runs import LORA, metrics, publish_reward, run, settings, weights, workspace
 
 ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.usefixtures("one_thread")
 ITERATIONS = {"iterations": 7, "save_every": 2}
 MORTAL = {"kind": "python", "function": "tests.stage.ppo_runs:mortal"}
 MODES = {
@@ -32,15 +33,6 @@ def place(tmp_path_factory):
     folder = workspace(tmp_path_factory.mktemp("resume"))
     publish_reward(folder, "adapter", lora=True)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The killed process and this one must add numbers up in the same order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def values_of(place, mode, output):
