@@ -13,11 +13,13 @@ import torch
 from configs.schema import Lora, PPOStage
 from stages import models
 from stages.ppo.build import PPOModels, build_models
-from stages.ppo.collect import Clock, collect_rollout
+from stages.ppo.collect import Clock, collect_rollout, experience_of
 from stages.ppo.engines.build import build_engine
+from stages.ppo.optimizer import optimizer_of
 from stages.ppo.prompts import load_prompts
 from stages.ppo.rollout import Rollout
 from stages.ppo.train import main, start
+from stages.ppo.update import update_policy
 from stages.registry import Checkpoint, Parent, Registry
 from stages.tokens import ModelTokens, load_tokens
 from tests.tiny import tiny_model
@@ -26,6 +28,7 @@ HELD_OUT = ["blue", "a long day", "who", "the moon and a hat", "six", "old men s
 PROMPTS = ["a dog", "the cat sat on", "why", "tell me of the sea and of ships", "red"]
 TRAIN = {"iterations": 3, "rollout_batch_size": 8, "num_ppo_epochs": 2, "num_minibatches": 2, "micro_batch_size": 3, "learning_rate": 1e-3}
 LORA = {"rank": 4, "alpha": 8}
+WHOLE, ADAPTER = ({"kind": "model", "checkpoint": f"reward/{name}"} for name in ("whole", "adapter"))
 
 
 def workspace(folder: Path) -> Path:
@@ -126,6 +129,26 @@ def rollout_of(cfg: PPOStage, accelerator: Any, tokens: ModelTokens, built: PPOM
     """A rollout with the config's engine."""
     engine = build_engine(cfg, built, tokens, accelerator)
     return collect_rollout(built.trained, built.reference, built.scorer, prompts, cfg, accelerator, engine=engine, iteration=iteration, tokens=tokens, clock=Clock())
+
+
+def one_update(values):
+    """Build, roll out, update once; (models, rollout, parameters before by name)."""
+    cfg, accelerator, tokens, built, prompts = assembled(values)
+    before = {name: p.detach().clone() for name, p in built.trained.named_parameters()}
+    rollout = rollout_of(cfg, accelerator, tokens, built, prompts)
+    experience, _ = experience_of(rollout, cfg, kl_coef=cfg.kl_coef, mean=built.scorer.mean, std=built.scorer.std)
+    update_policy(built.trained, optimizer_of(cfg, built), accelerator, experience, cfg, 0)
+    return built, rollout, before
+
+
+def check_values_are_centred_scores(built, scorer):
+    from tests.unit.ppo_samples import tokens_of
+
+    prompts, completions = [[5, 6, 7], [8]], [[9, 10], [11, 12, 13]]
+    with torch.no_grad():
+        values = built.trained(tokens_of(prompts, completions, pad=256)).values
+    last = torch.stack([values[0, 2], values[1, 3]])  # the value after the last token reads the state the score reads
+    torch.testing.assert_close(last, scorer.score_ids(prompts, completions) - 0.3, atol=1e-5, rtol=0)
 
 
 def metrics(values: dict[str, Any], timed: bool = False) -> list[dict[str, float]]:

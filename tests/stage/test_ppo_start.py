@@ -17,7 +17,9 @@ from stages.scorers import reward_scorer
 from stages.tokens import load_tokens
 from stages.training import entry
 from tests.stage.ppo_runs import (
+    ADAPTER,
     LORA,
+    WHOLE,
     assembled,
     metrics,
     publish_policy,
@@ -28,8 +30,6 @@ from tests.stage.ppo_runs import (
     workspace,
 )
 from tests.tiny import tiny_model
-
-WHOLE, ADAPTER = ({"kind": "model", "checkpoint": f"reward/{name}"} for name in ("whole", "adapter"))
 
 
 @pytest.fixture(scope="module")
