@@ -234,7 +234,7 @@ def test_machine_files_describe_machines_only(name):
     assert settings["mixed_precision"] == "no"
     banned = ("batch", "accumulation", "clipping", "learning_rate", "optimizer", "precision_")
     for key in [*settings, *settings.get("deepspeed_config", {}), *settings.get("fsdp_config", {})]:
-        assert not any(word in key for word in banned), key
+        assert key == "offload_optimizer_device" or not any(word in key for word in banned), key
 
 
 @pytest.mark.parametrize("name", machine_names())
@@ -242,7 +242,7 @@ def test_accelerate_accepts_the_machine_files(name):
     from accelerate.commands.config.config_args import load_config_from_file
 
     config = load_config_from_file(str(machine_file(name)))
-    assert config.num_processes == (2 if name.endswith("_ddp") else 1)
+    assert config.num_processes == (2 if name.endswith("_ddp") or "zero" in name else 1)
     assert config.use_cpu is name.startswith("cpu")
 
 
