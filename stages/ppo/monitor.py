@@ -79,6 +79,11 @@ class State:
         scored = {k: Scored(v[0], tuple(v[1]), tuple(v[2])) if (v := saved[k]) else None for k in ("start", "peak")}
         return cls(**{**saved, **scored, "history": tuple(saved["history"]), "bests": tuple(saved["bests"])})
 
+    def under(self, rules: Rules) -> State:
+        """The same past where `rules` may have become stricter: a best policy above a lowered KL budget is none any more."""
+        allowed = {metrics["iteration"] for metrics in self.history if within_budget(metrics, rules)}
+        return replace(self, bests=tuple(iteration for iteration in self.bests if iteration in allowed))
+
     def value(self, iteration: int, name: str) -> float:
         """A metric of the evaluation at `iteration`."""
         return next(metrics[name] for metrics in self.history if metrics["iteration"] == iteration)

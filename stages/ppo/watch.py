@@ -42,7 +42,7 @@ class Watch:
         self.state: State | None = None
         if chosen is not None and cfg.evaluation is not None:
             self.rules, key = rules_of(cfg, chosen), f"{chosen.fingerprint} {cfg.evaluation.model_dump_json()}"
-            self.state = State.from_json(saved) if saved is not None and saved["key"] == key else State(key)
+            self.state = State.from_json(saved).under(self.rules) if saved is not None and saved["key"] == key else State(key)
 
     @property
     def stopped(self) -> str | None:

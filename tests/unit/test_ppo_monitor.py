@@ -168,3 +168,11 @@ def test_the_state_survives_a_save_to_the_bit():
     state, _ = play(np.linspace(0.3, 0.7, 4), np.arange(4), rules())
     assert State.from_json(json.loads(json.dumps(state.as_json()))) == state
     assert State.from_json(json.loads(json.dumps(State("key").as_json()))) == State("key")
+
+
+def test_a_kl_budget_lowered_within_a_run_holds_for_the_policies_it_has_kept():
+    state, _ = steps([1, 2, 3], two(kl_budget=9.0), kls=[0, 2, 5])
+    assert state.bests == (0, 1, 2)
+    assert state.under(two(kl_budget=9.0)) == state
+    assert state.under(two(kl_budget=2.5)).bests == (0, 1)
+    assert state.under(two(kl_budget=2.5)).history == state.history
