@@ -10,6 +10,7 @@ from pathlib import Path
 from configs.errors import UserError
 
 FOLDER = Path(__file__).parent / "accelerate"
+NODES = "_nodes"  # ends the name of the file for several nodes: zero3_nodes beside zero3
 
 
 def machine_names() -> list[str]:
@@ -17,13 +18,20 @@ def machine_names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
-def machine_file(name: str = "auto", processes: int | None = None) -> Path:
+def purpose(path: Path) -> tuple[str, str]:
+    """What a machine file is and when to take it: its first two lines; empty where it does not say."""
+    lines = path.read_text(encoding="utf-8").splitlines()[:2]
+    first, second = ([line[1:].strip() if line.startswith("#") else "" for line in lines] + ["", ""])[:2]
+    return first, second
+
+
+def machine_file(name: str = "auto", processes: int | None = None, nodes: int = 1) -> Path:
     """The Accelerate config that `name` means: auto, a name in configs/accelerate, or a path to a YAML file.
 
-    UserError where there is none.
+    With several `nodes`, the file that ships for them beside the one that is named. UserError where there is none.
     """
     if name == "auto":
-        name = pick_machine(count_gpus(), processes)
+        name = pick_machine(count_gpus(), processes, nodes)
     path = Path(name)
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
         if not path.is_file():
@@ -33,14 +41,23 @@ def machine_file(name: str = "auto", processes: int | None = None) -> Path:
         close = difflib.get_close_matches(name, machine_names(), n=1)
         hint = f". Did you mean {close[0]!r}?" if close else ""
         raise UserError(f"machine: found {name!r}; expected auto, {', '.join(machine_names())} or a path to an Accelerate config{hint}")
+    if nodes > 1 and not name.endswith(NODES):
+        if name + NODES not in machine_names():
+            raise UserError(f"machine: {name} is one process, and {nodes} nodes were asked for; take one of {', '.join(for_nodes())}")
+        name += NODES
     return FOLDER / f"{name}.yaml"
 
 
-def pick_machine(gpus: int, processes: int | None = None) -> str:
-    """The machine file that fits: every GPU is used unless `processes` says otherwise; without one, a single CPU process."""
-    if gpus:
-        return "gpu_ddp" if (processes or gpus) > 1 else "gpu"
-    return "cpu_ddp" if (processes or 1) > 1 else "cpu"
+def for_nodes() -> list[str]:
+    """Names of the machine files that ship for several nodes."""
+    return [name for name in machine_names() if name.endswith(NODES)]
+
+
+def pick_machine(gpus: int, processes: int | None = None, nodes: int = 1) -> str:
+    """The machine file that fits: every GPU is used unless `processes` (of all nodes) says otherwise; without one, a single CPU process."""
+    several = (processes or max(gpus, 1) * nodes) > 1
+    name = ("gpu_ddp" if several else "gpu") if gpus else ("cpu_ddp" if several else "cpu")
+    return name + NODES if nodes > 1 else name
 
 
 def count_gpus() -> int:

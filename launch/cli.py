@@ -24,6 +24,7 @@ VERBS = {
     "eval": ("launch.eval_cli", "measure and compare checkpoints on held-out prompts"),
     "data": ("launch.data_cli", "check data files and show what the stages make of them"),
     "registry": ("launch.registry_cli", "list, show, verify and name checkpoints"),
+    "launch": ("launch.launch_cli", "show machine files and the accelerate launch command a config gets"),
     "config": ("launch.config_cli", "explain configuration keys and print their schema"),
 }
 

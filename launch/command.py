@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
+from launch.nodes import Nodes, per_node
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,24 @@ class Machine:
     settings: dict[str, Any]
 
     @property
-    def processes(self) -> int:
-        """What the file says; of the file that ships for several GPUs, the GPUs there are."""
-        from configs.machines import FOLDER, count_gpus
+    def ships(self) -> bool:
+        """Whether the file is one of ours."""
+        from configs.machines import FOLDER
 
-        stated = int(self.settings.get("num_processes") or 1)
-        return count_gpus() or stated if self.path.resolve() == FOLDER.resolve() / "gpu_ddp.yaml" else stated
+        return self.path.resolve().parent == FOLDER.resolve()
+
+    @property
+    def nodes(self) -> int:
+        """Nodes that the file is for."""
+        return int(self.settings.get("num_machines") or 1)
+
+    @property
+    def processes(self) -> int:
+        """Processes of one node: what the file says; of a file that ships for several GPUs, the GPUs there are."""
+        from configs.machines import count_gpus
+
+        stated = per_node(int(self.settings.get("num_processes") or 1), self.nodes)
+        return count_gpus() or stated if self.ships and not self.use_cpu and stated > 1 else stated
 
     @property
     def use_cpu(self) -> bool:
@@ -39,14 +52,12 @@ class Machine:
     @property
     def plain(self) -> bool:
         """One process of this machine needs no launcher."""
-        return str(self.settings.get("distributed_type", "NO")).upper() in ("NO", "MULTI_CPU", "MULTI_GPU") and int(
-            self.settings.get("num_machines") or 1
-        ) == 1
+        return str(self.settings.get("distributed_type", "NO")).upper() in ("NO", "MULTI_CPU", "MULTI_GPU") and self.nodes == 1
 
 
 @dataclass(frozen=True)
 class Command:
-    """What is started (`argv`, with `extra_env` over ours) and the line that a person could type instead."""
+    """What is started on this node (`argv`, with `extra_env` over ours), the line that a person could type instead, and all nodes' processes."""
 
     argv: tuple[str, ...]
     typed: str
@@ -58,12 +69,12 @@ class Command:
         return {**os.environ, **self.extra_env, **more}
 
 
-def load_machine(machine: str, processes: int | None) -> Machine:
+def load_machine(machine: str, processes: int | None, nodes: int = 1) -> Machine:
     """The machine file that `machine` names: auto, a name in configs/accelerate, or a path. Raises UserError if there is none."""
     from configs.extras import check_machine_packages
     from configs.machines import machine_file
 
-    path = Path(machine_file(machine, processes))
+    path = Path(machine_file(machine, processes, nodes))
     import yaml
 
     try:
@@ -75,15 +86,25 @@ def load_machine(machine: str, processes: int | None) -> Machine:
     return Machine(path if here.startswith("..") else Path(here), settings)
 
 
-def stage_command(module: str, config_file: Path, machine: Machine, processes: int | None = None) -> Command:
-    """The command that runs `python -m module --config config_file` in `processes` processes (None: the machine file's)."""
-    number = processes or machine.processes
+def stage_command(module: str, config_file: Path, machine: Machine, processes: int | None = None, nodes: Nodes | None = None) -> Command:
+    """The command that runs `python -m module --config config_file` in `processes` processes of all nodes (None: the machine file's).
+
+    Without `nodes`, on the one node of a machine file for one.
+
+    Raises:
+        UserError: the nodes can't have equally many processes, or the file is for several nodes and `nodes` does not say which this is.
+    """
+    nodes = nodes or Nodes()
+    if nodes.count == 1 and machine.nodes > 1:
+        raise UserError(f"{machine.path} is for {machine.nodes} nodes; give --nodes, --node-rank and --main-address, or a machine file for one node")
+    number = processes or machine.processes * nodes.count
+    here = per_node(number, nodes.count)
     stage = ["-m", module, "--config", str(config_file)]
-    options = ["--config_file", str(machine.path), "--num_processes", str(number)]
-    if number > 1:
+    options = ["--config_file", str(machine.path), "--num_processes", str(number), *nodes.options()]
+    if number > 1 and nodes.count == 1:
         options += ["--main_process_port", "0"]  # 0: accelerate takes a free port, so that two runs do not meet on 29500
     typed = shlex.join(["accelerate", "launch", *options, *stage])
-    env = child_environment(number)
+    env = child_environment(here)
     if number == 1 and machine.plain:
         env["ACCELERATE_USE_CPU"] = str(machine.use_cpu)
         env["ACCELERATE_MIXED_PRECISION"] = str(machine.settings.get("mixed_precision") or "no")

@@ -18,6 +18,8 @@ STAGES = {
 
 def add_parser(verbs: argparse._SubParsersAction) -> None:
     """Add one verb per stage."""
+    from launch.nodes import add_options
+
     for stage, line in STAGES.items():
         parser = verbs.add_parser(
             stage,
@@ -27,9 +29,8 @@ def add_parser(verbs: argparse._SubParsersAction) -> None:
         )
         parser.add_argument("--config", required=True, metavar="FILE", help="the stage's YAML file")
         parser.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a key of the file, such as train.epochs=2")
-        parser.add_argument("--machine", metavar="X", help="machine file: a name in configs/accelerate or a path (default: the config's)")
-        parser.add_argument("--processes", type=int, metavar="N", help="number of processes (default: the config's, else the machine file's)")
-        parser.add_argument("--dry-run", action="store_true", help="check the config, print the command, start nothing")
+        add_options(parser)
+        parser.add_argument("--dry-run", "--print-command", action="store_true", help="check the config, print the command, start nothing")
         parser.add_argument("--json", action="store_true", help="print one JSON object on stdout; logs go to stderr")
         parser.set_defaults(handler=run_stage, stage=stage)
 
@@ -51,12 +52,14 @@ def run_stage(args: argparse.Namespace) -> int:
     from configs.load import save
     from configs.presets import described
     from launch.command import load_machine, stage_command
+    from launch.nodes import nodes_of
 
     stage = args.stage
     cfg = resolve(stage, args.config, args.overrides, args.machine, args.processes)
-    machine = load_machine(cfg.machine, cfg.processes)
+    machine = load_machine(cfg.machine, cfg.processes, args.nodes or 1)
+    nodes = nodes_of(args, machine.settings, machine.ships)
     config_file = cfg.output / ("plan.yaml" if args.dry_run else "config.yaml")  # a dry run leaves a real run's config alone
-    command = stage_command(f"stages.{stage}", config_file, machine, cfg.processes)
+    command = stage_command(f"stages.{stage}", config_file, machine, cfg.processes, nodes)
     record = {"stage": stage, "name": cfg.name, "output": str(cfg.output), "config": str(config_file), "command": command.typed}
     save(cfg, config_file)
     if args.dry_run:

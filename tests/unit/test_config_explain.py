@@ -15,7 +15,7 @@ import yaml
 from configs.errors import UserError
 from configs.explain import explain, json_schema
 from configs.load import MODELS
-from configs.machines import count_gpus, machine_file, machine_names, pick_machine
+from configs.machines import count_gpus, machine_file, pick_machine
 from configs.problems import all_paths
 from configs.trainer_args import CLASSES, OUR_FIELDS, check_trainer, trainer_fields
 from launch.cli import main
@@ -227,27 +227,9 @@ def test_the_fields_that_errors_point_at_exist(kind):
 # Machine files -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", machine_names())
-def test_machine_files_describe_machines_only(name):
-    """Accelerate's environment value for accumulation overrides the number a stage gives, silently; precision likewise."""
-    settings = yaml.safe_load(machine_file(name).read_text())
-    assert settings["mixed_precision"] == "no"
-    banned = ("batch", "accumulation", "clipping", "learning_rate", "optimizer", "precision_")
-    for key in [*settings, *settings.get("deepspeed_config", {}), *settings.get("fsdp_config", {})]:
-        assert key == "offload_optimizer_device" or not any(word in key for word in banned), key
-
-
-@pytest.mark.parametrize("name", machine_names())
-def test_accelerate_accepts_the_machine_files(name):
-    from accelerate.commands.config.config_args import load_config_from_file
-
-    config = load_config_from_file(str(machine_file(name)))
-    assert config.num_processes == (2 if name.endswith("_ddp") or "zero" in name else 1)
-    assert config.use_cpu is name.startswith("cpu")
-
-
 def test_the_machine_that_fits():
     assert [pick_machine(0), pick_machine(0, 2), pick_machine(1), pick_machine(8), pick_machine(8, 1)] == ["cpu", "cpu_ddp", "gpu", "gpu_ddp", "gpu"]
+    assert [pick_machine(0, None, 2), pick_machine(0, 4, 2), pick_machine(1, None, 2), pick_machine(8, 16, 2)] == ["cpu_ddp_nodes"] * 2 + ["gpu_ddp_nodes"] * 2
 
 
 def test_machine_files_by_name_and_path(tmp_path):
