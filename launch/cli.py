@@ -25,6 +25,7 @@ VERBS = {
     "data": ("launch.data_cli", "check data files and show what the stages make of them"),
     "registry": ("launch.registry_cli", "list, show, verify and name checkpoints"),
     "launch": ("launch.launch_cli", "show machine files and the accelerate launch command a config gets"),
+    "doctor": ("launch.doctor_cli", "examine this machine: versions, devices, network, disks, and a tiny training run"),
     "config": ("launch.config_cli", "explain configuration keys and print their schema"),
 }
 
