@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,13 @@ def token_statistics(model: Any, inputs: dict[str, Any], labels: torch.Tensor) -
     counted = labels[:, 1:] != -100
     correct = outputs.is_top1.bool() & counted if outputs.is_top1 is not None else torch.zeros_like(counted)
     return TokenStatistics(outputs.log_probs, correct, counted)
+
+
+def never_split() -> AbstractContextManager[None]:
+    """A context in which transformers builds models whole although ZeRO-3 is on (such as one on the meta device, which has no values)."""
+    from transformers.modeling_utils import set_zero3_state
+
+    return set_zero3_state()
 
 
 def remove_printers(trainer: Any) -> None:

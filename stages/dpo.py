@@ -22,11 +22,13 @@ def main(cfg: DPOStage) -> None:
     from stages import data, models
     from stages.tokens import load_tokens, refuse_other_tokens
     from stages.training import build, measures, plan, publish, ranks, ready, resume, text
+    from stages.zero import load
 
     refuse_unread_smoothing(cfg)
     origin = models.find(cfg.init_from, cfg.registry, stages=("sft", "dpo", "ppo"))
     tied_to = models.find(cfg.reference, cfg.registry, stages=("sft", "dpo", "ppo")) if cfg.reference else origin
     ready.check(cfg, STAGE, origin, tied_to)
+    load.announce(bf16=models.uses_bf16(cfg.train.precision))
     parents = ranks.from_rank_0("reading the parents", lambda: [origin.parent("init_from"), tied_to.parent("reference")])
     tokens = load_tokens(origin, cfg.template)
     refuse_other_tokens(tokens, tied_to, cfg)
@@ -67,11 +69,12 @@ def load_reference(policy: Any, tied_to: Origin, cfg: DPOStage, *, shared: bool)
     """The frozen model; None where it is the policy's own base with the adapter switched off. In the policy's dtype, so that
     both give the same log-probs at the start."""
     from stages import models
+    from stages.zero import gather
 
     if shared:
         return None
     reference = models.load_policy(tied_to, dtype=policy.dtype, attn_implementation=cfg.attn_implementation)
-    models.resize_to(reference, policy.get_input_embeddings().weight.shape[0])
+    models.resize_to(reference, gather.shape(policy.get_input_embeddings().weight)[0])
     return reference.requires_grad_(False)
 
 

@@ -16,8 +16,10 @@ from torch import nn
 from configs.errors import UserError
 from configs.references import is_reference, pin
 from configs.schema import Lora
+from stages.compat import never_split
 from stages.dropout import without_dropout
 from stages.registry import Checkpoint, Parent, Registry
+from stages.zero import gather
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -236,23 +238,34 @@ def load_policy(origin: Origin, *, dtype: torch.dtype = torch.float32, attn_impl
     from transformers import AutoModelForCausalLM
 
     if is_adapter(origin):
-        from peft import PeftModel
-
         base = load_policy(adapter_base(origin), attn_implementation=attn_implementation)
         resize_to(base, adapter_vocabulary(origin))
-        model = _merged(PeftModel.from_pretrained(base, origin.folder))
+        model = _merged(_with_adapter(base, origin))
     else:
         model = from_pretrained(AutoModelForCausalLM, origin.folder, dtype=dtype, attn_implementation=attn_implementation)
     return without_dropout(model)
 
 
+def _with_adapter(base: Any, origin: Origin) -> Any:
+    """A PeftModel; the adapter's file may hold the base's embeddings, where those have grown."""
+    from peft import PeftModel
+
+    with gather.whole(base.get_input_embeddings().parameters(), changed=True):
+        return PeftModel.from_pretrained(base, origin.folder)
+
+
 def _merged(peft_model: Any) -> Any:
-    """The base with the adapter's update added to its weights, trainable again (peft froze it)."""
+    """The base with the adapter's update added to its weights, trainable again (peft froze it). Layer by layer: of a model that ZeRO-3
+    has split, one layer at a time is whole."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     base = peft_model.get_base_model()
-    _refuse_tied(base, [module for module in base.modules() if isinstance(module, BaseTunerLayer)])
-    return peft_model.merge_and_unload().requires_grad_(True)
+    layers: list[Any] = [module for module in base.modules() if isinstance(module, BaseTunerLayer)]
+    _refuse_tied(base, layers)
+    for layer in layers:
+        with gather.whole(layer.parameters(), changed=True):
+            layer.merge()
+    return peft_model.unload().requires_grad_(True)
 
 
 def adapter_vocabulary(origin: Origin) -> int | None:
@@ -262,8 +275,10 @@ def adapter_vocabulary(origin: Origin) -> int | None:
 
 def resize_to(model: Any, vocabulary: int | None) -> None:
     """Grow the embeddings to at least `vocabulary` rows (a pad token may have been added)."""
-    if vocabulary and model.get_input_embeddings().weight.shape[0] < vocabulary:
-        model.resize_token_embeddings(vocabulary)
+    if vocabulary and gather.shape(model.get_input_embeddings().weight)[0] < vocabulary:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # the new rows are drawn: on every rank the same
+            model.resize_token_embeddings(vocabulary)
 
 
 def scorer_from_policy(policy: Any, *, pad_id: int, seed: int) -> Any:
@@ -278,7 +293,7 @@ def scorer_from_policy(policy: Any, *, pad_id: int, seed: int) -> Any:
 
     config = type(policy.config).from_dict(policy.config.to_dict() | {"num_labels": 1, "pad_token_id": pad_id})
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), never_split():
             scorer = AutoModelForSequenceClassification.from_config(config)
     except ValueError as error:
         raise UserError(
@@ -312,12 +327,10 @@ def load_scorer(origin: Origin, *, dtype: torch.dtype = torch.float32, attn_impl
     from transformers import AutoModelForSequenceClassification
 
     if is_adapter(origin):
-        from peft import PeftModel
-
         policy = load_policy(adapter_base(origin), attn_implementation=attn_implementation)
         resize_to(policy, adapter_vocabulary(origin))
         base = scorer_from_policy(policy, pad_id=pad_id_of(origin), seed=0)
-        model = _merged(PeftModel.from_pretrained(base, origin.folder))
+        model = _merged(_with_adapter(base, origin))
     else:
         model = from_pretrained(
             AutoModelForSequenceClassification, origin.folder, dtype=dtype, attn_implementation=attn_implementation, num_labels=1

@@ -19,9 +19,11 @@ def main(cfg: SFTStage) -> None:
     from stages import data, models
     from stages.tokens import load_tokens
     from stages.training import build, measures, plan, publish, ranks, ready, resume, text
+    from stages.zero import load
 
     origin = models.find(cfg.init_from, cfg.registry, stages=("sft", "dpo", "ppo"))
     ready.check(cfg, STAGE, origin)
+    load.announce(bf16=models.uses_bf16(cfg.train.precision))
     parent = ranks.from_rank_0("reading the parent", lambda: origin.parent("init_from"))
     tokens = load_tokens(origin, cfg.template)
     loaded = data.read_demonstrations(cfg.data)

@@ -62,12 +62,17 @@ class StopAtNonFinite(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """All ranks agree by a sum, so all of them raise and none waits for the others."""
-        gradients = [p.grad for p in self.trainer.model.parameters() if p.grad is not None]  # none of them under DeepSpeed
-        norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=args.device)
-        flags = torch.stack([self.trainer.nonfinite.float(), (~torch.isfinite(norm)).float().to(args.device)])
+        flags = torch.stack([self.trainer.nonfinite.float(), (~torch.isfinite(self.norm())).float().to(args.device)])
         loss, gradient = self.trainer.accelerator.reduce(flags, "sum").tolist()
         if loss or gradient:
             raise UserError(not_finite(f"the {'loss' if loss else 'gradient'} is not finite", state.global_step + 1))
+
+    def norm(self) -> torch.Tensor:
+        """The norm of the gradient, []. DeepSpeed has taken the step by now; no save was written since, so a resume is as sound."""
+        if self.trainer.is_deepspeed_enabled:
+            return torch.as_tensor(self.trainer.model_wrapped.get_global_grad_norm())
+        gradients = [p.grad for p in self.trainer.model.parameters() if p.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
 
 
 @torch.no_grad()

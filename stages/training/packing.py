@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from configs.errors import UserError
+from stages.zero import gather
 
 TOLERANCE = 1e-3  # nats, relative to 1 + |log-prob|; a leak moves log-probs by far more
 
@@ -48,5 +49,6 @@ def _logprobs(model: Any, ids: list[int], positions: list[int]) -> torch.Tensor:
     """Log-probs of every next token, [len(ids) - 1] nats."""
     device = next(model.parameters()).device
     batch = {"input_ids": torch.tensor([ids], device=device), "position_ids": torch.tensor([positions], device=device)}
-    logits = model(**batch, use_cache=False).logits[0, :-1].float()
+    with gather.forward_possible(model):
+        logits = model(**batch, use_cache=False).logits[0, :-1].float()
     return logits.log_softmax(-1).gather(-1, batch["input_ids"][0, 1:, None]).squeeze(-1)

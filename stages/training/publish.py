@@ -13,6 +13,7 @@ from stages import models
 from stages.registry import Parent, Registry
 from stages.tokens import ModelTokens
 from stages.training.ranks import from_rank_0, say, world_size
+from stages.zero import gather
 
 
 def digest(parent: Parent) -> str:
@@ -39,11 +40,10 @@ def publish(
     accelerator = trainer.accelerator
     model = accelerator.unwrap_model(trainer.model)
     adapter = hasattr(model, "peft_config")
-    sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
-    state = accelerator.get_state_dict(trainer.model_wrapped) if sharded else None  # a collective: on every rank
+    state = whole_state(trainer, model, adapter)  # a collective: on every rank
     stage_info = dict(info.get("stage_info") or {})
     if adapter:
-        vocabulary = model.get_input_embeddings().weight.shape[0]
+        vocabulary = gather.shape(model.get_input_embeddings().weight)[0]
         stage_info["adapter"] = models.adapter_facts(origin) | {"vocabulary": vocabulary}
 
     def write(folder: Path) -> None:
@@ -53,6 +53,19 @@ def publish(
         )  # fmt: skip
 
     return publish_checkpoint(cfg, stage, write, parents=parents, info={**info, "tokenizer": tokens.facts, "stage_info": stage_info}, eval_set=eval_set)
+
+
+def whole_state(trainer: Any, model: Any, adapter: bool) -> dict[str, Any] | None:
+    """What `save_pretrained` must be given where a process does not hold the whole model as plain tensors; a collective.
+
+    Of a model with an adapter, only what peft writes: trained tensors, and the embeddings in case they have grown.
+    """
+    if trainer.is_fsdp_enabled:
+        return trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if not trainer.is_deepspeed_enabled:
+        return None
+    embeddings = {id(p) for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None for p in layer.parameters()}
+    return gather.state(model, (lambda _, value: value.requires_grad or id(value) in embeddings) if adapter else None)
 
 
 def publish_checkpoint(
