@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from configs.errors import UserError
+from launch.nodes import Nodes, add_options
+
 STAGES = {
     "sft": "fine-tune a model on demonstrations",
     "reward": "train a reward model on preference pairs",
@@ -18,8 +21,6 @@ STAGES = {
 
 def add_parser(verbs: argparse._SubParsersAction) -> None:
     """Add one verb per stage."""
-    from launch.nodes import add_options
-
     for stage, line in STAGES.items():
         parser = verbs.add_parser(
             stage,
@@ -61,21 +62,28 @@ def run_stage(args: argparse.Namespace) -> int:
     config_file = cfg.output / ("plan.yaml" if args.dry_run else "config.yaml")  # a dry run leaves a real run's config alone
     command = stage_command(f"stages.{stage}", config_file, machine, cfg.processes, nodes)
     record = {"stage": stage, "name": cfg.name, "output": str(cfg.output), "config": str(config_file), "command": command.typed}
-    save(cfg, config_file)
+    if nodes.rank == 0 or args.dry_run:
+        save(cfg, config_file)
     if args.dry_run:
         changes = described(cfg)
         print(json.dumps(record | ({"preset": changes} if changes else {})) if args.json else "\n".join([*changes, command.typed]))
         return 0
-    return _start(command, record, cfg, args.json)
+    return _start(command, record, cfg, args.json, nodes)
 
 
-def _start(command: Any, record: dict[str, Any], cfg: Any, as_json: bool) -> int:
+def _start(command: Any, record: dict[str, Any], cfg: Any, as_json: bool, nodes: Nodes) -> int:
     from launch.process import run_child
 
     print(command.typed, file=sys.stderr if as_json else sys.stdout, flush=True)
-    stage, log_file = record["stage"], cfg.output / "logs" / f"{record['stage']}.log"
+    stage = record["stage"]
+    log_file = cfg.output / "logs" / (f"{stage}.node{nodes.rank}.log" if nodes.rank else f"{stage}.log")
     before = _newest(cfg, stage)
-    outcome = run_child(command.argv, command.environment(), log_file, prefix=stage, to_stderr=as_json)
+    if nodes.count > 1:
+        _meet(nodes, command, record, cfg)
+    env = command.environment(**({"ALIGN_RENDEZVOUS_TIMEOUT": str(nodes.timeout)} if nodes.count > 1 else {}))
+    outcome = run_child(command.argv, env, log_file, prefix=stage, to_stderr=as_json)
+    if nodes.count > 1 and outcome.code not in (0, 2) and not outcome.interrupted:
+        print(f"error: {stage} ended with exit code {outcome.code} on node {nodes.rank} of {nodes.count}; its log: {log_file}; another node may have failed first, see the logs beside it", file=sys.stderr)
     after = _newest(cfg, stage) if outcome.code == 0 else None
     published = after if after != before else None
     if as_json:
@@ -83,6 +91,24 @@ def _start(command: Any, record: dict[str, Any], cfg: Any, as_json: bool) -> int
     elif published:
         print(f"published {published} in {cfg.registry}; log: {log_file}")
     return outcome.code
+
+
+def _meet(nodes: Nodes, command: Any, record: dict[str, Any], cfg: Any) -> None:
+    """Wait for the other nodes; after that, the config that node 0 has written must be there on this node too.
+
+    Raises:
+        UserError: a node that is missing, unreachable or about to start something else; a working folder that the nodes do not share.
+    """
+    from configs.load import dump
+    from launch.meeting import meet, versions
+    from stages.nodes.agree import appears
+
+    about = {"stage": record["stage"], "processes": command.processes, "config": cfg.model_dump(mode="json"), "versions": versions()}
+    meet(nodes, about)
+    if nodes.rank and not appears(Path(record["config"]), dump(cfg)):
+        raise UserError(
+            f"node {nodes.rank} does not see the {record['config']} that node 0 has written; output must be a folder that all nodes share, under the same path"
+        )
 
 
 def _newest(cfg: Any, stage: str) -> str | None:

@@ -20,6 +20,7 @@ def main(cfg: DPOStage) -> None:
     from trl import DPOConfig, DPOTrainer
 
     from stages import data, models
+    from stages.nodes.once import once_per_node
     from stages.tokens import load_tokens, refuse_other_tokens
     from stages.training import build, measures, plan, publish, ranks, ready, resume, text
     from stages.zero import load
@@ -32,15 +33,16 @@ def main(cfg: DPOStage) -> None:
     parents = ranks.from_rank_0("reading the parents", lambda: [origin.parent("init_from"), tied_to.parent("reference")])
     tokens = load_tokens(origin, cfg.template)
     refuse_other_tokens(tokens, tied_to, cfg)
-    loaded = data.read_pairs(cfg.data)
+    loaded = once_per_node("reading the data", lambda: data.read_pairs(cfg.data), node_0_first=True)
     splits = data.Splitter(cfg.split).split(loaded.rows)
 
     dtype = models.weights_dtype(cfg.train.precision, frozen=cfg.lora is not None)
     policy = models.load_policy(origin, dtype=dtype, attn_implementation=cfg.attn_implementation)
     limit = text.fit(policy, tokens, cfg)
     reference = load_reference(policy, tied_to, cfg, shared=cfg.lora is not None and tied_to.identity == origin.identity)
-    train, too_long = data.encode_pairs(tokens.formatter, splits.train, limit, cfg.overlong)
-    validation, too_long_v = data.encode_pairs(tokens.formatter, splits.validation, limit, cfg.overlong, may_be_empty=True)
+    (train, too_long), (validation, too_long_v) = once_per_node("tokenising", lambda: [
+        data.encode_pairs(tokens.formatter, rows, limit, cfg.overlong, may_be_empty=rows is not splits.train) for rows in (splits.train, splits.validation)
+    ])  # fmt: skip
     facts = text.data_facts(loaded, splits, {"train": too_long, "validation": too_long_v})
     text.report_rows(facts, loaded.report.warnings)
 

@@ -19,6 +19,7 @@ def main(cfg: RewardStage) -> None:
     from trl import RewardConfig, RewardTrainer
 
     from stages import data, models
+    from stages.nodes.once import once_per_node
     from stages.tokens import load_tokens
     from stages.training import build, measures, plan, publish, ranks, ready, resume, scoring, text
     from stages.zero import load
@@ -28,15 +29,15 @@ def main(cfg: RewardStage) -> None:
     load.announce(bf16=models.uses_bf16(cfg.train.precision))
     parent = ranks.from_rank_0("reading the parent", lambda: origin.parent("init_from"))
     tokens = load_tokens(origin, cfg.template)
-    loaded = data.read_pairs(cfg.data)
+    loaded = once_per_node("reading the data", lambda: data.read_pairs(cfg.data), node_0_first=True)
     splits = data.Splitter(cfg.split).split(loaded.rows)
 
     model = load_model(origin, cfg, tokens.pad_id)
     limit = text.fit(model, tokens, cfg)
-    parts = {
+    parts = once_per_node("tokenising", lambda: {
         name: data.encode_pairs(tokens.formatter, getattr(splits, name), limit, cfg.overlong, may_be_empty=name != "train")
         for name in ("train", "validation", "test")
-    }
+    })  # fmt: skip
     facts = text.data_facts(loaded, splits, {name: dropped for name, (_, dropped) in parts.items()})
     text.report_rows(facts, loaded.report.warnings)
     train, validation, _ = ([whole(pair, cfg.use_margin) for pair in pairs] for pairs, _ in parts.values())

@@ -17,6 +17,7 @@ def main(cfg: SFTStage) -> None:
     from trl import SFTConfig, SFTTrainer
 
     from stages import data, models
+    from stages.nodes.once import once_per_node
     from stages.tokens import load_tokens
     from stages.training import build, measures, plan, publish, ranks, ready, resume, text
     from stages.zero import load
@@ -26,14 +27,16 @@ def main(cfg: SFTStage) -> None:
     load.announce(bf16=models.uses_bf16(cfg.train.precision))
     parent = ranks.from_rank_0("reading the parent", lambda: origin.parent("init_from"))
     tokens = load_tokens(origin, cfg.template)
-    loaded = data.read_demonstrations(cfg.data)
+    loaded = once_per_node("reading the data", lambda: data.read_demonstrations(cfg.data), node_0_first=True)
     splits = data.Splitter(cfg.split).split(loaded.rows)
 
     dtype = models.weights_dtype(cfg.train.precision, frozen=cfg.lora is not None)
     model = models.load_policy(origin, dtype=dtype, attn_implementation=cfg.attn_implementation)
     limit = text.fit(model, tokens, cfg)
-    train, too_long = data.encode_demonstrations(tokens.formatter, splits.train, limit, cfg.overlong, cfg.loss_on)
-    validation, too_long_v = data.encode_demonstrations(tokens.formatter, splits.validation, limit, cfg.overlong, cfg.loss_on, may_be_empty=True)
+    (train, too_long), (validation, too_long_v) = once_per_node("tokenising", lambda: [
+        data.encode_demonstrations(tokens.formatter, rows, limit, cfg.overlong, cfg.loss_on, may_be_empty=rows is not splits.train)
+        for rows in (splits.train, splits.validation)
+    ])  # fmt: skip
     facts = text.data_facts(loaded, splits, {"train": too_long, "validation": too_long_v})
     text.report_rows(facts, loaded.report.warnings)
     for covered in data.prove_loss_mask(tokens.formatter, train):

@@ -9,6 +9,7 @@ from configs.schema import PPOStage
 from rewards.model import RewardModelScorer
 from rewards.protocol import scorer_prompt, turns_of
 from stages import data
+from stages.nodes.once import once_per_node
 from stages.ppo.build import PPOModels
 from stages.ppo.collect import PromptSet
 from stages.ppo.evaluation import EvaluationSet
@@ -25,14 +26,18 @@ def load_prompts(cfg: PPOStage, formatter: data.Formatter, limit: int) -> tuple[
     Raises:
         UserError: unreadable prompts, or none left.
     """
-    splits = data.Splitter(cfg.split).split(data.read_prompts(cfg.prompts).rows)
+    splits = data.Splitter(cfg.split).split(_read(cfg.prompts))
     _refuse_reserved(splits.train)
-    rows, dropped = data.encode_prompts(
+    rows, dropped = once_per_node("tokenising", lambda: data.encode_prompts(
         formatter, splits.train, max_length=limit, max_new_tokens=cfg.sampling.max_new_tokens, overlong=cfg.overlong
-    )
+    ))  # fmt: skip
     say(f"ppo: {len(rows)} prompts to train on, {len(splits.validation)} for validation, {len(splits.test)} held out, {dropped} too long")
     fingerprint = splits.report["fingerprint"]["train"]
     return _prompt_set(rows), splits.report | {"fingerprint": fingerprint, "dropped": {"too_long": dropped}}
+
+
+def _read(sources: Any) -> list[data.Prompt]:
+    return once_per_node("reading the prompts", lambda: data.read_prompts(sources), node_0_first=True).rows
 
 
 def _prompt_set(rows: list[dict[str, Any]]) -> PromptSet:
@@ -48,18 +53,18 @@ def load_evaluation(cfg: PPOStage, formatter: data.Formatter, limit: int) -> Eva
     if cfg.evaluation is None:
         return None
     splitter = data.Splitter(cfg.split)
-    training = splitter.split(data.read_prompts(cfg.prompts).rows)
+    training = splitter.split(_read(cfg.prompts))
     rows, place = training.validation, "the validation part of prompts is empty (split.validation)"
     if cfg.evaluation.prompts is not None:
         trained = {data.group_key(row.prompt) for row in training.train}
-        own = data.read_prompts(cfg.evaluation.prompts).rows
+        own = _read(cfg.evaluation.prompts)
         rows = [row for row in own if splitter.of(row) != "test" and data.group_key(row.prompt) not in trained]
         place = f"evaluation.prompts holds {len(own)} prompts, all of the test part or trained on"
     rows = data.one_per_group(rows)
     _refuse_reserved(rows)
-    encoded, dropped = data.encode_prompts(
+    encoded, dropped = once_per_node("tokenising", lambda: data.encode_prompts(
         formatter, rows, max_length=limit, max_new_tokens=cfg.sampling.max_new_tokens, overlong="drop", may_be_empty=True
-    )
+    ))  # fmt: skip
     if rows and not encoded:
         place = f"all {len(rows)} held-out prompts leave no room for sampling.max_new_tokens within max_length"
     if not encoded:

@@ -14,6 +14,7 @@ import torch
 
 from configs.schema import PPOStage
 from stages import data
+from stages.nodes.once import once_per_node
 from stages.ppo.forward import hidden_states, token_outputs
 from stages.ppo.modules import PolicyAndValue
 from stages.ppo.order import stream
@@ -78,8 +79,9 @@ def load_mix(cfg: PPOStage, tokens: ModelTokens, policy: Any) -> tuple[Mix | Non
     """
     if cfg.ptx is None or not cfg.ptx.coef:
         return None, {}
-    loaded = data.read_demonstrations(cfg.ptx.data)
+    sources, limit = cfg.ptx.data, text.row_limit(policy, cfg)
+    loaded = once_per_node("reading ptx.data", lambda: data.read_demonstrations(sources), node_0_first=True)
     splits = data.Splitter(cfg.split).split(loaded.rows)
-    rows, too_long = data.encode_demonstrations(tokens.formatter, splits.train, text.row_limit(policy, cfg), cfg.overlong)
+    rows, too_long = once_per_node("tokenising ptx.data", lambda: data.encode_demonstrations(tokens.formatter, splits.train, limit, cfg.overlong))
     say(f"ppo: {len(rows)} demonstrations to mix in with coefficient {cfg.ptx.coef:g}, {too_long} too long")
     return Mix(rows, cfg.ptx.coef, cfg.ptx.ratio, tokens.pad_id), text.data_facts(loaded, splits, {"train": too_long})

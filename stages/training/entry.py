@@ -35,9 +35,11 @@ def run(main: Callable[[Any], None], kind: str, argv: Sequence[str] | None = Non
     try:
         from configs.load import load
         from stages import models
+        from stages.nodes import agree, join
 
         refuse_foreign_accumulation()
-        cfg = load(arguments.config, kind, arguments.overrides)
+        join.join()
+        cfg = agree.same_config(lambda: load(arguments.config, kind, arguments.overrides))
         main(from_rank_0("looking up the checkpoints", lambda: models.pinned(cfg)))
     except UserError as error:
         if rank():

@@ -10,6 +10,7 @@ from typing import Any
 from configs.errors import UserError
 from configs.schema import StageConfig, TRLStage
 from stages import models
+from stages.nodes import agree
 from stages.registry import Parent, Registry
 from stages.tokens import ModelTokens
 from stages.training.ranks import from_rank_0, say, world_size
@@ -88,5 +89,6 @@ def publish_checkpoint(
         return checkpoint.ref, checkpoint.id
 
     ref, checkpoint_id = from_rank_0(f"publishing {stage}/{cfg.name}", on_rank_0)
+    agree.check_published(cfg.registry, ref, checkpoint_id)
     say(f"published {ref} ({checkpoint_id}) in {cfg.registry}")
     return str(ref)

@@ -9,6 +9,7 @@ from configs.errors import UserError
 from configs.schema import StageConfig
 from stages import models
 from stages.data import Splitter
+from stages.nodes import agree
 from stages.registry import Registry, contract
 from stages.training.ranks import from_rank_0
 
@@ -50,3 +51,5 @@ def check(cfg: StageConfig, stage: str, *origins: models.Origin) -> None:
         models.verify(*origins)
 
     from_rank_0("verifying what the stage starts from", on_rank_0)
+    agree.check_shared({"registry": cfg.registry, "output": output_folder(cfg, stage)})
+    agree.check_same_models(origin.folder for origin in origins)
