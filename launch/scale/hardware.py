@@ -49,11 +49,11 @@ class Efficiency:
     of a number by all that is not a matrix product, forward. launch: host seconds per layer and forward pass.
     """
 
-    gemm: float = 0.7
+    gemm: float = 0.77
     memory: float = 0.8
     links: float = 0.8
     overlap: float = 0.8
-    activation_traffic: float = 60.0
+    activation_traffic: float = 206.0
     launch: float = 0.5e-3
 
 
@@ -74,6 +74,7 @@ class Hardware:
         return -(-devices // self.network.node_size)
 
 
+CHAT_GEMM = 0.45  # DeepSpeed-Chat's share of the peak, set on OPT-13B on 8 A100-80GB (launch/scale/validate.py)
 GB, GIB = 1e9, 2**30
 A100_80 = Device("A100-80GB", 312e12, 2.039e12, 80 * GIB)
 A100_40 = Device("A100-40GB", 312e12, 1.555e12, 40 * GIB)
@@ -87,8 +88,8 @@ PCIE = Network(8, 25 * GB, 5e-6, 12.5 * GB, 15e-6)  # PCIe 4.0 x16 and one adapt
 HARDWARE = {
     "a100-80gb": Hardware(A100_80, NVLINK3),
     "a100-40gb": Hardware(A100_40, NVLINK3),
-    "h100-80gb": Hardware(H100, NVLINK4, Efficiency(gemm=0.5)),
-    "h200-141gb": Hardware(H200, NVLINK4, Efficiency(gemm=0.5)),
+    "h100-80gb": Hardware(H100, NVLINK4, Efficiency(gemm=0.605)),
+    "h200-141gb": Hardware(H200, NVLINK4, Efficiency(gemm=0.605)),
     "a6000-48gb": Hardware(A6000, PCIE),
 }
 BY_MEMORY = {80: "a100-80gb", 40: "a100-40gb", 141: "h200-141gb", 48: "a6000-48gb"}  # --gpus 8x80GB names no kind: the older one is assumed

@@ -3,7 +3,8 @@
 Assumptions: matrix products reach a fixed share of the peak; what is not a matrix product moves memory and adds its time; attention counts
 4 × layers × hidden × length FLOPs per token forward, as in PaLM's definition of model FLOPs (twice what a causal kernel needs, which
 makes up for its lower share of the peak); communication hides under a fixed share of the pass it belongs to; rows have equal lengths.
-Not modelled: offloading, pipeline and sequence parallelism, imbalance of lengths, the data loader, evaluation and saving.
+Not modelled: offloading, pipeline and sequence parallelism, imbalance of lengths, the data loader, evaluation and saving, and that all wait
+for the slowest: published runs lost 1 to 7 % of a GPU's speed from 16 to 128 GPUs where this predicts none (launch/scale/validate.py).
 """
 
 from __future__ import annotations
