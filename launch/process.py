@@ -22,15 +22,18 @@ PR_SET_PDEATHSIG = 1
 # What torch's elastic agent (or Python, on Ctrl-C) writes once a worker has failed: about itself, not about the user's mistake.
 AGENT_REPORT = re.compile(rb"^(Traceback \(most recent|[WE]\d{4} \d\d:|\[rank\d+\]|error: )")
 WORKER_EXIT_2 = re.compile(rb"exitcode\s*:\s*2\b")
+WORKER_DIED = re.compile(rb"failed \(exitcode: -\d+\)")  # the first worker that failed was ended by a signal
 
 
 @dataclass
 class Outcome:
-    """How a child ended: its exit code as a shell counts it (128 + signal), wall seconds, whether we were told to stop meanwhile."""
+    """How a child ended: its exit code as a shell counts it (128 + signal), wall seconds, whether we were told to stop meanwhile, and
+    whether a signal ended it or the worker of its that failed first (SIGABRT: libraries that were unloaded in the wrong order)."""
 
     code: int
     seconds: float
     interrupted: bool = False
+    died: bool = False
 
 
 @dataclass
@@ -44,6 +47,7 @@ class _Stream:
     stopping: Callable[[], bool] = lambda: False
     said_error: bool = False
     worker_exit_2: bool = False
+    worker_died: bool = False
     muted: bool = False
     _broken: bool = field(default=False, repr=False)
 
@@ -53,6 +57,7 @@ class _Stream:
             self.log.write(line + b"\n")
             self.log.flush()
             self.worker_exit_2 |= bool(WORKER_EXIT_2.search(line))
+            self.worker_died |= bool(WORKER_DIED.search(line))
             self.muted = self.muted or (bool(AGENT_REPORT.match(line)) and (self.said_error or self.stopping()))
             self.said_error |= line.startswith(b"error: ")
             if not self.muted:
@@ -132,7 +137,8 @@ def run_child(
     elif code == 1 and signal.SIGTERM in signals.received:
         code = 128 + signal.SIGTERM  # the elastic agent's own way to end after SIGTERM
     interrupted = any(number != getattr(signal, "SIGUSR1", None) for number in signals.received)
-    return Outcome(code, time.monotonic() - started, interrupted)
+    died = code > 128 or (code == 1 and stream.worker_died and not stream.said_error)
+    return Outcome(code, time.monotonic() - started, interrupted, died)
 
 
 def kill_group(group: int) -> None:

@@ -82,15 +82,24 @@ def _start(command: Any, record: dict[str, Any], cfg: Any, as_json: bool, nodes:
         _meet(nodes, command, record, cfg)
     env = command.environment(**({"ALIGN_RENDEZVOUS_TIMEOUT": str(nodes.timeout)} if nodes.count > 1 else {}))
     outcome = run_child(command.argv, env, log_file, prefix=stage, to_stderr=as_json)
-    if nodes.count > 1 and outcome.code not in (0, 2) and not outcome.interrupted:
-        print(f"error: {stage} ended with exit code {outcome.code} on node {nodes.rank} of {nodes.count}; its log: {log_file}; another node may have failed first, see the logs beside it", file=sys.stderr)
-    after = _newest(cfg, stage) if outcome.code == 0 else None
+    after = _newest(cfg, stage) if outcome.code == 0 or outcome.died else None
     published = after if after != before else None
+    code = outcome.code
+    if published and outcome.died and not outcome.interrupted:
+        print(died_after_publishing(stage, published, log_file), file=sys.stderr)
+        code = 0
+    if nodes.count > 1 and code not in (0, 2) and not outcome.interrupted:
+        print(f"error: {stage} ended with exit code {code} on node {nodes.rank} of {nodes.count}; its log: {log_file}; another node may have failed first, see the logs beside it", file=sys.stderr)
     if as_json:
-        print(json.dumps({**record, "log": str(log_file), "exit_code": outcome.code, "seconds": round(outcome.seconds, 1), "checkpoint": published}))
+        print(json.dumps({**record, "log": str(log_file), "exit_code": code, "seconds": round(outcome.seconds, 1), "checkpoint": published}))
     elif published:
         print(f"published {published} in {cfg.registry}; log: {log_file}")
-    return outcome.code
+    return code
+
+
+def died_after_publishing(stage: str, published: str, log: Path) -> str:
+    """What to say of a stage whose processes did not end by themselves. Publishing is the last thing that a stage does: its work is whole."""
+    return f"warning: {stage} published {published}; then, as it ended, a signal ended a process of it. Nothing is lost (its log: {log})"
 
 
 def _meet(nodes: Nodes, command: Any, record: dict[str, Any], cfg: Any) -> None:

@@ -29,7 +29,7 @@ def main(cfg: DPOStage) -> None:
     origin = models.find(cfg.init_from, cfg.registry, stages=("sft", "dpo", "ppo"))
     tied_to = models.find(cfg.reference, cfg.registry, stages=("sft", "dpo", "ppo")) if cfg.reference else origin
     ready.check(cfg, STAGE, origin, tied_to)
-    load.announce(bf16=models.uses_bf16(cfg.train.precision))
+    load.announce(cfg.train)
     parents = ranks.from_rank_0("reading the parents", lambda: [origin.parent("init_from"), tied_to.parent("reference")])
     tokens = load_tokens(origin, cfg.template)
     refuse_other_tokens(tokens, tied_to, cfg)

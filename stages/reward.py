@@ -26,7 +26,7 @@ def main(cfg: RewardStage) -> None:
 
     origin = models.find(cfg.init_from, cfg.registry, stages=("sft", "dpo", "ppo", "reward"))
     ready.check(cfg, STAGE, origin)
-    load.announce(bf16=models.uses_bf16(cfg.train.precision))
+    load.announce(cfg.train)
     parent = ranks.from_rank_0("reading the parent", lambda: origin.parent("init_from"))
     tokens = load_tokens(origin, cfg.template)
     loaded = once_per_node("reading the data", lambda: data.read_pairs(cfg.data), node_0_first=True)

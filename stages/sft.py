@@ -24,7 +24,7 @@ def main(cfg: SFTStage) -> None:
 
     origin = models.find(cfg.init_from, cfg.registry, stages=("sft", "dpo", "ppo"))
     ready.check(cfg, STAGE, origin)
-    load.announce(bf16=models.uses_bf16(cfg.train.precision))
+    load.announce(cfg.train)
     parent = ranks.from_rank_0("reading the parent", lambda: origin.parent("init_from"))
     tokens = load_tokens(origin, cfg.template)
     loaded = once_per_node("reading the data", lambda: data.read_demonstrations(cfg.data), node_0_first=True)

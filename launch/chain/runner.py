@@ -18,6 +18,7 @@ from launch.chain.progress import Progress
 from launch.chain.steps import Step, steps_of
 from launch.command import Command, load_machine, python_command, stage_command
 from launch.process import run_child
+from launch.stage_cli import died_after_publishing
 
 if TYPE_CHECKING:
     from stages.registry import Checkpoint
@@ -146,12 +147,17 @@ class Runner:
         self.progress.say(f"    {command.typed}")
         log = self.chain.output / "logs" / f"{step.name}.log"
         env = command.environment(ALIGN_INPUTS_KEY=decision.key or "")
+        before = {checkpoint.id for checkpoint in self._made(decision)} if step.kind == "stage" else set()
         outcome = run_child(
             command.argv, env, log, prefix=step.name, to_stderr=self.as_json, on_line=self.progress.line, on_start=self.lock.record_child
         )  # fmt: skip
-        if outcome.code or outcome.interrupted:
+        made = self._made(decision) if step.kind == "stage" else []
+        new = [checkpoint for checkpoint in made if checkpoint.id not in before]
+        if outcome.died and new and not outcome.interrupted:
+            print(died_after_publishing(step.name, new[-1].ref, log), file=sys.stderr)
+        elif outcome.code or outcome.interrupted:
             return self._failed(step, outcome.code or 130, outcome.interrupted, log)
-        checkpoint = self._published(decision, log) if step.kind == "stage" else None
+        checkpoint = self._published(decision, made, log) if step.kind == "stage" else None
         self.decider.done(step, checkpoint)
         if folder is not None:
             write_attempt(folder, decision, finished=True)
@@ -168,13 +174,16 @@ class Runner:
             print(f"error: {step.name} {how}; its log: {log}; to continue once that is mended: {self.again}", file=sys.stderr)
         return code
 
-    def _published(self, decision: Decision, log: Path) -> Checkpoint:
-        name = getattr(self.chain, decision.step.name).name
+    def _made(self, decision: Decision) -> list[Checkpoint]:
+        """What has been published by this step from these inputs, oldest first."""
         registry = self.decider.registry()
-        found = registry.list(stage=decision.step.name, name=name) if registry else []
-        made = [checkpoint for checkpoint in found if checkpoint.info("inputs_key") == decision.key]
+        found = registry.list(stage=decision.step.name, name=getattr(self.chain, decision.step.name).name) if registry else []
+        return [checkpoint for checkpoint in found if checkpoint.info("inputs_key") == decision.key]
+
+    def _published(self, decision: Decision, made: list[Checkpoint], log: Path) -> Checkpoint:
         if not made:
-            raise UserError(f"{decision.step.name} ended without publishing {decision.step.name}/{name} in {self.chain.registry}; its log: {log}")
+            name = f"{decision.step.name}/{getattr(self.chain, decision.step.name).name}"
+            raise UserError(f"{decision.step.name} ended without publishing {name} in {self.chain.registry}; its log: {log}")
         return made[-1]
 
     def _finish(self) -> int:

@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from configs.errors import UserError
-from stages.training.ranks import from_rank_0, leave, rank, say
+from stages.training.ranks import from_rank_0, rank, say
+from stages.zero.leave import leave
 
 __all__ = ["rank", "run", "say"]
 
@@ -36,8 +37,10 @@ def run(main: Callable[[Any], None], kind: str, argv: Sequence[str] | None = Non
         from configs.load import load
         from stages import models
         from stages.nodes import agree, join
+        from stages.zero import machine
 
         refuse_foreign_accumulation()
+        machine.check_compiler()
         join.join()
         cfg = agree.same_config(lambda: load(arguments.config, kind, arguments.overrides))
         main(from_rank_0("looking up the checkpoints", lambda: models.pinned(cfg)))
@@ -47,7 +50,7 @@ def run(main: Callable[[Any], None], kind: str, argv: Sequence[str] | None = Non
         print(f"error: {error}" if rank() == 0 else f"error: [rank {rank()}] {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     finally:
-        leave()
+        leave(sys.exc_info()[1])
 
 
 def end_with_the_launcher() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -34,13 +33,6 @@ def process_group() -> Any:
     from accelerate import PartialState
 
     return PartialState() if torch.cuda.is_available() else PartialState(cpu=True)
-
-
-def leave() -> None:
-    """Leave the process group, where there is one: gloo's threads abort a process that ends while they run."""
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
 
 
 def wait_for_everyone() -> None:

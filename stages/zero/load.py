@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
-from stages.zero.machine import plugin
+from configs.schema import Train
+from stages.models import uses_bf16
+from stages.training.ranks import world_size
+from stages.zero.machine import check_settings, plugin
 
 _announced: list[Any] = []  # transformers keeps a weak reference: what it looks at must live as long as models are loaded
 
 
-def announce(*, bf16: bool) -> None:
+def announce(train: Train) -> None:
     """Tell transformers what the machine file says, before the first model is loaded: `from_pretrained` then splits each parameter as it
     is made, where the ZeRO stage is 3 and `zero3_init_flag` is not false.
 
-    `bf16`: the engine will compute in bf16, so the parts are bf16 (the optimizer keeps float32 of its own).
+    Where the engine will compute in bf16 the parts are bf16 (the optimizer keeps float32 of its own).
+
+    Raises:
+        UserError: the machine file states what is the stage's to decide, and otherwise.
     """
+    bf16 = uses_bf16(train.precision)
+    check_settings(train, bf16=bf16, processes=world_size())
     found = plugin()
     _announced.clear()
     if found is None:

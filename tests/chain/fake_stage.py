@@ -53,4 +53,13 @@ else:
 
     metrics = {"accuracy": 0.8, "best_shortcut": 0.7, "ece": 0.05} if name == "reward" else {}
     info = {"inputs_key": os.environ["ALIGN_INPUTS_KEY"], "config": cfg, "metrics": metrics}
+    if behaviour == "abort before publishing":
+        os.abort()
     Registry(cfg["registry"]).publish(name, cfg["name"], write, info=info)
+    if behaviour == "abort":
+        os.abort()
+    if behaviour == "worker aborts":  # what torch's elastic agent says of a worker that aborted, and how it ends then
+        print("E1122 22:30:17.239000 12230 torch/distributed/elastic/multiprocessing/api.py:1002] failed (exitcode: -6) local_rank: 0 (pid: 7)")
+        sys.exit(1)
+    if behaviour == "fails late":
+        raise ZeroDivisionError("not the user's fault, and no signal")

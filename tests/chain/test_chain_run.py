@@ -197,6 +197,24 @@ def test_a_crash_stops_the_chain_with_its_code_and_names_the_log(world, capfd):
     assert "ZeroDivisionError" in (world.out / "logs" / "reward.log").read_text()
 
 
+@pytest.mark.parametrize("behaviour", ["abort", "worker aborts"])
+def test_a_stage_whose_process_dies_of_a_signal_after_publishing_is_judged_by_what_it_published(world, behaviour, capfd):
+    world.behave(sft=behaviour)
+    assert world.run() == 0
+    assert world.calls() == ALL
+    assert "warning: sft published sft/tiny@1; then, as it ended, a signal ended a process of it" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("behaviour", "code"), [("abort before publishing", 134), ("fails late", 1)])
+def test_other_failures_are_not_hidden_behind_that(world, behaviour, code):
+    """Nothing published, though an older result of the same name is there; or published, and then an error of our own."""
+    world.run()
+    world.calls()
+    world.behave(sft=behaviour)
+    assert world.run(start="sft") == code
+    assert world.calls() == ["sft"]
+
+
 def test_a_stage_that_publishes_nothing_is_an_error(world):
     world.behave(sft="publish nothing")
     with pytest.raises(UserError, match="without publishing sft/tiny"):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from stages.ppo import state
-from stages.training.ranks import leave
+from stages.zero.leave import leave
 from tests.stage import ppo_runs
 
 

@@ -208,6 +208,14 @@ def test_a_crash_is_not_taken_for_a_user_error(tmp_path):
     assert _child("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", tmp_path).code == 137
 
 
+def test_a_signal_that_ended_the_process_or_its_first_worker_is_told_apart_from_an_error(tmp_path):
+    agent = "import sys; print('api.py:1002] failed (exitcode: {}) local_rank: 0'); print('[1]: exitcode  : -15'); sys.exit(1)"
+    assert _child(agent.format(-6), tmp_path).died
+    assert not _child(agent.format(1), tmp_path).died
+    assert not _child("print('error: x'); " + agent.format(-6), tmp_path).died
+    assert _child("import os; os.abort()", tmp_path).died
+
+
 def test_the_traceback_of_an_interrupt_is_for_the_log(tmp_path):
     code = (
         "import os, sys\nfrom pathlib import Path\nfrom launch.process import run_child\n"

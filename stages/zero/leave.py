@@ -1,0 +1,54 @@
+"""How a process of a distributed run ends: the group is shut down in order, then the process is gone at once.
+
+Left to itself, Python tears the process down while DeepSpeed still holds gloo's groups and their threads run: about one two-process run
+in twenty then aborts ("terminate called without an active exception", exit code -6) although all its work is done.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import sys
+import threading
+import traceback
+from typing import NoReturn
+
+from stages.training.ranks import wait_for_everyone
+
+
+def leave(error: BaseException | None = None) -> None:
+    """Leave the process group, where there is one, and then end this process with the exit code that Python would give it for `error`
+    (what ended the run, if anything did). Without a group this returns, and Python ends the process as ever.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return
+    if error is None:
+        wait_for_everyone()  # nobody leaves while another may still ask it for something; after an error others may never come here
+    distributed.destroy_process_group()
+    end(exit_code(error))
+
+
+def exit_code(error: BaseException | None) -> int:
+    """The exit code for what ended the run; prints the traceback of what is neither a normal end nor sys.exit."""
+    if error is None:
+        return 0
+    if isinstance(error, SystemExit):
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    traceback.print_exception(error)
+    return 130 if isinstance(error, KeyboardInterrupt) else 1
+
+
+def end(code: int) -> NoReturn:
+    """End the process as Python does, threads and exit handlers first (trackers send what they hold), but without unloading libraries."""
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # the reader has gone
+            stream.flush()
+    os._exit(code)

@@ -1,0 +1,51 @@
+"""How a process that has met others ends: with the exit code that Python would give, after threads and exit handlers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# A group of one process: enough for leave() to end it. The thread would abort the process if libraries were unloaded under it.
+PROGRAM = """
+import atexit, os, sys, threading, time
+import torch.distributed as dist
+from configs.errors import UserError
+from stages.zero.leave import leave
+dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
+atexit.register(lambda: print("handler ran"))
+threading.Thread(target=lambda: (time.sleep(0.2), print("thread done"))).start()
+print("no newline, not flushed", end=" ")
+try:
+    {body}
+finally:
+    leave(sys.exc_info()[1])
+print("leave returned")
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "said"),
+    [
+        ("pass", 0, ""),
+        ("sys.exit(2)", 2, ""),
+        ("sys.exit()", 0, ""),
+        ("sys.exit('in words')", 1, "in words"),
+        ("raise RuntimeError('broken')", 1, "RuntimeError: broken"),
+        ("raise KeyboardInterrupt", 130, "KeyboardInterrupt"),
+    ],
+)
+def test_a_process_in_a_group_ends_with_the_code_of_its_error(tmp_path, body, code, said):
+    done = subprocess.run([sys.executable, "-c", PROGRAM.format(body=body), str(tmp_path / "store")], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr
+    assert done.stdout == "no newline, not flushed thread done\nhandler ran\n"
+
+
+def test_without_a_group_python_ends_the_process_as_ever():
+    program = "import sys\nfrom stages.zero.leave import leave\nleave(None)\nassert 'torch.distributed' not in sys.modules\nprint('on')"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "on\n"
