@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     from launch.doctor.redact import Redactor
     from launch.doctor.report import as_json, redacted, show, worst
 
-    settings = Settings(args.registry or Path("runs/registry"), named=args.registry is not None, quick=args.quick)
+    settings = Settings((args.registry or Path("runs/registry")).expanduser(), named=args.registry is not None, quick=args.quick)
     live = sys.stderr.isatty()
     say = (lambda name: print(f"\r\033[Kchecking {name} …", end="", file=sys.stderr, flush=True)) if live else (lambda _: None)
     results, left_out = examine(settings, say=say)

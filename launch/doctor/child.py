@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")  # ours is no process of theirs
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -19,7 +20,8 @@ class ChildError(RuntimeError):
 def environment(**more: str) -> dict[str, str]:
     """Ours, with this project importable from any folder and nothing reported to a hub."""
     path = os.pathsep.join(part for part in (str(ROOT), os.environ.get("PYTHONPATH", "")) if part)
-    return {**os.environ, "PYTHONPATH": path, "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false", **more}
+    inherited = {key: value for key, value in os.environ.items() if key not in LAUNCHERS}
+    return {**inherited, "PYTHONPATH": path, "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false", **more}
 
 
 def ask(module: str, *arguments: str, seconds: float, **more: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import sys
 import tempfile
 import time
@@ -22,11 +23,16 @@ def check_self_test(_: Settings) -> Findings:
     """Train, publish, load and generate in a process of its own; the loss must fall and the samples be sound."""
     found = Findings()
     try:
-        facts = ask("launch.doctor.self_test", seconds=SECONDS)
+        facts = ask("launch.doctor.self_test", seconds=SECONDS, HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES=first_gpu(os.environ.get("CUDA_VISIBLE_DEVICES")))
     except ChildError as error:
         found.fail(f"a tiny model could not be trained and sampled: {error}", "if nothing above explains it, report this as a bug, with this block")
         return found
     return judge(found, facts)
+
+
+def first_gpu(visible: str | None) -> str:
+    """One GPU of those that CUDA_VISIBLE_DEVICES names: in one process the Trainer would spread a batch over all of them."""
+    return "0" if visible is None else visible.partition(",")[0]
 
 
 def judge(found: Findings, facts: dict[str, Any]) -> Findings:

@@ -7,6 +7,7 @@ import os
 import resource
 import secrets
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -28,6 +29,9 @@ WRITTEN = 64 * MIB
 def check_shared_memory(_: Settings, folder: Path = Path("/dev/shm")) -> Findings:
     """/dev/shm: data loaders, NCCL and DeepSpeed's collectives between processes of one machine use it."""
     found = Findings()
+    if not sys.platform.startswith("linux"):
+        found.summary = "not a Linux machine"
+        return found
     if not folder.is_dir():
         found.warn(f"there is no {folder}", "data loader workers and NCCL need it on Linux: mount a tmpfs there")
         return found
@@ -74,7 +78,12 @@ def check_disks(settings: Settings) -> Findings:
     found = Findings()
     cache = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
     parts = []
-    for name, folder, needed in (("registry", settings.registry, True), ("cache", cache, False), ("temporary", Path(tempfile.gettempdir()), False)):
+    folders = [("registry", settings.registry, True), ("cache", cache, False)]
+    try:
+        folders.append(("temporary", Path(tempfile.gettempdir()), False))
+    except OSError as error:
+        found.fail(f"no folder for temporary files can be written: {error.strerror or error}", "free room in /tmp, or set TMPDIR to a folder that can be written")
+    for name, folder, needed in folders:
         facts = _disk(found, name, folder, needed, settings.quick)
         found.facts[name] = facts
         if name != "temporary":

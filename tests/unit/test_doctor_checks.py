@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import resource
 import sys
+import tempfile
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
 
 from launch.doctor import (
+    child,
     collectives,
     compiler,
     gpus,
@@ -192,6 +194,16 @@ def test_a_registry_that_is_a_file_and_one_without_room(monkeypatch, tmp_path):
     assert "failed: registry: 1 MiB are free" in told(found)
 
 
+def test_no_folder_for_temporary_files(monkeypatch, tmp_path):
+    def none():
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr(storage.tempfile, "gettempdir", none)
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda: none())
+    result = run_check(Check("disks", storage.check_disks), Settings(tmp_path, quick=True))
+    assert "TMPDIR" in next(problem.advice for problem in result.problems if problem.level == "failed")
+
+
 def test_a_slow_disk_and_a_disk_without_links(monkeypatch, tmp_path):
     monkeypatch.setattr(storage, "write_speed", lambda handle, size: {"write [MB/s]": 3.0, "fsync [ms]": 900.0})
     assert "takes 3 MB/s" in told(storage.check_disks(Settings(tmp_path, quick=True)))
@@ -335,6 +347,22 @@ def test_a_worker_that_never_answers_or_dies(silent, said):
     found = collectives.collective("gloo", 2, starter, seconds=1.0, grace=0.5)
     assert levels(found) == ["failed"]
     assert said in told(found)
+
+
+def test_one_process_per_gpu_up_to_eight(monkeypatch):
+    asked = []
+    monkeypatch.setattr(collectives, "collective", lambda backend, world: asked.append((backend, world)) or Findings())
+    for gpus_there in (0, 2, 16):
+        monkeypatch.setattr(collectives, "list_gpus", lambda count=gpus_there: [{}] * count)
+        collectives.check_nccl(SETTINGS)
+    assert asked == [("nccl", 2), ("nccl", 8)]
+
+
+def test_children_are_processes_of_their_own(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("RANK", "3")
+    assert not {"WORLD_SIZE", "RANK"} & set(child.environment())
+    assert (self_test.first_gpu(None), self_test.first_gpu("3,4"), self_test.first_gpu("")) == ("0", "3", "")
 
 
 def test_no_compiler_and_a_broken_one(monkeypatch, tmp_path):
