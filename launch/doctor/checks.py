@@ -29,7 +29,7 @@ CHECKS = (
     Check("hub", check_hub),
     Check("registry", check_registry, 60),
     Check("C++ compiler", check_compiler, 100),
-    Check("gloo", check_gloo, 90, slow=True),
+    Check("gloo", check_gloo, 120, slow=True),
     Check("NCCL", check_nccl, 120, slow=True),
     Check("self-test", check_self_test, 270, slow=True),
 )

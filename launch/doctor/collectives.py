@@ -17,7 +17,7 @@ from launch.doctor.check import Findings, Settings
 from launch.doctor.child import environment, last_words
 from launch.doctor.gpus import DriverError, list_gpus
 
-MEETING_SECONDS = 40.0  # in which the processes must have met; importing torch on a busy machine is most of it
+MEETING_SECONDS = 60.0  # in which the processes must have met; importing torch on a busy machine is most of it
 ADVICE = {
     "gloo": "a firewall on loopback, GLOO_SOCKET_IFNAME naming a missing interface, or a machine name that does not resolve: see `interconnect`",
     "nccl": "run again with NCCL_DEBUG=INFO; try NCCL_P2P_DISABLE=1 and NCCL_IB_DISABLE=1 to find the link that fails; see `shared memory`",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -20,18 +19,6 @@ class ModelShape:
     kv_width: int
     vocabulary: int = 0
     lookup: int = 0
-
-    @classmethod
-    def of(cls, config: Any, parameters: int, trained: int, scalar_head: bool = False) -> ModelShape:
-        """The shape that a transformers config describes, with parameters counted elsewhere. scalar_head: a reward or value model."""
-        text = config.get_text_config() if hasattr(config, "get_text_config") else config
-        heads = int(text.num_attention_heads)
-        size = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
-        groups = int(getattr(text, "num_key_value_heads", None) or heads)
-        looked_up = scalar_head or not getattr(config, "tie_word_embeddings", True)
-        lookup = int(text.vocab_size * text.hidden_size) if looked_up else 0
-        vocabulary = 0 if scalar_head else int(text.vocab_size)
-        return cls(parameters, trained, int(text.num_hidden_layers), int(text.hidden_size), 2 * groups * size, vocabulary, lookup)
 
     @property
     def active(self) -> int:

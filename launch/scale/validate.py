@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from launch.scale.hardware import CHAT_GEMM
+from launch.scale.hardware import CHAT_GEMM, CHAT_LAUNCH, Efficiency
 from launch.scale.published import PROMPTS_OF_THE_BLOG, Point, chat, pretraining
 from launch.scale.step import Row, scale
 
@@ -41,9 +41,9 @@ def compare(point: Point) -> Comparison:
     return Comparison(point, speed, point.value / speed - 1, row.bound)
 
 
-def under_chat(points: Sequence[Point], gemm: float = CHAT_GEMM) -> list[Point]:
-    """The points under DeepSpeed-Chat's software."""
-    return [replace(point, hardware=point.hardware.with_efficiency(gemm=gemm)) for point in points]
+def under_chat(points: Sequence[Point], launch: float = CHAT_LAUNCH, **gemm: float) -> list[Point]:
+    """The points under DeepSpeed-Chat's software: fused kernels in sampling and, unless `gemm` says otherwise, a share of the peak of its own."""
+    return [replace(point, hardware=point.hardware.with_efficiency(**({"gemm": CHAT_GEMM, "launch": launch} | gemm))) for point in points]
 
 
 def held_out(found: Sequence[Comparison]) -> dict[str, float]:
@@ -87,8 +87,8 @@ def tables() -> dict[str, list[Comparison]]:
     return {
         "SFT arithmetic (pretraining runs)": [compare(point) for point in pretraining()],
         "DeepSpeed-Chat step 3, 264,292 prompts, its own gemm": [compare(point) for point in under_chat(chat())],
-        "DeepSpeed-Chat step 3, 264,292 prompts, the pretraining runs' gemm": [compare(point) for point in chat()],
-        "DeepSpeed-Chat step 3, 131,900 prompts, the pretraining runs' gemm": [compare(point) for point in chat(PROMPTS_OF_THE_BLOG)],
+        "DeepSpeed-Chat step 3, 264,292 prompts, the pretraining runs' gemm": [compare(point) for point in under_chat(chat(), gemm=Efficiency().gemm)],
+        "DeepSpeed-Chat step 3, 131,900 prompts, the pretraining runs' gemm": [compare(point) for point in under_chat(chat(PROMPTS_OF_THE_BLOG), gemm=Efficiency().gemm)],
         "DeepSpeed-Chat step 3, assumed batches halved": [compare(point) for point in under_chat(chat(batch_factor=0.5)) if point.assumed],
         "DeepSpeed-Chat step 3, assumed batches doubled": [compare(point) for point in under_chat(chat(batch_factor=2.0)) if point.assumed],
     }

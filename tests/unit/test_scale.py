@@ -146,15 +146,6 @@ def test_tensor_parallel_sampling_reads_a_part_of_the_weights_and_joins_twice_a_
 # steps and rows
 
 
-def test_a_shape_is_read_from_a_transformers_config():
-    from transformers import LlamaConfig
-
-    config = LlamaConfig(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, vocab_size=128_256, tie_word_embeddings=False)
-    shape = ModelShape.of(config, 8_030_261_248, 8_030_261_248)
-    assert (shape.kv_width, shape.vocabulary, shape.active) == (2 * 8 * 128, 128_256, 8_030_261_248 - 128_256 * 4096)
-    assert ModelShape.of(config, 7_504_928_768, 0, scalar_head=True).vocabulary == 0
-
-
 def test_ppo_is_rollout_scoring_and_update():
     plan = facts(stage="ppo", rows=8, tokens=10, new_tokens=20, reference=SMALL, value=SMALL, rewards=(SMALL,), epochs=2, minibatches=4, micro_batch=1)
     costs = step_costs(plan, 1, cluster())
