@@ -50,6 +50,13 @@ class Machine:
         return bool(self.settings.get("use_cpu"))
 
     @property
+    def deepspeed_launcher(self) -> str | None:
+        """How DeepSpeed would start several nodes with this file; None without DeepSpeed."""
+        if str(self.settings.get("distributed_type", "NO")).upper() != "DEEPSPEED":
+            return None
+        return str((self.settings.get("deepspeed_config") or {}).get("deepspeed_multinode_launcher") or "pdsh")
+
+    @property
     def plain(self) -> bool:
         """One process of this machine needs no launcher."""
         return str(self.settings.get("distributed_type", "NO")).upper() in ("NO", "MULTI_CPU", "MULTI_GPU") and self.nodes == 1
@@ -86,6 +93,22 @@ def load_machine(machine: str, processes: int | None, nodes: int = 1) -> Machine
     return Machine(path if here.startswith("..") else Path(here), settings)
 
 
+def check_gpus(machine: Machine, processes: int) -> None:
+    """Make sure that each of this node's `processes` has a GPU, where the machine file is for GPUs.
+
+    Raises:
+        UserError: there are fewer.
+    """
+    from configs.machines import count_gpus
+
+    gpus = count_gpus()
+    if not machine.use_cpu and processes > gpus:
+        raise UserError(
+            f"{machine.path} is for GPUs, and this node has {gpus} for {processes} process(es): lower --processes (it counts all nodes), "
+            "look at CUDA_VISIBLE_DEVICES, or take a machine file for the CPU (align launch show)"
+        )
+
+
 def stage_command(module: str, config_file: Path, machine: Machine, processes: int | None = None, nodes: Nodes | None = None) -> Command:
     """The command that runs `python -m module --config config_file` in `processes` processes of all nodes (None: the machine file's).
 
@@ -101,6 +124,8 @@ def stage_command(module: str, config_file: Path, machine: Machine, processes: i
     here = per_node(number, nodes.count)
     stage = ["-m", module, "--config", str(config_file)]
     options = ["--config_file", str(machine.path), "--num_processes", str(number), *nodes.options()]
+    if nodes.count > 1 and machine.deepspeed_launcher not in (None, "standard"):
+        options += ["--deepspeed_multinode_launcher", "standard"]  # the default, pdsh, would log in to the other nodes and start there itself
     if number > 1 and nodes.count == 1:
         options += ["--main_process_port", "0"]  # 0: accelerate takes a free port, so that two runs do not meet on 29500
     typed = shlex.join(["accelerate", "launch", *options, *stage])

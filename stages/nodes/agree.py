@@ -108,7 +108,7 @@ def appears(file: Path, content: str) -> bool:
 def check_same_models(folders: Iterable[str]) -> None:
     """Make sure that the model folders hold the same files on every node, by names and sizes and the content of config.json.
 
-    Hub names are left to the hub.
+    Hub names, which are folders on no node, are left to the hub.
 
     Raises:
         UserError: on every process: a node has others, or none.

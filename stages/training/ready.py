@@ -10,6 +10,7 @@ from configs.schema import StageConfig
 from stages import models
 from stages.data import Splitter
 from stages.nodes import agree
+from stages.nodes.fetch import fetch
 from stages.registry import Registry, contract
 from stages.training.ranks import from_rank_0
 
@@ -53,3 +54,4 @@ def check(cfg: StageConfig, stage: str, *origins: models.Origin) -> None:
     from_rank_0("verifying what the stage starts from", on_rank_0)
     agree.check_shared({"registry": cfg.registry, "output": output_folder(cfg, stage)})
     agree.check_same_models(origin.folder for origin in origins)
+    fetch(origin.folder for origin in origins)

@@ -92,7 +92,7 @@ def assert_equal(place, name, one):
     assert all(torch.allclose(first[key], second[key], rtol=1e-3, atol=1e-5) for key in first)
 
 
-def test_two_nodes_of_two_processes_train_as_one_machine_and_each_node_reads_and_tokenises_once(place, one, tmp_path):
+def test_two_nodes_of_two_processes_train_as_one_machine_and_each_node_downloads_reads_and_tokenises_once(place, one, tmp_path):
     """Plain `accelerate launch` with cpu_ddp_nodes as it stands, on each node with its own rank."""
     config, port = place.write("ddp"), free_port()
 
@@ -109,6 +109,7 @@ def test_two_nodes_of_two_processes_train_as_one_machine_and_each_node_reads_and
     calls = Counter(tuple(path.name.split("-")[:3]) for path in (place.folder / "counts").iterdir())
     assert calls == {
         ("read_demonstrations", "0", "0"): 1, ("read_demonstrations", "2", "1"): 1,
+        ("snapshot_download", "0", "0"): 1, ("snapshot_download", "2", "1"): 1,
         ("encode_demonstrations", "0", "0"): 2, ("encode_demonstrations", "2", "1"): 2,  # training and validation rows
     }  # fmt: skip
     assert list(cache.iterdir()) == [], "what the processes shared is left behind"

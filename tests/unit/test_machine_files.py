@@ -169,6 +169,24 @@ def test_a_file_for_nodes_is_not_started_as_one_node():
         command.stage_command("stages.sft", Path("c"), command.load_machine("cpu_ddp_nodes", None))
 
 
+def test_a_deepspeed_file_of_ones_own_is_not_started_over_ssh():
+    """Without the setting, accelerate would have DeepSpeed log in to every node, once from each."""
+    own = command.Machine(Path("m.yaml"), {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 3}, "num_processes": 8})
+    assert "--deepspeed_multinode_launcher standard" in command.stage_command("stages.sft", Path("c"), own, None, Nodes(2, 0, "n0")).typed
+    assert "launcher" not in command.stage_command("stages.sft", Path("c"), own).typed
+    ours = command.load_machine("cpu_zero3", None, 2)
+    assert "launcher" not in command.stage_command("stages.sft", Path("c"), ours, None, Nodes(2, 0, "n0")).typed
+
+
+def test_more_processes_than_gpus_are_refused_before_anything_starts(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(machines, "count_gpus", lambda: 2)
+    assert command.check_gpus(command.load_machine("zero3", None), 2) is None
+    assert command.check_gpus(command.load_machine("cpu_ddp", None), 4) is None
+    assert main(["sft", "--config", write_config(tmp_path), "--machine", "zero3", "--processes", "4"]) == 2
+    assert "zero3.yaml is for GPUs, and this node has 2 for 4 process(es)" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_threads_are_those_of_one_node(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(command.os, "sched_getaffinity", lambda _pid: set(range(8)), raising=False)
