@@ -7,6 +7,7 @@ listens at --main-port until every other node has said what it is about to start
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -26,11 +27,24 @@ def meet(nodes: Nodes, about: dict[str, Any]) -> None:
     """Return when every node is here with the same `about` (JSON: what is started, with which config and versions).
 
     Raises:
+        UserError: as `connect` does.
+    """
+    for connection in connect(nodes, about).values():
+        connection.close()
+
+
+def connect(nodes: Nodes, about: dict[str, Any]) -> dict[int, socket.socket]:
+    """As `meet`, and the connections stay: on node 0 one to each other node, by number, elsewhere the one to node 0; none for one node.
+
+    The port is free again for others to listen on.
+
+    Raises:
         UserError: on this node, after at most `nodes.timeout` seconds: the port is taken, the main address does not resolve or does not answer, a
             node did not come, came twice, or is about to start something else.
     """
-    if nodes.count > 1:
-        _lead(nodes, about) if nodes.rank == 0 else _follow(nodes, about)
+    if nodes.count == 1:
+        return {}
+    return _lead(nodes, about) if nodes.rank == 0 else {0: _follow(nodes, about)}
 
 
 def versions() -> dict[str, str | None]:
@@ -47,7 +61,7 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def _lead(nodes: Nodes, about: dict[str, Any]) -> None:
+def _lead(nodes: Nodes, about: dict[str, Any]) -> dict[int, socket.socket]:
     until = time.monotonic() + nodes.timeout
     arrived: dict[int, socket.socket] = {}
     with _listen(nodes) as listener:
@@ -60,13 +74,14 @@ def _lead(nodes: Nodes, about: dict[str, Any]) -> None:
                 except TimeoutError:
                     raise UserError(_missing(nodes, arrived)) from None
                 _admit(connection, str(peer[0]), nodes, about, arrived)
-            _tell(arrived, {"go": True})
         except UserError as error:
-            _tell(arrived, {"error": str(error)})
-            raise
-        finally:
             for connection in arrived.values():
-                connection.close()
+                _refuse(connection, str(error))
+            raise
+    for connection in arrived.values():
+        with contextlib.suppress(OSError):  # one that has gone meanwhile is missed by those who need it
+            say(connection, {"go": True})
+    return arrived
 
 
 def _listen(nodes: Nodes) -> socket.socket:
@@ -100,7 +115,7 @@ def _admit(connection: socket.socket, peer: str, nodes: Nodes, about: dict[str, 
     """Take in one node; whoever says nothing, or nothing of ours, is sent away."""
     connection.settimeout(PATIENCE)
     try:
-        hello = json.loads(_line(connection))
+        hello = hear(connection)
         number, count, theirs = int(hello["node"]), int(hello["nodes"]), hello["about"]
     except (OSError, ValueError, KeyError, TypeError):
         connection.close()
@@ -116,51 +131,66 @@ def _admit(connection: socket.socket, peer: str, nodes: Nodes, about: dict[str, 
         if differences := different(about, theirs):
             problem = f"node {number} (at {peer}) is about to start something else than node 0: {'; '.join(differences)} (node 0's value first); give all nodes the same"
     if problem:
-        _tell({number: connection}, {"error": problem})
-        connection.close()
+        _refuse(connection, problem)
         raise UserError(problem)
     arrived[number] = connection
 
 
-def _follow(nodes: Nodes, about: dict[str, Any]) -> None:
+def _follow(nodes: Nodes, about: dict[str, Any]) -> socket.socket:
     until = time.monotonic() + nodes.timeout
-    hello = json.dumps({"node": nodes.rank, "nodes": nodes.count, "about": about}).encode() + b"\n"
+    hello = {"node": nodes.rank, "nodes": nodes.count, "about": about}
     while True:
-        answer: Any = None
+        connection = None
         try:
             left = max(0.05, until - time.monotonic())
-            with socket.create_connection((nodes.address, nodes.port), timeout=min(PATIENCE, left)) as connection:
-                connection.settimeout(left + PATIENCE)  # node 0's own time may end a little later, and its reason is the better one
-                connection.sendall(hello)
-                answer = json.loads(_line(connection) or b"{}")
+            connection = socket.create_connection((nodes.address, nodes.port), timeout=min(PATIENCE, left))
+            connection.settimeout(left + PATIENCE)  # node 0's own time may end a little later, and its reason is the better one
+            say(connection, hello)
+            answer = hear(connection)
+            if answer and "error" not in answer:
+                return connection
+            connection.close()
+            if answer:
+                raise UserError(f"{answer['error']} (told by node 0 at {nodes.address}:{nodes.port})")
             problem: Exception = ConnectionError("closed without an answer")
         except ValueError as error:
             raise UserError(_unreachable(nodes, error, "another program answers there")) from error
         except OSError as error:
             problem = error
-        if answer:
-            if "error" in answer:
-                raise UserError(f"{answer['error']} (told by node 0 at {nodes.address}:{nodes.port})")
-            return
+        if connection is not None:
+            connection.close()
         if time.monotonic() >= until:
             raise UserError(_unreachable(nodes, problem)) from problem
         time.sleep(RETRY)
 
 
-def _line(connection: socket.socket) -> bytes:
-    with connection.makefile("rb") as stream:
-        return stream.readline(LONGEST)
+def hear(connection: socket.socket) -> dict[str, Any]:
+    """One JSON object from the other side; empty where it has gone. ValueError for what is no JSON object, OSError after the timeout."""
+    text = b""
+    while not text.endswith(b"\n") and len(text) < LONGEST:
+        piece = connection.recv(1)  # byte by byte: what follows the line belongs to who reads next
+        if not piece:
+            break
+        text += piece
+    found = json.loads(text) if text else {}
+    if not isinstance(found, dict):
+        raise ValueError(f"expected an object, found {type(found).__name__}")
+    return found
 
 
-def _tell(connections: dict[int, socket.socket], answer: dict[str, Any]) -> None:
-    for connection in connections.values():
-        try:
-            connection.settimeout(PATIENCE)
-            connection.sendall(json.dumps(answer).encode() + b"\n")
-            connection.shutdown(socket.SHUT_WR)
-            connection.recv(1)  # until the other side has closed: the side that closes first keeps the port busy for a minute
-        except OSError:
-            continue  # that node has gone; the launcher's own timeout tells
+def say(connection: socket.socket, message: dict[str, Any]) -> None:
+    """Send one JSON object. OSError where the other side has gone."""
+    connection.sendall(json.dumps(message).encode() + b"\n")
+
+
+def _refuse(connection: socket.socket, problem: str) -> None:
+    """Tell a node why, and wait until it has read that."""
+    with contextlib.suppress(OSError):
+        connection.settimeout(PATIENCE)
+        say(connection, {"error": problem})
+        connection.shutdown(socket.SHUT_WR)
+        connection.recv(1)
+    connection.close()
 
 
 def _missing(nodes: Nodes, arrived: dict[int, Any]) -> str:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 
-from configs.errors import UserError
-
 
 def add_parser(verbs: argparse._SubParsersAction) -> None:
     """Add the verb `run`."""
@@ -14,7 +12,8 @@ def add_parser(verbs: argparse._SubParsersAction) -> None:
     parser = verbs.add_parser(
         "run",
         help="run a chain of stages from one YAML file",
-        description="Runs what has not been done, continues what was interrupted, skips what is published and unchanged.",
+        description="Runs what has not been done, continues what was interrupted, skips what is published and unchanged. "
+        "On several nodes, node 0 decides that, prepares and evaluates; the others start each stage with it.",
         epilog="Keys, units and defaults: align config explain chain",
     )
     parser.add_argument("chain", metavar="CHAIN.yaml", help="the chain file, such as configs/chains/demo.yaml")
@@ -32,12 +31,8 @@ def add_parser(verbs: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check the chain, run its steps, print what came out. Returns the exit code of the step that failed, else 0."""
     from launch.chain.runner import run_chain
+    from launch.nodes import nodes_of
 
-    if args.nodes is not None and args.nodes != 1:
-        raise UserError(
-            f"--nodes {args.nodes}: a chain runs from one node, which decides what to skip and what to continue; for several nodes write a "
-            f"job with: align slurm {args.chain} --nodes {args.nodes} (it starts each stage on all nodes), or start the stages one by one with "
-            "align sft|reward|dpo|ppo --nodes"
-        )
+    nodes = nodes_of(args, {}, ships=True)
     overrides = [*args.overrides, *(f"{key}={value}" for key, value in (("machine", args.machine), ("processes", args.processes)) if value is not None)]
-    return run_chain(args.chain, overrides, only=args.only, start=args.start, dry_run=args.dry_run, as_json=args.json)
+    return run_chain(args.chain, overrides, only=args.only, start=args.start, dry_run=args.dry_run, as_json=args.json, nodes=nodes)

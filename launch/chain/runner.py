@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,10 @@ from launch.chain.decide import Decider, Decision, check_files, read_attempt
 from launch.chain.lock import ChainLock
 from launch.chain.progress import Progress
 from launch.chain.steps import Step, steps_of
+from launch.chain.team import Follower, Leader
 from launch.command import Command, load_machine, python_command, stage_command
+from launch.meeting import connect, versions
+from launch.nodes import Nodes
 from launch.process import run_child
 from launch.stage_cli import died_after_publishing
 
@@ -28,11 +32,12 @@ CommandFor = Callable[[Step, Path, Any], Command]
 
 def run_chain(
     chain_file: str, overrides: list[str], *, only: str | None = None, start: str | None = None,
-    dry_run: bool = False, as_json: bool = False, command_for: CommandFor | None = None,
+    dry_run: bool = False, as_json: bool = False, command_for: CommandFor | None = None, nodes: Nodes | None = None,
 ) -> int:  # fmt: skip
     """Run (or with `dry_run` only show) the steps of a chain file; returns 0 or the exit code of the step that failed.
 
-    `command_for` replaces the commands of the steps, for tests of the chain without its stages.
+    `command_for` replaces the commands of the steps, for tests of the chain without its stages. With several `nodes`, each of them calls
+    this; node 0 decides and the others follow.
     Raises UserError for a chain that cannot run, before any process is started.
     """
     from configs.load import load
@@ -40,14 +45,31 @@ def run_chain(
     chain = load(chain_file, "chain", overrides)
     steps = steps_of(chain, only, start)
     check_files(chain, steps)
-    command_for = command_for or step_command
+    nodes = nodes or Nodes()
+    command_for = command_for or partial(step_command, nodes=nodes)
+    if nodes.rank and not dry_run:
+        return Follower(nodes, connect(nodes, about(chain))[0], chain.output / "logs", quiet=as_json).run()
     plan = plan_of(chain, steps)
     if dry_run:
         show_plan(chain, plan, command_for, as_json)
         return 0
     with ChainLock(chain.output) as lock:
         again = " ".join(["align run", chain_file, *overrides])
-        return Runner(chain, plan, command_for, lock, as_json, again).run()
+        team = Leader(nodes, connect(nodes, about(chain) if nodes.count > 1 else {}))
+        code = 1
+        try:
+            code = Runner(chain, plan, command_for, lock, as_json, again, team).run()
+        except UserError:
+            code = 2
+            raise
+        finally:
+            team.close(code)
+        return code
+
+
+def about(chain: Any) -> dict[str, Any]:
+    """What all nodes of a chain must have in common."""
+    return {"chain": chain.model_dump(mode="json"), "versions": versions()}
 
 
 def plan_of(chain: Any, steps: list[Step]) -> list[Decision]:
@@ -60,15 +82,15 @@ def plan_of(chain: Any, steps: list[Step]) -> list[Decision]:
     return plan
 
 
-def step_command(step: Step, file: Path, chain: Any) -> Command:
-    """The command of a step whose config has been written to `file`."""
+def step_command(step: Step, file: Path, chain: Any, nodes: Nodes | None = None) -> Command:
+    """The command of a step whose config has been written to `file`; a stage's is that of node 0 of `nodes`."""
     if step.kind == "prepare":
         return python_command("launch.prepare", str(file))
     section = getattr(chain, step.name) if step.kind == "stage" else chain
-    machine = load_machine(section.machine, section.processes)
+    machine = load_machine(section.machine, section.processes, nodes.count if nodes and step.kind == "stage" else 1)
     if step.kind == "eval":
         return python_command("stages.evaluation", "--config", str(file), use_cpu=machine.use_cpu)
-    return stage_command(f"stages.{step.name}", file, machine, section.processes)
+    return stage_command(f"stages.{step.name}", file, machine, section.processes, nodes)
 
 
 def config_file(decision: Decision, folder: Path | None = None) -> Path:
@@ -114,9 +136,12 @@ def show_plan(chain: Any, plan: list[Decision], command_for: CommandFor, as_json
 class Runner:
     """One `align run` under its lock."""
 
-    def __init__(self, chain: Any, plan: list[Decision], command_for: CommandFor, lock: ChainLock, as_json: bool, again: str) -> None:
+    def __init__(
+        self, chain: Any, plan: list[Decision], command_for: CommandFor, lock: ChainLock, as_json: bool, again: str, team: Leader | None = None
+    ) -> None:
         self.chain, self.plan, self.command_for, self.lock, self.again = chain, plan, command_for, lock, again
         self.as_json = as_json
+        self.team = team or Leader(Nodes(), {})
         self.decider = Decider(chain)
         self.progress = Progress(chain.output / "chain.json", plan, sys.stderr if as_json else sys.stdout)
 
@@ -146,11 +171,15 @@ class Runner:
         command = self.command_for(step, file, self.chain)
         self.progress.say(f"    {command.typed}")
         log = self.chain.output / "logs" / f"{step.name}.log"
-        env = command.environment(ALIGN_INPUTS_KEY=decision.key or "")
+        env = command.environment(ALIGN_INPUTS_KEY=decision.key or "", ALIGN_RENDEZVOUS_TIMEOUT=str(self.team.nodes.timeout))
         before = {checkpoint.id for checkpoint in self._made(decision)} if step.kind == "stage" else set()
+        if step.kind == "stage":
+            self.team.start(step.name, file, decision.config, decision.key or "")
         outcome = run_child(
             command.argv, env, log, prefix=step.name, to_stderr=self.as_json, on_line=self.progress.line, on_start=self.lock.record_child
         )  # fmt: skip
+        if step.kind == "stage":
+            self.team.ended(step.name)
         made = self._made(decision) if step.kind == "stage" else []
         new = [checkpoint for checkpoint in made if checkpoint.id not in before]
         if outcome.died and new and not outcome.interrupted:

@@ -134,6 +134,24 @@ def test_align_starts_deepspeed_on_two_nodes(place, one):
     assert {path.name for path in (place.folder / "out-zero" / "logs").iterdir()} == {"sft.log", "sft.node1.log"}
 
 
+def test_a_chain_over_two_nodes_runs_as_node_0_decides_and_skips_what_is_done(place):
+    chain, port = place.folder / "chain.yaml", free_port()
+    values = {"name": "chained", "base": str(place.folder / "base"), "output": str(place.folder / "out-chained"), "max_length": 128}
+    sections = {"machine": "cpu_ddp", "processes": 2, "sft": {"data": str(place.folder / "sft.jsonl"), "train": {"max_steps": 1, "batch_size": 8, "micro_batch_size": 2}}}
+    chain.write_text(json.dumps(values | sections))
+
+    def words(node):
+        nodes = ["--nodes", "2", "--node-rank", str(node), "--main-address", place.machines.address, "--main-port", port]
+        return ["launch.cli", "run", str(chain), *nodes, "--rendezvous-timeout", str(TIMEOUT)]
+
+    for says in ("sft: done in", "sft: skip"):
+        results = place.both(words)
+        assert [code for code, _ in results] == [0, 0], results
+        assert says in results[0][1]
+    assert "sft: " not in results[1][1], "node 1 started what node 0 skipped"
+    assert len(Registry(place.folder / "out-chained" / "registry").list("sft", "chained")) == 1
+
+
 def test_a_registry_that_the_nodes_do_not_share_is_refused_on_both(place, tmp_path):
     """Relative paths, and another working folder on node 1: the config is the same, the folders are not."""
     config = place.write("apart", registry="registry-of-this-node")

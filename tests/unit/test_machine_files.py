@@ -146,14 +146,16 @@ def test_a_stage_over_nodes_is_printed_as_one_accelerate_command(tmp_path, capsy
     )
 
 
-def test_a_chain_takes_machine_and_processes_and_refuses_nodes(tmp_path, capsys):
+def test_a_chain_takes_machine_processes_and_nodes(tmp_path, capsys):
     file = tmp_path / "chain.yaml"
     (tmp_path / "d.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     file.write_text(f"name: x\nbase: m\noutput: {tmp_path}/out\nsft: {{data: {tmp_path}/d.jsonl}}\n")
     assert main(["run", str(file), "--machine", "cpu_zero2", "--processes", "4", "--dry-run"]) == 0
     assert "cpu_zero2.yaml --num_processes 4 " in capsys.readouterr().out
+    assert main(["run", str(file), "--nodes", "2", "--node-rank", "1", "--main-address", "n0", "--dry-run"]) == 0
+    assert "cpu_ddp_nodes.yaml --num_processes 4 --num_machines 2 --machine_rank 1 --main_process_ip n0" in capsys.readouterr().out
     assert main(["run", str(file), "--nodes", "2"]) == 2
-    assert f"align slurm {file} --nodes 2" in capsys.readouterr().err
+    assert "--node-rank is missing" in capsys.readouterr().err
 
 
 def test_processes_default_to_the_gpus_of_every_node(monkeypatch):
