@@ -94,15 +94,21 @@ def load_machine(machine: str, processes: int | None, nodes: int = 1) -> Machine
 
 
 def check_gpus(machine: Machine, processes: int) -> None:
-    """Make sure that each of this node's `processes` has a GPU, where the machine file is for GPUs.
+    """Make sure that each of this node's `processes` has a GPU, where the machine file is for GPUs and GPUs are found.
+
+    Where none is found there may still be one of another maker, so that is a warning.
 
     Raises:
-        UserError: there are fewer.
+        UserError: there are fewer than processes.
     """
     from configs.machines import count_gpus
 
     gpus = count_gpus()
-    if not machine.use_cpu and processes > gpus:
+    if machine.use_cpu:
+        return
+    if not gpus:
+        print(f"warning: {machine.path} is for GPUs, and no NVIDIA GPU is found here; on the CPU take cpu, cpu_ddp or cpu_zero1-3", file=sys.stderr)
+    elif processes > gpus:
         raise UserError(
             f"{machine.path} is for GPUs, and this node has {gpus} for {processes} process(es): lower --processes (it counts all nodes), "
             "look at CUDA_VISIBLE_DEVICES, or take a machine file for the CPU (align launch show)"

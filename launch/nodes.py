@@ -38,7 +38,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--processes", type=int, metavar="N", help="processes of all nodes together, as accelerate counts (default: the config's, else one per GPU)"
     )
-    group = parser.add_argument_group("several nodes", "the same command on every node, each with its own --node-rank")
+    group = parser.add_argument_group("several nodes", "the same command on every node, each with its own --node-rank. The working folder, the registry and the data are folders that all nodes share; "
+        "what a node's processes share among themselves goes to ALIGN_CACHE (default: SLURM_TMPDIR, else the folder for temporary files), best a local disk")
     group.add_argument("--nodes", type=int, metavar="N", help="number of nodes (default: the machine file's)")
     group.add_argument("--node-rank", type=int, metavar="I", help="which node this is: 0 is the main one")
     group.add_argument("--main-address", metavar="HOST", help="name or address under which the other nodes reach node 0")

@@ -59,10 +59,12 @@ def give_up() -> None:
 def choose_interface() -> None:
     """Set GLOO_SOCKET_IFNAME to the interface towards the other nodes, unless it is set or nothing is known of them.
 
+    A node where it is set tells its address all the same: it may not be set on the others.
+
     Raises:
         UserError: a node did not come within the time.
     """
-    if os.environ.get(VARIABLE) or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return
     addresses = exchange(own_address(os.environ["MASTER_ADDR"]) or "")
     others = [address for number, address in enumerate(addresses) if number != node_rank()]
@@ -71,7 +73,7 @@ def choose_interface() -> None:
         if other and not is_loopback(other):
             mine = own_address(other) or mine
     name = interface_of(mine) if mine else None
-    if name:
+    if name and not os.environ.get(VARIABLE):
         os.environ[VARIABLE] = name
 
 

@@ -26,13 +26,13 @@ def inside(pid: int) -> list[str]:
 
 
 def two_machines(stack: ExitStack) -> TwoMachines:
-    """Two namespaces, ended with `stack`; else this machine's two loopback addresses, which share everything but their number."""
+    """Two namespaces, ended with `stack`; else twice this machine, under its loopback address."""
     try:
         return _namespaces(stack)
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", b"") or str(error).encode()
         why = (detail.decode(errors="replace").strip().splitlines() or [type(error).__name__])[-1]
-        return TwoMachines(([], []), "127.0.0.1", f"NO network namespaces here ({why}); two loopback addresses of one machine instead, so no route, name or interface differs")
+        return TwoMachines(([], []), "127.0.0.1", f"NO network namespaces here ({why}); both nodes are 127.0.0.1 instead, so no address, name or interface differs")
 
 
 def _namespaces(stack: ExitStack) -> TwoMachines:

@@ -37,8 +37,8 @@ class Place:
         return str(self.folder / f"{name}.json")
 
     def start(self, node, words, **environment):
-        env = ENVIRONMENT | {"NODE_WORKER_COUNTS": str(self.folder / "counts"), "ALIGN_RENDEZVOUS_TIMEOUT": str(TIMEOUT)} | environment
-        env.pop("GLOO_SOCKET_IFNAME", None)  # nodes find it out
+        known = {key: value for key, value in ENVIRONMENT.items() if key != "GLOO_SOCKET_IFNAME"}  # nodes find it out
+        env = known | {"NODE_WORKER_COUNTS": str(self.folder / "counts"), "ALIGN_RENDEZVOUS_TIMEOUT": str(TIMEOUT)} | environment
         command = [*self.machines.prefixes[node], sys.executable, "-m", *words]
         return subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -175,6 +175,24 @@ def test_a_registry_that_the_nodes_do_not_share_is_refused_on_both(place, tmp_pa
     assert "file system that all nodes share" in line
     assert not [path for folder in folders for path in folder.rglob(".seen-*")]
     assert not Registry(folders[0] / "registry-of-this-node").list("sft", "apart")
+
+
+def test_processes_that_cannot_connect_end_in_time_with_what_to_check(place):
+    """Node 1 is told an interface that it does not have; node 0 would wait for it for half an hour."""
+    config, port = place.write("wrong"), free_port()
+    nodes = []
+    for node, interface in ((0, None), (1, "nosuch0")):
+        machine = ["--config_file", str(machine_file("cpu_ddp_nodes")), "--num_processes", "2", "--machine_rank", str(node), "--rdzv_conf", f"timeout={TIMEOUT}"]
+        where = ["--main_process_ip", place.machines.address, "--main_process_port", port, "-m", "stages.sft", "--config", config]
+        environment = {"ALIGN_RENDEZVOUS_TIMEOUT": "15"} | ({"GLOO_SOCKET_IFNAME": interface} if interface else {})
+        nodes.append(place.start(node, ["accelerate.commands.launch", *machine, *where], **environment))
+    outputs = [node.communicate(timeout=120)[0] for node in nodes]
+    assert all(node.returncode for node in nodes)
+    for number, output in enumerate(outputs):
+        (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
+        for part in (f"node {number} of 2", f"{place.machines.address}:{port}", "firewall", "GLOO_SOCKET_IFNAME", "--main-port"):
+            assert part in line
+    assert "nosuch0" in outputs[1]
 
 
 def test_nodes_with_other_configs_and_a_main_node_that_is_absent_end_with_one_line(place):

@@ -187,6 +187,9 @@ def test_more_processes_than_gpus_are_refused_before_anything_starts(tmp_path, c
     assert main(["sft", "--config", write_config(tmp_path), "--machine", "zero3", "--processes", "4"]) == 2
     assert "zero3.yaml is for GPUs, and this node has 2 for 4 process(es)" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(machines, "count_gpus", lambda: 0)  # an AMD machine, perhaps
+    assert command.check_gpus(command.load_machine("zero3", None), 8) is None
+    assert "warning: " in capsys.readouterr().err
 
 
 def test_threads_are_those_of_one_node(monkeypatch):

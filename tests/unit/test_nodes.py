@@ -227,6 +227,32 @@ def test_the_cache_is_the_jobs_folder_unless_it_is_set(monkeypatch):
     assert once.cache_folder() == Path("/mine")
 
 
+@pytest.mark.parametrize(
+    ("node", "addresses", "preset", "chosen"),
+    [
+        (0, ["127.0.1.1", "10.0.0.2"], None, "eth-to-10.0.0.2"),  # Debian's /etc/hosts: node 0's own name is its loopback
+        (1, ["127.0.1.1", "10.0.0.2"], None, "eth-of-10.0.0.2"),
+        (0, ["10.0.0.1", "10.0.0.2"], None, "eth-to-10.0.0.2"),
+        (1, ["127.0.0.1", "127.0.0.1"], None, "eth-of-127.0.0.1"),  # two "nodes" on one machine
+        (1, ["127.0.1.1", "10.0.0.2"], "ib0", "ib0"),
+    ],
+)
+def test_the_interface_is_the_one_that_leads_to_another_node(monkeypatch, node, addresses, preset, chosen):
+    from stages.nodes import join
+
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("MASTER_ADDR", "n0")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", preset or "")
+    monkeypatch.setenv("GROUP_RANK", str(node))
+    monkeypatch.setattr(join, "exchange", lambda mine: addresses)
+    monkeypatch.setattr(join, "own_address", lambda host: f"to-{host}" if host.startswith("10.") else "own")
+    monkeypatch.setattr(join, "interface_of", lambda address: f"eth-{address}" if address.startswith("to-") else f"eth-of-{address}")
+    if node:  # on node 1 the way to node 0's loopback would be its own
+        monkeypatch.setattr(join, "own_address", lambda host: None)
+    join.choose_interface()
+    assert join.os.environ["GLOO_SOCKET_IFNAME"] == chosen
+
+
 def test_the_interface_towards_this_machine_is_its_loopback():
     address = interface.own_address("127.0.0.1")
     assert address is not None
