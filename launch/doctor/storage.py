@@ -19,6 +19,7 @@ NETWORK = {
     "nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "gpfs", "beegfs", "ceph", "glusterfs", "afs", "9p", "orangefs", "wekafs", "panfs", "davfs", "ocfs2", "gfs2",
     "fuse.sshfs", "fuse.glusterfs", "fuse.s3fs", "fuse.gcsfuse", "fuse.juicefs", "fuse.ceph", "fuse.rclone", "fuse.blobfuse", "fuse.mount-s3", "virtiofs",
 }  # fmt: skip
+MEMORY = {"tmpfs", "ramfs"}
 GIB, MIB = 2**30, 2**20
 LITTLE_SHM, NO_SHM = 1 * GIB, 16 * MIB  # containers get 64 MiB unless asked for more
 LITTLE_ROOM, NO_ROOM = 10 * GIB, 64 * MIB
@@ -99,7 +100,7 @@ def _disk(found: Findings, name: str, folder: Path, needed: bool, quick: bool) -
     free = usage.f_bavail * usage.f_frsize
     kind = file_system(there)
     facts: dict[str, Any] = {
-        "folder": str(folder), "exists": folder.exists(), "file system": kind, "kind": "network" if kind in NETWORK else "local",
+        "folder": str(folder), "exists": folder.exists(), "file system": kind, "kind": "network" if kind in NETWORK else "memory" if kind in MEMORY else "local",
         "free [GiB]": round(free / GIB, 2), "free inodes": usage.f_favail,
     }  # fmt: skip
     tell = found.fail if needed else found.warn
@@ -111,6 +112,8 @@ def _disk(found: Findings, name: str, folder: Path, needed: bool, quick: bool) -
     except OSError as error:
         tell(f"{name}: {there} cannot be written: {error.strerror or error}", "check its owner and mount, or choose another folder" + (" with --registry" if needed else " with HF_HOME"))
         return facts
+    if needed and kind in MEMORY:
+        found.warn(f"{name}: {there} is kept in memory ({kind}): checkpoints take memory from training and are gone after a restart", "put the registry on a disk, with --registry")
     if free < NO_ROOM:
         tell(f"{name}: {free // MIB} MiB are free in {there}", "free some room, or choose another folder")
     elif free < LITTLE_ROOM and name != "temporary":

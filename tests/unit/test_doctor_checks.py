@@ -215,6 +215,13 @@ def test_a_slow_disk_and_a_disk_without_links(monkeypatch, tmp_path):
     assert "no hard links" in told(storage.check_disks(Settings(tmp_path, quick=True)))
 
 
+def test_a_registry_in_memory_is_warned_of(monkeypatch, tmp_path):
+    monkeypatch.setattr(storage, "file_system", lambda folder: "tmpfs")
+    found = storage.check_disks(Settings(tmp_path, quick=True))
+    assert [problem.found for problem in found.problems if "kept in memory" in problem.found and problem.level == "warning"]
+    assert found.facts["registry"]["kind"] == "memory"
+
+
 def test_file_systems_by_their_mounts(tmp_path):
     (tmp_path / "mounts").write_text(f"/dev/a / ext4 rw 0 0\nserver:/x {tmp_path}/my\\040nfs nfs4 rw 0 0\n")
     assert storage.file_system(tmp_path / "my nfs" / "registry", tmp_path / "mounts") == "nfs4"
