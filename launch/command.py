@@ -134,6 +134,8 @@ def stage_command(module: str, config_file: Path, machine: Machine, processes: i
         options += ["--deepspeed_multinode_launcher", "standard"]  # the default, pdsh, would log in to the other nodes and start there itself
     if number > 1 and nodes.count == 1:
         options += ["--main_process_port", "0"]  # 0: accelerate takes a free port, so that two runs do not meet on 29500
+    if "ALIGN_RANK_LOGS" in os.environ:  # a cluster's job: a folder per process beside the common log
+        options += ["--tee", "3", "--log_dir", os.environ["ALIGN_RANK_LOGS"]]
     typed = shlex.join(["accelerate", "launch", *options, *stage])
     env = child_environment(here)
     if number == 1 and machine.plain:
@@ -162,5 +164,9 @@ def child_environment(processes: int) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300",  # torchrun kills 30 s after SIGTERM, too soon for a large model's save
+        # torchrun passes these on to the processes and waits for them; of any other it dies, and they with it. SIGUSR1 warns of a time limit.
+        "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+        # Of lines that torchrun copies to a log per process: empty is not allowed, and what stands before a carriage return is dropped by our reader.
+        "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "\r",
     }
     return {key: value for key, value in wanted.items() if key not in os.environ}

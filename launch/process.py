@@ -17,11 +17,14 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
+from configs.exit_codes import REQUEUE, USER_ERROR
+
 FORWARDED = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
+USR1 = getattr(signal, "SIGUSR1", None)
 PR_SET_PDEATHSIG = 1
 # What torch's elastic agent (or Python, on Ctrl-C) writes once a worker has failed: about itself, not about the user's mistake.
 AGENT_REPORT = re.compile(rb"^(Traceback \(most recent|[WE]\d{4} \d\d:|\[rank\d+\]|error: )")
-WORKER_EXIT_2 = re.compile(rb"exitcode\s*:\s*2\b")
+WORKER_EXIT = re.compile(rb"exitcode\s*:\s*(\d+)\b")
 WORKER_DIED = re.compile(rb"failed \(exitcode: -\d+\)")  # the first worker that failed was ended by a signal
 
 
@@ -46,7 +49,7 @@ class _Stream:
     on_line: Callable[[str], None] | None = None
     stopping: Callable[[], bool] = lambda: False
     said_error: bool = False
-    worker_exit_2: bool = False
+    worker_exits: set[int] = field(default_factory=set)
     worker_died: bool = False
     muted: bool = False
     _broken: bool = field(default=False, repr=False)
@@ -56,7 +59,7 @@ class _Stream:
             line = raw.rstrip(b"\r\n").rpartition(b"\r")[2]  # of a progress bar, its last state
             self.log.write(line + b"\n")
             self.log.flush()
-            self.worker_exit_2 |= bool(WORKER_EXIT_2.search(line))
+            self.worker_exits.update(int(code) for code in WORKER_EXIT.findall(line))
             self.worker_died |= bool(WORKER_DIED.search(line))
             self.muted = self.muted or (bool(AGENT_REPORT.match(line)) and (self.said_error or self.stopping()))
             self.said_error |= line.startswith(b"error: ")
@@ -107,7 +110,8 @@ def run_child(
 
     A second SIGINT or SIGTERM, or `grace` seconds after the first, kills the group. Output is appended to `log_file`.
     Returns the outcome: the child's own exit code (a stage that saves on SIGTERM says so with its code), 128 + n where signal n
-    ended it, 130 after SIGINT, and 2 where a worker under `accelerate launch` ended with a user error.
+    ended it, 130 after SIGINT, and where a worker under `accelerate launch` ended with a user error or REQUEUE, that worker's code.
+    SIGUSR1 warns of a time limit: a child that ended after it without an error of the user's is to be run again, REQUEUE.
     """
     log_file.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
@@ -132,11 +136,13 @@ def run_child(
         code = code if code >= 0 else 128 - code
     if signal.SIGINT in signals.received:
         code = 128 + signal.SIGINT
-    elif code == 1 and stream.said_error and stream.worker_exit_2:
-        code = 2
+    elif code == 1 and stream.said_error and USER_ERROR in stream.worker_exits:
+        code = USER_ERROR
+    elif (code == 1 and REQUEUE in stream.worker_exits) or (code not in (0, USER_ERROR) and USR1 in signals.received):
+        code = REQUEUE
     elif code == 1 and signal.SIGTERM in signals.received:
         code = 128 + signal.SIGTERM  # the elastic agent's own way to end after SIGTERM
-    interrupted = any(number != getattr(signal, "SIGUSR1", None) for number in signals.received)
+    interrupted = any(number != USR1 for number in signals.received)
     died = code > 128 or (code == 1 and stream.worker_died and not stream.said_error)
     return Outcome(code, time.monotonic() - started, interrupted, died)
 
@@ -177,7 +183,7 @@ class _Signals:
         again = number in (signal.SIGINT, signal.SIGTERM) and any(n in self.received for n in (signal.SIGINT, signal.SIGTERM))
         self.received.append(number)
         self._send(signal.SIGKILL if again else number)
-        if self._timer is None and number != signal.SIGUSR1:
+        if self._timer is None and number != USR1:
             self._timer = threading.Timer(self.grace, self._send, [signal.SIGKILL])
             self._timer.daemon = True
             self._timer.start()

@@ -90,18 +90,20 @@ class ChainLock:
 
 
 def identity(pid: int) -> dict[str, Any]:
-    """What tells a process from a later one that got the same number: host, boot and start time."""
+    """What tells a process from a later one that got the same number: host, boot and start time; and the cluster's job, if any."""
     return {
         "pid": pid, "start": start_time(pid), "boot": _boot(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "job": os.environ.get("ALIGN_JOB"),
     }  # fmt: skip
 
 
 def is_alive(holder: dict[str, Any] | None) -> bool:
-    """Whether the process, or the child it recorded, still runs. A process of another machine counts as alive."""
+    """Whether the process, or the child it recorded, still runs. A process of another machine counts as alive,
+    unless it belongs to our own job: a cluster starts a job again, perhaps elsewhere, only once its last start has ended."""
     if not holder:
         return False
     if holder.get("host") != platform.node():
-        return True
+        return not holder.get("job") or holder["job"] != os.environ.get("ALIGN_JOB")
     if holder.get("boot") != _boot():
         return False
     here = start_time(int(holder["pid"]))

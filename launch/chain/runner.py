@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.errors import UserError
+from configs.exit_codes import REQUEUE, USER_ERROR
 from configs.presets import described
 from launch.chain.decide import Decider, Decision, check_files, read_attempt
 from launch.chain.lock import ChainLock
@@ -196,7 +197,9 @@ class Runner:
     def _failed(self, step: Step, code: int, interrupted: bool, log: Path) -> int:
         if interrupted:
             print(f"{step.name} was interrupted; to continue: {self.again}", file=sys.stderr)
-        elif code == 2:  # the step has said what is wrong
+        elif code == REQUEUE:
+            print(f"{step.name} stopped because it was told to; its log: {log}; to continue: {self.again}", file=sys.stderr)
+        elif code == USER_ERROR:  # the step has said what is wrong
             print(f"{step.name} did not finish, for the reason above; its log: {log}; to go on: {self.again}", file=sys.stderr)
         else:
             how = f"was killed by signal {code - 128}" if code > 128 else f"ended with exit code {code}"
