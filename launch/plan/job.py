@@ -1,0 +1,65 @@
+"""What a simulation of a stage needs to know: the shapes of its models and batches, taken from the stage's config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from configs.schema import Lora
+
+SCORES = {"sft": 1, "reward": 2, "dpo": 2, "ppo": 1}  # rows of a micro-batch per row of `micro_batch_size`: pairs are two
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stage on one process, as far as memory depends on it."""
+
+    stage: str  # sft, reward, dpo, ppo
+    config: Any  # the transformers config of the policy
+    micro_batch: int  # rows or pairs per forward pass of a process
+    accumulation: int  # micro-batches per optimizer step of a process
+    row_tokens: int  # tokens of the longest row
+    prompt_tokens: int = 0  # tokens of the longest prompt; PPO
+    completion_tokens: int = 0  # tokens of the longest completion; PPO
+    generate_batch: int = 0  # prompts generated at once by a process; PPO
+    rollout_rows: int = 0  # completions of an iteration, all processes; PPO
+    evaluates: bool = False  # PPO: samples held-out prompts before it trains
+    lora: Lora | None = None
+    bf16: bool = False  # autocast to bf16; else float32
+    checkpointing: bool = False
+    attn_implementation: str | None = None
+    optimizer: str = "adamw"
+    value_function: str = "copy"  # PPO: adapter, copy or head
+    own_reference: bool = True  # DPO and PPO: a reference that is a model of its own
+    reward_models: tuple[Any, ...] = ()  # PPO: configs of the reward models that are models of their own
+    reward_adapter: bool = False  # PPO: a reward adapter on the shared backbone
+    offload_frozen: bool = False
+    quantized: bool = False  # PPO: the shared backbone in 4 bits
+    ema: bool = False
+    gpu: bool = True  # kernels of a GPU: fused ones keep less than their equivalents on a CPU
+    vocabulary: int | None = None  # tokens of the tokenizer, where it is larger than the config's
+
+    @property
+    def sequences(self) -> int:
+        """Rows of one forward pass in training."""
+        return self.micro_batch * SCORES[self.stage]
+
+    @property
+    def layers(self) -> int:
+        """Decoder layers of the policy."""
+        return int(self.config.get_text_config().num_hidden_layers)
+
+    def with_layers(self, layers: int) -> Job:
+        """The same job with models of `layers` layers."""
+        return replace(self, config=shortened(self.config, layers), reward_models=tuple(shortened(c, layers) for c in self.reward_models))
+
+
+def shortened(config: Any, layers: int) -> Any:
+    """A copy of a transformers config with so many decoder layers: the first ones, where they are of several kinds."""
+    values = config.to_dict()
+    text = values.get("text_config", values)
+    text["num_hidden_layers"] = layers
+    for key, value in text.items():
+        if key.endswith(("layer_types", "layers_block_type", "mlp_layer_types")) and isinstance(value, list):
+            text[key] = value[:layers]
+    return type(config).from_dict(values)

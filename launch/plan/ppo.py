@@ -1,0 +1,246 @@
+"""An iteration of PPO after the first within a simulation: generation, scoring and updates by the stage's own functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from configs.schema import PPOStage
+from launch.plan import blueprint
+from launch.plan.allocations import Allocations
+from launch.plan.job import Job
+from stages.ppo import logprobs as heads
+from stages.ppo.modules import POLICY, REWARD, VALUE, AdapterSwitch, PolicyAndValue, Reference, is_of, store_linear_weights
+from stages.ppo.sampling import Sample, sample
+
+STEPS = 2  # optimizer steps: from the second on there is optimizer state
+NEW = 2  # tokens that a simulated generation samples: one after the prompt, one with a cache
+ROLLOUT_NUMBERS = 12  # float32 numbers per completion token in a rollout and in what is computed from it
+
+
+class Watched(PolicyAndValue):
+    """The trained module; tells the simulation where the update is."""
+
+    running: Any = None
+
+    def forward(self, tokens: Any, entropy: bool = False) -> Any:
+        self._tell("update policy")
+        return super().forward(tokens, entropy)
+
+    def logprobs(self, tokens: Any, entropy: bool = False) -> Any:
+        self._tell("update policy")
+        return super().logprobs(tokens, entropy)
+
+    def values(self, tokens: Any) -> Tensor:
+        self._tell("update value")
+        return super().values(tokens)
+
+    def _tell(self, phase: str) -> None:
+        if torch.is_grad_enabled():
+            self.running.begin(phase)
+
+
+class Frozen:
+    """A frozen model of its own, on the accelerator always or only while it is used."""
+
+    def __init__(self, job: Job, running: Allocations, model: Any, kind: str) -> None:
+        self.job, self.running, self.model, self.kind = job, running, model.requires_grad_(False).eval(), kind
+        if job.bf16:
+            store_linear_weights(self.model, torch.bfloat16)
+        running.label(self.model.parameters(), kind)
+        self.size = blueprint.size_of(self.model.parameters())
+        if job.offload_frozen and job.gpu:
+            running.hold(kind, -self.size)
+
+    @contextmanager
+    def used(self) -> Iterator[Any]:
+        """Within the block it is on the accelerator."""
+        away = self.job.offload_frozen and self.job.gpu
+        if away:
+            self.running.hold(self.kind, self.size)
+        yield self.model
+        if away:
+            self.running.hold(self.kind, -self.size)
+
+
+class HeldReference(Reference):
+    """A reference of its own."""
+
+    def __init__(self, frozen: Frozen, *, temperature: float) -> None:
+        super().__init__(frozen.model, temperature=temperature)
+        self.frozen = frozen
+
+    def at_hand(self) -> AbstractContextManager[Any]:
+        """The context in which `logprobs` runs."""
+        return self.frozen.used()
+
+
+def simulate(job: Job, cfg: PPOStage, running: Allocations, around: Callable[[Any, Any], AbstractContextManager[Any]]) -> None:
+    """Load the models, roll out, and take two optimizer steps. `around(module, optimizer)` is what the launcher wraps them in."""
+    from stages.ppo.collect import Clock, PromptSet, collect_rollout, experience_of
+    from stages.ppo.update import update_policy
+
+    running.begin("load")
+    module, reference, scoring = (_one_backbone if job.lora else _separate)(job, cfg, running)
+    module.running = running
+    trained = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    rows = job.micro_batch * min(job.accumulation, 2)
+    small = cfg.model_copy(update={"train": cfg.train.model_copy(update={"rollout_batch_size": rows, "micro_batch_size": job.micro_batch, "num_ppo_epochs": STEPS, "num_minibatches": 1, "value_warmup_iterations": 0})})
+    prompts = PromptSet([[1] * job.prompt_tokens] * rows, [""] * rows, [{}] * rows)
+    tokens: Any = SimpleNamespace(pad_id=0, key="", formatter=SimpleNamespace(completion_text=lambda ids: ""))
+    engine: Any = SimpleNamespace(sample=lambda *_, **__: _generate(job, cfg, module, running), sync=lambda: None)
+    with around(module, optimizer) as step, _chunks(job):
+        rollout = collect_rollout(module, reference, _Scorer(scoring, running), prompts, small, _Alone(job), engine=engine, iteration=0, tokens=tokens, clock=Clock())
+        experience, _ = experience_of(rollout, small, kl_coef=0.1, mean=0.0, std=1.0)
+        running.hold("rollout", (job.rollout_rows - rows) * (4 * ROLLOUT_NUMBERS * job.completion_tokens + 9 * (job.prompt_tokens + job.completion_tokens)))
+        if job.checkpointing:
+            module.train()
+        stepped: Any = SimpleNamespace(step=step, zero_grad=optimizer.zero_grad)
+        update_policy(module, stepped, _Alone(job), experience, small, 0)
+
+
+def _separate(job: Job, cfg: PPOStage, running: Allocations) -> tuple[Watched, Reference, list[Any]]:
+    """Full training: as stages/ppo/build.py builds it."""
+    policy = blueprint.policy(job)
+    reference = Frozen(job, running, blueprint.policy(job), "reference")
+    scoring = _reward_models(job, running)
+    trunk = blueprint.scorer(job).base_model if job.value_function == "copy" else None
+    blueprint.checkpoint_layers(job, policy, *([trunk] if trunk is not None else []))
+    module = Watched(policy, trunk, _head(policy), temperature=cfg.sampling.temperature)
+    running.label(policy.parameters(), "parameters")
+    running.label([p for part in (trunk, module.value_head) if part is not None for p in part.parameters()], "value")
+    return module, HeldReference(reference, temperature=cfg.sampling.temperature), scoring
+
+
+def _one_backbone(job: Job, cfg: PPOStage, running: Allocations) -> tuple[Watched, Reference, list[Any]]:
+    """Adapters: policy, value function and reward adapter on one copy of the weights."""
+    from stages import models
+
+    peft_model = blueprint.adapted(blueprint.policy(job), job, "CAUSAL_LM", name=POLICY)
+    for name in (VALUE, *([REWARD] if job.reward_adapter else [])):
+        peft_model.add_adapter(name, models.lora_config(job.lora, "CAUSAL_LM"))
+    backbone = peft_model.get_base_model()
+    if job.bf16:
+        store_linear_weights(backbone, torch.bfloat16)
+    for name, parameter in backbone.named_parameters():
+        parameter.requires_grad_(is_of(name, POLICY) or is_of(name, VALUE))
+    if job.quantized:
+        running.hold("parameters", -_saved_by_nf4(backbone))
+    blueprint.checkpoint_layers(job, backbone)
+    switch = AdapterSwitch(backbone, [POLICY, VALUE])
+    module = Watched(backbone, None, _head(backbone), temperature=cfg.sampling.temperature, switch=switch)
+    running.label(module.parameters(), "parameters")
+    scoring = _reward_models(job, running)
+    if job.reward_adapter:
+        scoring.append((backbone, _head(backbone), lambda: switch.on(REWARD)))
+    temperature = cfg.sampling.temperature
+    if job.own_reference:
+        return module, HeldReference(Frozen(job, running, blueprint.policy(job), "reference"), temperature=temperature), scoring
+    return module, Reference(backbone, temperature=temperature, switch=switch), scoring
+
+
+def _saved_by_nf4(backbone: nn.Module) -> int:
+    """Bytes that packing the frozen linear layers but the head saves: NF4 takes about 0.52 bytes a weight (arXiv:2305.14314)."""
+    head: Any = backbone.get_output_embeddings()  # type: ignore[operator]
+    frozen = [m.weight for n, m in backbone.named_modules() if isinstance(m, nn.Linear) and ".lora_" not in n and m is not head and not m.weight.requires_grad]
+    return int(sum(w.numel() * (w.element_size() - 0.52) for w in frozen))
+
+
+def _head(model: Any) -> nn.Linear:
+    return nn.Linear(model.get_input_embeddings().weight.shape[1], 1)
+
+
+def _reward_models(job: Job, running: Allocations) -> list[Any]:
+    """(model, head, context of its use) of each reward model of its own."""
+    found = []
+    for config in job.reward_models:
+        frozen = Frozen(job, running, blueprint.scorer(job, config=config), "reward model")
+        found.append((frozen.model, None, frozen.used))
+    return found
+
+
+class _Scorer:
+    """What stands for the sum of scorers: each reward model reads one micro-batch."""
+
+    def __init__(self, scoring: list[Any], running: Allocations) -> None:
+        self.scoring, self.running = scoring, running
+
+    @torch.no_grad()
+    def score(self, prompts: list[Any], completions: list[str], *, prompt_ids: list[list[int]], completion_ids: list[list[int]], **_: Any) -> Any:
+        """The same score for every row."""
+        from rewards.model import last_token_scores
+
+        self.running.begin("scoring")
+        ids = torch.tensor([p + c for p, c in zip(prompt_ids, completion_ids, strict=True)][: len(prompt_ids)])
+        for model, head, context in self.scoring:
+            with context():
+                last_token_scores(model, ids, torch.ones_like(ids), head)
+        count = len(prompts)
+        return SimpleNamespace(total=[0.0] * count, parts={"score": [0.0] * count})
+
+
+class _Alone:
+    """What PPO asks of Accelerate, for one process."""
+
+    num_processes, process_index = 1, 0
+    device = torch.device("cpu")
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+
+    def autocast(self) -> Any:
+        """The arithmetic of the stage."""
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.job.bf16)
+
+    def reduce(self, tensor: Tensor, reduction: str = "sum") -> Tensor:
+        """Of one process."""
+        return tensor
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Of one process."""
+        return tensor
+
+
+def _generate(job: Job, cfg: PPOStage, module: PolicyAndValue, running: Allocations) -> list[Sample]:
+    """Sample after the longest prompts, then with the longest cache; returns the completions that the update is simulated with."""
+    settings = cfg.sampling.model_copy(update={"max_new_tokens": NEW, "stop_at_eos": False})
+    batch = job.generate_batch
+    total = job.prompt_tokens + job.completion_tokens
+    for length, phases in ((job.prompt_tokens, ("rollout: prompts", "rollout: tokens")), (total - NEW, ("-", "rollout: tokens"))):
+        calls = iter(phases)
+
+        def before(*_: Any, calls: Iterator[str] = calls) -> None:
+            running.begin(next(calls, "rollout: tokens"))
+
+        def after(_module: Any, _args: Any, out: Any) -> None:
+            running.label(_cached(out), "kv cache")
+
+        hooks = [module.policy.register_forward_pre_hook(before), module.policy.register_forward_hook(after)]
+        with torch.no_grad(), _Alone(job).autocast():
+            sample(module.policy, [[1] * length] * batch, sampling=settings, eos_ids={2}, pad_id=0, seeds=list(range(batch)))
+        for hook in hooks:
+            hook.remove()
+    running.peaks.pop("-", None)
+    running.begin("scoring")
+    rows = job.micro_batch * min(job.accumulation, 2)
+    return [Sample([1] * job.completion_tokens, [0.0] * job.completion_tokens, True)] * rows
+
+
+def _cached(out: Any) -> Sequence[Tensor]:
+    layers = getattr(getattr(out, "past_key_values", None), "layers", [])
+    return [each for layer in layers for each in (layer.keys, layer.values) if isinstance(each, Tensor)]
+
+
+@contextmanager
+def _chunks(job: Job) -> Iterator[None]:
+    """Chunks of logits as long as on the device that is planned for."""
+    from unittest import mock
+
+    with mock.patch.object(heads, "CHUNK_ELEMENTS", heads.CHUNK_ELEMENTS_GPU) if job.gpu else nullcontext():
+        yield
