@@ -32,7 +32,7 @@ class Job:
     value_function: str = "copy"  # PPO: adapter, copy or head
     own_reference: bool = True  # DPO and PPO: a reference that is a model of its own
     reward_models: tuple[Any, ...] = ()  # PPO: configs of the reward models that are models of their own
-    reward_adapter: bool = False  # PPO: a reward adapter on the shared backbone
+    reward_lora: Lora | None = None  # PPO: of a reward adapter on the shared backbone; the value adapter starts as its copy
     offload_frozen: bool = False
     quantized: bool = False  # PPO: the shared backbone in 4 bits
     ema: bool = False

@@ -123,8 +123,8 @@ def _one_backbone(job: Job, cfg: PPOStage, running: Allocations) -> tuple[Watche
     from stages import models
 
     peft_model = blueprint.adapted(blueprint.policy(job), job, "CAUSAL_LM", name=POLICY)
-    for name in (VALUE, *([REWARD] if job.reward_adapter else [])):
-        peft_model.add_adapter(name, models.lora_config(job.lora, "CAUSAL_LM"))
+    for name in (VALUE, *([REWARD] if job.reward_lora else [])):
+        peft_model.add_adapter(name, models.lora_config(job.reward_lora or job.lora, "CAUSAL_LM"))
     backbone = peft_model.get_base_model()
     if job.bf16:
         store_linear_weights(backbone, torch.bfloat16)
@@ -137,7 +137,7 @@ def _one_backbone(job: Job, cfg: PPOStage, running: Allocations) -> tuple[Watche
     module = Watched(backbone, None, _head(backbone), temperature=cfg.sampling.temperature, switch=switch)
     running.label(module.parameters(), "parameters")
     scoring = _reward_models(job, running)
-    if job.reward_adapter:
+    if job.reward_lora:
         scoring.append((backbone, _head(backbone), lambda: switch.on(REWARD)))
     temperature = cfg.sampling.temperature
     if job.own_reference:

@@ -1,0 +1,121 @@
+"""Peak memory of one process, phase by phase: the stage's simulation, at few layers and from there to all of them."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from launch.plan.allocations import Peak
+from launch.plan.job import Job
+from launch.plan.layout import Layout
+from launch.plan.simulate import Simulation, simulation
+
+FEW = 4  # layers that are simulated as they are
+MARGIN = 0.06  # of a GPU's memory, for fragmentation of the caching allocator
+CONTEXT = 600 * 2**20  # bytes of a GPU: CUDA context, kernels and NCCL's buffers
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of one process by phase."""
+
+    phases: dict[str, Peak]
+
+    @property
+    def where(self) -> str:
+        """The phase with the highest peak."""
+        return max(self.phases, key=lambda name: self.phases[name].total)
+
+    @property
+    def peak(self) -> Peak:
+        """Its peak."""
+        return self.phases[self.where]
+
+
+def estimate(job: Job, cfg: Any, layout: Layout) -> Estimate:
+    """Simulate a stage. Models of more than a few layers are simulated twice at small depth: what a phase holds is linear in the depth."""
+    if job.layers <= FEW:
+        return Estimate(simulated(job, cfg, layout))
+    period = _period(job.config)
+    small, large = 2 * period, 3 * period
+    if large >= job.layers:
+        return Estimate(simulated(job, cfg, layout))
+    one, two = (simulated(job.with_layers(n), cfg, layout.shortened(job, n)) for n in (small, large))
+    return Estimate({name: _extended(one[name], two[name], small, large, job.layers) for name in one if name in two})
+
+
+def _period(config: Any) -> int:
+    """After how many layers the pattern of their kinds repeats."""
+    kinds = getattr(config.get_text_config(), "layer_types", None)
+    if not kinds:
+        return 1
+    return next((n for n in range(1, len(kinds)) if kinds[n:] == kinds[:-n]), len(kinds))
+
+
+def _extended(one: Peak, two: Peak, small: int, large: int, layers: int) -> Peak:
+    """A peak at `layers` layers from those at two smaller depths."""
+
+    def at(kind: str) -> int:
+        low, high = one.parts.get(kind, 0), two.parts.get(kind, 0)
+        return low + (high - low) * (layers - small) // (large - small)
+
+    parts = {kind: at(kind) for kind in {**one.parts, **two.parts}}
+    return Peak(sum(parts.values()), parts, two.operation)
+
+
+def simulated(job: Job, cfg: Any, layout: Layout) -> dict[str, Peak]:
+    """The peaks of a simulation at the job's own depth."""
+    from launch.plan import ppo, supervised
+    from launch.plan.spread import spread
+
+    vocabulary = max(job.vocabulary or 0, job.config.get_text_config().vocab_size)
+
+    def kind_of(tensor: Tensor) -> str | None:
+        return "logits" if tensor.dim() > 1 and tensor.shape[-1] in (vocabulary, TILE) else None
+
+    with simulation() as running:
+        running.kind_of = kind_of
+        around = spread(job, layout, running)
+        if job.stage == "ppo":
+            ppo.simulate(job, cfg, running, around)
+        else:
+            supervised.simulate(job, running, around)
+        peaks = dict(running.peaks)
+    gc.collect()
+    return {name: peak for name, peak in peaks.items() if name not in ("start", "-")}
+
+
+TILE = 32768  # columns of the tiles in which TRL computes logits
+
+
+@contextmanager
+def marked(running: Simulation, model: nn.Module, layers: int) -> Iterator[None]:
+    """Within the block the backward pass is three phases: head, layers, and the first layer with the embeddings.
+
+    Each of them is reached at one instant at any depth, so that its peak is linear in the number of layers.
+    """
+    handles = []
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == layers and layers > 1:
+            handles += [_at_backward(running, module[-1], "layers"), _at_backward(running, module[0], "embeddings")]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _at_backward(running: Simulation, layer: nn.Module, name: str) -> Any:
+    """Begin a phase when the gradient of a layer's output is there."""
+
+    def forward(_module: Any, _args: Any, out: Any) -> None:
+        tensor = out[0] if isinstance(out, tuple) else out
+        if isinstance(tensor, Tensor) and tensor.requires_grad:
+            tensor.register_hook(lambda _: running.begin(f"{running.phase.partition(':')[0]}: {name}"))
+
+    return layer.register_forward_hook(forward)

@@ -1,0 +1,121 @@
+"""From a stage's config to what a simulation needs to know of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from configs.errors import UserError
+from launch.plan.job import SCORES, Job
+from launch.plan.layout import Layout
+from launch.plan.rows import Rows, rows_of
+from launch.plan.sources import Sources
+
+OPTIMIZERS = {"adamw_torch", "adamw_torch_fused", "adamw"}
+
+
+@dataclass(frozen=True)
+class Work:
+    """A stage to plan: its config, its simulation's job, and how many rows it goes through."""
+
+    stage: str
+    cfg: Any
+    job: Job
+    rows: Rows
+    steps: int | None  # optimizer steps (PPO: iterations); None where the number of rows is not known
+    tokens_per_step: float  # tokens that one optimizer step (PPO: iteration) trains on, all processes
+
+
+def work_of(stage: str, cfg: Any, layout: Layout, sources: Sources, chain: Any = None) -> Work:
+    """Read the shapes and the rows of a stage.
+
+    Raises:
+        UserError: a model config that can't be read, or batch sizes that do not divide.
+    """
+    config = sources.config(cfg.init_from, cfg.registry)
+    tokens = sources.tokens(cfg.init_from, cfg.registry, cfg.template)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or cfg.max_length
+    limit = min(cfg.max_length, positions)
+    shared = {
+        "config": config, "lora": cfg.lora, "bf16": _bf16(cfg, layout), "checkpointing": _checkpointing(cfg),
+        "attn_implementation": _attention(cfg), "gpu": layout.device.gpu, "vocabulary": len(tokens.tokenizer) if tokens else None,
+    }  # fmt: skip
+    if stage == "ppo":
+        return _ppo(cfg, layout, sources, chain, tokens, limit, shared)
+    rows = rows_of(stage, cfg, tokens, limit)
+    train = cfg.train
+    per_forward = layout.processes * train.micro_batch_size
+    if train.batch_size % per_forward:
+        raise UserError(
+            f"{stage}.train.batch_size {train.batch_size} is not a multiple of {per_forward} = {layout.processes} process(es) x "
+            f"micro_batch_size {train.micro_batch_size}; --fit chooses sizes that divide, or set {stage}.train.micro_batch_size={max(1, math.gcd(train.batch_size, layout.processes) and train.batch_size // layout.processes)}"
+        )
+    own = stage == "dpo" and (cfg.lora is None or (cfg.reference is not None and cfg.reference != cfg.init_from))
+    packed = stage == "sft" and cfg.packing
+    job = Job(
+        stage, micro_batch=train.micro_batch_size, accumulation=train.batch_size // per_forward, row_tokens=limit if packed else rows.longest,
+        own_reference=own, optimizer=str(cfg.trainer.get("optim", "adamw_torch_fused")), **shared,
+    )  # fmt: skip
+    count = rows.count if not packed or rows.count is None else math.ceil(rows.count * rows.mean / limit)
+    steps = train.max_steps or (max(1, math.ceil(train.epochs * count / train.batch_size)) if count else None)
+    return Work(stage, cfg, job, rows, steps, train.batch_size * SCORES[stage] * (limit if packed else rows.mean))
+
+
+def _ppo(cfg: Any, layout: Layout, sources: Sources, chain: Any, tokens: Any, limit: int, shared: dict[str, Any]) -> Work:
+    new, train = cfg.sampling.max_new_tokens, cfg.train
+    if limit <= new:
+        raise UserError(f"ppo.sampling.max_new_tokens {new} leaves no room for a prompt within max_length {limit}; raise ppo.max_length or lower it")
+    rows = rows_of("ppo", cfg, tokens, limit - new)
+    if train.rollout_batch_size % (train.num_minibatches * layout.processes):
+        raise UserError(
+            f"ppo.train.rollout_batch_size {train.rollout_batch_size} is not a multiple of num_minibatches {train.num_minibatches} x {layout.processes} "
+            f"process(es); set ppo.train.rollout_batch_size={train.num_minibatches * layout.processes * max(1, round(train.rollout_batch_size / train.num_minibatches / layout.processes))}"
+        )
+    share = train.rollout_batch_size // layout.processes
+    per_step = share // train.num_minibatches
+    reward_lora, reward_models = _reward_models(cfg, sources, chain)
+    job = Job(
+        "ppo", micro_batch=min(train.micro_batch_size, per_step), accumulation=math.ceil(per_step / train.micro_batch_size),
+        row_tokens=rows.longest + new, prompt_tokens=rows.longest, completion_tokens=new,
+        generate_batch=min(cfg.sampling.generate_batch_size, share), rollout_rows=train.rollout_batch_size, evaluates=cfg.evaluation is not None,
+        value_function="adapter" if cfg.lora else ("head" if cfg.value_function == "head" else "copy"),
+        own_reference=cfg.lora is None or (cfg.reference is not None and cfg.reference != cfg.init_from), reward_models=reward_models,
+        reward_lora=reward_lora, offload_frozen=cfg.offload_frozen, quantized=cfg.quantization is not None, ema=cfg.ema_decay is not None, **shared,
+    )  # fmt: skip
+    return Work("ppo", cfg, job, rows, train.iterations, train.rollout_batch_size * (rows.mean + new))
+
+
+def _reward_models(cfg: Any, sources: Sources, chain: Any) -> tuple[Any, tuple[Any, ...]]:
+    """(adapter config of a reward adapter that shares the backbone, configs of reward models that are models of their own)."""
+    from stages import models
+
+    own: list[Any] = []
+    shared = None
+    for scorer in [s for s in cfg.scorers if s.kind == "model"]:
+        section = getattr(chain, "reward", None)
+        planned = section is not None and scorer.checkpoint == f"reward/{section.name}"
+        if planned:
+            lora = section.lora
+        else:
+            origin = sources.origin(scorer.checkpoint, cfg.registry)
+            lora = cfg.lora if models.is_adapter(origin) else None
+        if cfg.lora is not None and lora is not None and shared is None:
+            shared = lora  # an adapter on the weights that the policy starts from
+        else:
+            own.append(sources.config(scorer.checkpoint if not planned else section.init_from, cfg.registry))
+    return shared, tuple(own)
+
+
+def _bf16(cfg: Any, layout: Layout) -> bool:
+    """Whether the stage computes in bf16 on the planned device."""
+    return cfg.train.precision == "bf16" or (cfg.train.precision == "auto" and layout.device.gpu)
+
+
+def _checkpointing(cfg: Any) -> bool:
+    return bool(cfg.train.gradient_checkpointing)
+
+
+def _attention(cfg: Any) -> str | None:
+    """A kernel that can be simulated: those of other packages keep what torch's own keeps."""
+    return "eager" if cfg.attn_implementation == "eager" else "sdpa"
