@@ -17,6 +17,7 @@ from configs.errors import UserError
 VERBS = {
     "demo": ("launch.demo_cli", "build a small world and align a model in it: offline, on a CPU, in minutes"),
     "run": ("launch.run_cli", "run a chain of stages from one YAML file"),
+    "plan": ("launch.plan_cli", "memory, time and disk of every stage before it starts"),
     "sft": ("launch.stage_cli", "fine-tune a model on demonstrations"),
     "reward": ("launch.stage_cli", "train a reward model on preference pairs"),
     "dpo": ("launch.stage_cli", "optimise a policy on preference pairs directly"),

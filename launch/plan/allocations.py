@@ -11,6 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ class Allocations(TorchDispatchMode):
             self._gone(key)
         elif kind is None:
             kind = (self.kind_of(tensor) if self.kind_of is not None else None) or self.default
-        self.alive[key] = (weakref.ref(storage, lambda _, key=key: self._gone(key)), size, kind)
+        self.alive[key] = (weakref.ref(storage, partial(self._freed, key)), size, kind)
         self.parts[kind] = self.parts.get(kind, 0) + size
         self.total += size
 
@@ -81,6 +82,9 @@ class Allocations(TorchDispatchMode):
         """What follows belongs to `phase`, whose peak starts at what is alive now."""
         self.phase = phase
         self._look(phase)
+
+    def _freed(self, key: int, _: Any) -> None:
+        self._gone(key)
 
     def _gone(self, key: int) -> None:
         found = self.alive.pop(key, None)

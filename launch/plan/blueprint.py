@@ -15,10 +15,13 @@ def policy(job: Job, *, frozen: bool = False, config: Any = None) -> Any:
     """The causal language model that a stage loads; `frozen` is one under adapters."""
     from transformers import AutoModelForCausalLM
 
-    dtype = torch.bfloat16 if frozen and job.bf16 else torch.float32
-    model = AutoModelForCausalLM.from_config(config or job.config, dtype=dtype, attn_implementation=job.attn_implementation)
+    model = AutoModelForCausalLM.from_config(config or job.config, dtype=_dtype(job, frozen), attn_implementation=job.attn_implementation)
     models.resize_to(model, job.vocabulary)
     return without_dropout(model)
+
+
+def _dtype(job: Job, frozen: bool) -> torch.dtype:
+    return torch.bfloat16 if job.bf16 and (frozen or job.pure_bf16) else torch.float32
 
 
 def scorer(job: Job, *, frozen: bool = False, config: Any = None) -> Any:
@@ -27,8 +30,7 @@ def scorer(job: Job, *, frozen: bool = False, config: Any = None) -> Any:
 
     config = config or job.config
     config = type(config).from_dict(config.to_dict() | {"num_labels": 1, "pad_token_id": 0})
-    dtype = torch.bfloat16 if frozen and job.bf16 else torch.float32
-    model = AutoModelForSequenceClassification.from_config(config, dtype=dtype, attn_implementation=job.attn_implementation)
+    model = AutoModelForSequenceClassification.from_config(config, dtype=_dtype(job, frozen), attn_implementation=job.attn_implementation)
     models.resize_to(model, job.vocabulary)
     return without_dropout(model)
 

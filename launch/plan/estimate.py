@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from launch.plan.allocations import Peak
 from launch.plan.job import Job
 from launch.plan.layout import Layout
-from launch.plan.simulate import Simulation, simulation
+from launch.plan.simulate import simulation
+from launch.plan.spread import GATHERED, gathered, spread
 
 FEW = 4  # layers that are simulated as they are
 MARGIN = 0.06  # of a GPU's memory, for fragmentation of the caching allocator
@@ -40,13 +39,24 @@ class Estimate:
 def estimate(job: Job, cfg: Any, layout: Layout) -> Estimate:
     """Simulate a stage. Models of more than a few layers are simulated twice at small depth: what a phase holds is linear in the depth."""
     if job.layers <= FEW:
-        return Estimate(simulated(job, cfg, layout))
+        return _clamped(job, layout, simulated(job, cfg, layout))
     period = _period(job.config)
     small, large = 2 * period, 3 * period
     if large >= job.layers:
-        return Estimate(simulated(job, cfg, layout))
-    one, two = (simulated(job.with_layers(n), cfg, layout.shortened(job, n)) for n in (small, large))
-    return Estimate({name: _extended(one[name], two[name], small, large, job.layers) for name in one if name in two})
+        return _clamped(job, layout, simulated(job, cfg, layout))
+    one, two = (simulated(job.with_layers(n), cfg, layout) for n in (small, large))
+    return _clamped(job, layout, {name: _extended(one[name], two[name], small, large, job.layers) for name in one if name in two})
+
+
+def _clamped(job: Job, layout: Layout, phases: dict[str, Peak]) -> Estimate:
+    """Of weights that are split, only so many are whole at once."""
+    width = 2 if job.bf16 else 4
+    out = {}
+    for name, peak in phases.items():
+        whole = peak.parts.get(GATHERED, 0)
+        parts = {**peak.parts, GATHERED: gathered(layout, whole, job.layers, width)} if whole else peak.parts
+        out[name] = Peak(sum(parts.values()), parts, peak.operation)
+    return Estimate(out)
 
 
 def _period(config: Any) -> int:
@@ -71,7 +81,6 @@ def _extended(one: Peak, two: Peak, small: int, large: int, layers: int) -> Peak
 def simulated(job: Job, cfg: Any, layout: Layout) -> dict[str, Peak]:
     """The peaks of a simulation at the job's own depth."""
     from launch.plan import ppo, supervised
-    from launch.plan.spread import spread
 
     vocabulary = max(job.vocabulary or 0, job.config.get_text_config().vocab_size)
 
@@ -87,35 +96,8 @@ def simulated(job: Job, cfg: Any, layout: Layout) -> dict[str, Peak]:
             supervised.simulate(job, running, around)
         peaks = dict(running.peaks)
     gc.collect()
-    return {name: peak for name, peak in peaks.items() if name not in ("start", "-")}
+    dropped = {"start", "-"} | ({"load"} if layout.zero == 3 or layout.fsdp else set())  # split while it is loaded
+    return {name: peak for name, peak in peaks.items() if name not in dropped}
 
 
 TILE = 32768  # columns of the tiles in which TRL computes logits
-
-
-@contextmanager
-def marked(running: Simulation, model: nn.Module, layers: int) -> Iterator[None]:
-    """Within the block the backward pass is three phases: head, layers, and the first layer with the embeddings.
-
-    Each of them is reached at one instant at any depth, so that its peak is linear in the number of layers.
-    """
-    handles = []
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == layers and layers > 1:
-            handles += [_at_backward(running, module[-1], "layers"), _at_backward(running, module[0], "embeddings")]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _at_backward(running: Simulation, layer: nn.Module, name: str) -> Any:
-    """Begin a phase when the gradient of a layer's output is there."""
-
-    def forward(_module: Any, _args: Any, out: Any) -> None:
-        tensor = out[0] if isinstance(out, tuple) else out
-        if isinstance(tensor, Tensor) and tensor.requires_grad:
-            tensor.register_hook(lambda _: running.begin(f"{running.phase.partition(':')[0]}: {name}"))
-
-    return layer.register_forward_hook(forward)

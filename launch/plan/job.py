@@ -25,7 +25,8 @@ class Job:
     rollout_rows: int = 0  # completions of an iteration, all processes; PPO
     evaluates: bool = False  # PPO: samples held-out prompts before it trains
     lora: Lora | None = None
-    bf16: bool = False  # autocast to bf16; else float32
+    bf16: bool = False  # arithmetic in bf16; else float32
+    pure_bf16: bool = False  # weights and gradients in bf16 too, as DeepSpeed has them; else bf16 is an autocast over float32 weights
     checkpointing: bool = False
     attn_implementation: str | None = None
     optimizer: str = "adamw"

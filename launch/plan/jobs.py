@@ -38,7 +38,7 @@ def work_of(stage: str, cfg: Any, layout: Layout, sources: Sources, chain: Any =
     positions = getattr(config.get_text_config(), "max_position_embeddings", None) or cfg.max_length
     limit = min(cfg.max_length, positions)
     shared = {
-        "config": config, "lora": cfg.lora, "bf16": _bf16(cfg, layout), "checkpointing": _checkpointing(cfg),
+        "config": config, "lora": cfg.lora, "bf16": _bf16(cfg, layout), "pure_bf16": layout.zero > 0, "checkpointing": _checkpointing(cfg),
         "attn_implementation": _attention(cfg), "gpu": layout.device.gpu, "vocabulary": len(tokens.tokenizer) if tokens else None,
     }  # fmt: skip
     if stage == "ppo":
@@ -94,16 +94,15 @@ def _reward_models(cfg: Any, sources: Sources, chain: Any) -> tuple[Any, tuple[A
     shared = None
     for scorer in [s for s in cfg.scorers if s.kind == "model"]:
         section = getattr(chain, "reward", None)
-        planned = section is not None and scorer.checkpoint == f"reward/{section.name}"
-        if planned:
-            lora = section.lora
+        if section is not None and scorer.checkpoint == f"reward/{section.name}":
+            lora, start = section.lora, section.init_from
         else:
-            origin = sources.origin(scorer.checkpoint, cfg.registry)
-            lora = cfg.lora if models.is_adapter(origin) else None
+            lora = cfg.lora if models.is_adapter(sources.origin(scorer.checkpoint, cfg.registry)) else None
+            start = scorer.checkpoint
         if cfg.lora is not None and lora is not None and shared is None:
             shared = lora  # an adapter on the weights that the policy starts from
         else:
-            own.append(sources.config(scorer.checkpoint if not planned else section.init_from, cfg.registry))
+            own.append(sources.config(start, cfg.registry))
     return shared, tuple(own)
 
 

@@ -64,8 +64,9 @@ def layout_of(machine: Any, device: Device, processes: int, nodes: int) -> Layou
         return layout
     given = dict(settings.get("deepspeed_config") or {})
     zero = dict(_deepspeed_file(given["deepspeed_config_file"]).get("zero_optimization") or {}) if given.get("deepspeed_config_file") else {}
-    stage = int(zero.get("stage", given.get("zero_stage", 2)))
-    buckets = {key: int(zero[key]) if isinstance(zero.get(key), int | float) else size for key, size in DEEPSPEED.items()}
+    stage = int(zero.get("stage") or given.get("zero_stage") or 0)
+    given_sizes = {key: value for key, value in zero.items() if key in DEEPSPEED and isinstance(value, int | float)}
+    buckets = {key: int(given_sizes.get(key, size)) for key, size in DEEPSPEED.items()}
 
     def offloads(what: str) -> bool:
         inside = (zero.get(f"offload_{what}") or {}).get("device")

@@ -15,10 +15,18 @@ from launch.plan import blueprint
 from launch.plan.allocations import Allocations
 from launch.plan.job import Job
 from stages.ppo import logprobs as heads
-from stages.ppo.modules import POLICY, REWARD, VALUE, AdapterSwitch, PolicyAndValue, Reference, is_of, store_linear_weights
+from stages.ppo.modules import (
+    POLICY,
+    REWARD,
+    VALUE,
+    AdapterSwitch,
+    PolicyAndValue,
+    Reference,
+    is_of,
+    store_linear_weights,
+)
 from stages.ppo.sampling import Sample, sample
 
-STEPS = 2  # optimizer steps: from the second on there is optimizer state
 NEW = 2  # tokens that a simulated generation samples: one after the prompt, one with a cache
 ROLLOUT_NUMBERS = 12  # float32 numbers per completion token in a rollout and in what is computed from it
 
@@ -81,7 +89,7 @@ class HeldReference(Reference):
 
 
 def simulate(job: Job, cfg: PPOStage, running: Allocations, around: Callable[[Any, Any], AbstractContextManager[Any]]) -> None:
-    """Load the models, roll out, and take two optimizer steps. `around(module, optimizer)` is what the launcher wraps them in."""
+    """Load the models, roll out, and take an optimizer step. `around(module, trained)` is what the launcher makes of them."""
     from stages.ppo.collect import Clock, PromptSet, collect_rollout, experience_of
     from stages.ppo.update import update_policy
 
@@ -89,19 +97,19 @@ def simulate(job: Job, cfg: PPOStage, running: Allocations, around: Callable[[An
     module, reference, scoring = (_one_backbone if job.lora else _separate)(job, cfg, running)
     module.running = running
     trained = [p for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     rows = job.micro_batch * min(job.accumulation, 2)
-    small = cfg.model_copy(update={"train": cfg.train.model_copy(update={"rollout_batch_size": rows, "micro_batch_size": job.micro_batch, "num_ppo_epochs": STEPS, "num_minibatches": 1, "value_warmup_iterations": 0})})
+    small = cfg.model_copy(update={"train": cfg.train.model_copy(update={"rollout_batch_size": rows, "micro_batch_size": job.micro_batch, "num_ppo_epochs": 1, "num_minibatches": 1, "value_warmup_iterations": 0})})
     prompts = PromptSet([[1] * job.prompt_tokens] * rows, [""] * rows, [{}] * rows)
     tokens: Any = SimpleNamespace(pad_id=0, key="", formatter=SimpleNamespace(completion_text=lambda ids: ""))
     engine: Any = SimpleNamespace(sample=lambda *_, **__: _generate(job, cfg, module, running), sync=lambda: None)
-    with around(module, optimizer) as step, _chunks(job):
-        rollout = collect_rollout(module, reference, _Scorer(scoring, running), prompts, small, _Alone(job), engine=engine, iteration=0, tokens=tokens, clock=Clock())
+    with around(module, trained) as step, _chunks(job):
+        scorer: Any = _Scorer(scoring, running)
+        rollout = collect_rollout(module, reference, scorer, prompts, small, _Alone(job), engine=engine, iteration=0, tokens=tokens, clock=Clock())
         experience, _ = experience_of(rollout, small, kl_coef=0.1, mean=0.0, std=1.0)
         running.hold("rollout", (job.rollout_rows - rows) * (4 * ROLLOUT_NUMBERS * job.completion_tokens + 9 * (job.prompt_tokens + job.completion_tokens)))
         if job.checkpointing:
             module.train()
-        stepped: Any = SimpleNamespace(step=step, zero_grad=optimizer.zero_grad)
+        stepped: Any = SimpleNamespace(step=step, zero_grad=lambda **_: None)
         update_policy(module, stepped, _Alone(job), experience, small, 0)
 
 
@@ -122,6 +130,7 @@ def _one_backbone(job: Job, cfg: PPOStage, running: Allocations) -> tuple[Watche
     """Adapters: policy, value function and reward adapter on one copy of the weights."""
     from stages import models
 
+    assert job.lora is not None
     peft_model = blueprint.adapted(blueprint.policy(job), job, "CAUSAL_LM", name=POLICY)
     for name in (VALUE, *([REWARD] if job.reward_lora else [])):
         peft_model.add_adapter(name, models.lora_config(job.reward_lora or job.lora, "CAUSAL_LM"))
@@ -223,7 +232,7 @@ def _generate(job: Job, cfg: PPOStage, module: PolicyAndValue, running: Allocati
 
         hooks = [module.policy.register_forward_pre_hook(before), module.policy.register_forward_hook(after)]
         with torch.no_grad(), _Alone(job).autocast():
-            sample(module.policy, [[1] * length] * batch, sampling=settings, eos_ids={2}, pad_id=0, seeds=list(range(batch)))
+            sample(module.policy, [[1] * length] * batch, sampling=settings, eos_ids=[2], pad_id=0, seeds=list(range(batch)))
         for hook in hooks:
             hook.remove()
     running.peaks.pop("-", None)

@@ -43,7 +43,7 @@ def rows_of(stage: str, cfg: Any, tokens: Any, limit: int) -> Rows:
 def _read(stage: str, cfg: Any) -> list[Any]:
     from stages import data
 
-    read = {"sft": data.read_demonstrations, "ppo": data.read_prompts}.get(stage, data.read_pairs)
+    read: Any = {"sft": data.read_demonstrations, "ppo": data.read_prompts}.get(stage, data.read_pairs)
     return list(data.Splitter(cfg.split).split(read(cfg.prompts if stage == "ppo" else cfg.data).rows).train)
 
 

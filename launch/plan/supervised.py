@@ -15,11 +15,9 @@ from launch.plan import blueprint
 from launch.plan.allocations import Allocations
 from launch.plan.job import Job
 
-STEPS = 2  # optimizer steps: from the second on there is optimizer state
-
 
 def simulate(job: Job, running: Allocations, around: Callable[[Any, Any], AbstractContextManager[Any]]) -> None:
-    """Load the stage's models and take two optimizer steps. `around(model, optimizer)` is what the launcher wraps them in."""
+    """Load the stage's models and take an optimizer step. `around(model, trained)` is what the launcher makes of them."""
     running.begin("load")
     model, loss_of = {"sft": _sft, "reward": _reward, "dpo": _dpo}[job.stage](job, running)
     blueprint.checkpoint_layers(job, model)
@@ -28,23 +26,15 @@ def simulate(job: Job, running: Allocations, around: Callable[[Any, Any], Abstra
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     running.label(model.parameters(), "parameters")
-    optimizer = optimizer_of(job, trained)
-    with around(model, optimizer) as step, _kernels(job):
-        for _ in range(STEPS):
-            for _ in range(min(job.accumulation, 2)):
-                running.begin("forward")
-                with torch.autocast("cpu", torch.bfloat16, enabled=job.bf16):
-                    loss = loss_of()
-                running.begin("backward")
-                loss.backward()
-                del loss
-            running.begin("optimizer")
-            step()
-
-
-def optimizer_of(job: Job, trained: list[Any]) -> Any:
-    """AdamW as the stage makes it."""
-    return torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    with around(model, trained) as step, _kernels(job):
+        for _ in range(min(job.accumulation, 2)):  # the second finds gradients there
+            running.begin("forward")
+            with torch.autocast("cpu", torch.bfloat16, enabled=job.bf16 and not job.pure_bf16):
+                loss = loss_of()
+            running.begin("backward")
+            loss.backward()
+            del loss
+        step()
 
 
 def _sft(job: Job, running: Allocations) -> tuple[Any, Callable[[], Tensor]]:

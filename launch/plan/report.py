@@ -1,0 +1,57 @@
+"""A plan as a record with stable keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from launch.plan.disk import Disk
+from launch.plan.estimate import CONTEXT, MARGIN, Estimate
+from launch.plan.jobs import Work
+from launch.plan.layout import Layout
+from launch.scale import Row
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One stage's plan."""
+
+    work: Work
+    layout: Layout
+    estimate: Estimate
+    time: Row | None
+    disk: Disk
+    knobs: tuple[tuple[str, int], ...] = ()  # override -> bytes that it saves at the peak
+    largest_micro_batch: int | None = None
+    measured: int | None = None  # bytes, by running two micro-steps
+
+    @property
+    def needed(self) -> int:
+        """Bytes of a device: the peak, a margin for fragmentation, and what CUDA takes."""
+        peak = self.measured if self.measured is not None else self.estimate.peak.total
+        return int(peak * (1 + MARGIN)) + CONTEXT if self.layout.device.gpu else peak
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the device has as much; None where its memory is not known."""
+        return self.needed <= self.layout.device.memory if self.layout.device.memory else None
+
+
+def record(planned: Planned) -> dict[str, Any]:
+    """Keys that stay as they are; bytes, seconds, tokens."""
+    work, peak, time = planned.work, planned.estimate.peak, planned.time
+    return {
+        "stage": work.stage, "machine": planned.layout.machine, "processes": planned.layout.processes, "nodes": planned.layout.nodes,
+        "device": {"name": planned.layout.device.name, "memory_bytes": planned.layout.device.memory},
+        "micro_batch": work.job.micro_batch, "accumulation": work.job.accumulation, "row_tokens": work.job.row_tokens,
+        "gradient_checkpointing": work.job.checkpointing, "rows": work.rows.count, "mean_tokens": round(work.rows.mean, 1), "lengths_measured": work.rows.measured,
+        "peak_bytes": peak.total, "peak_phase": planned.estimate.where, "parts_bytes": {k: v for k, v in sorted(peak.parts.items()) if v > 0},
+        "phases_bytes": {name: found.total for name, found in planned.estimate.phases.items()}, "measured_bytes": planned.measured,
+        "needed_bytes": planned.needed, "fits": planned.fits, "knobs": [{"set": name, "saves_bytes": saved} for name, saved in planned.knobs],
+        "largest_micro_batch": planned.largest_micro_batch, "steps": work.steps,
+        "step_seconds": round(time.seconds, 4) if time else None, "tokens_per_second": round(time.tokens_per_second, 1) if time else None,
+        "hours": round(time.hours, 3) if time and work.steps else None,
+        "disk_bytes": {"save": planned.disk.save, "saves": planned.disk.saves, "published": planned.disk.published},
+    }  # fmt: skip

@@ -1,0 +1,65 @@
+"""A plan for a person: one screen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from launch.plan.estimate import CONTEXT, MARGIN
+from launch.plan.report import GIB, Planned
+
+SHOWN = 3  # knobs
+
+
+def gib(size: float) -> str:
+    """Bytes for a person."""
+    return f"{size / GIB:.1f}" if size >= GIB / 10 else f"{size / 2**20:.0f} Mi"
+
+
+def show(plans: Sequence[Planned], notes: Sequence[str], console: Any) -> None:
+    """Print the plans."""
+    from rich import box
+    from rich.table import Table
+
+    first = plans[0].layout
+    device = f"{first.device.name}" + (f", {gib(first.device.memory)} GiB" if first.device.memory else "")
+    console.print(f"{first.processes} process(es) on {first.nodes} node(s), {device} each; GiB of one process at its peak")
+    kinds = sorted({kind for p in plans for kind, size in p.estimate.peak.parts.items() if size > 2**20}, key=lambda k: -max(p.estimate.peak.parts.get(k, 0) for p in plans))
+    table = Table(box=box.SIMPLE_HEAD if console.is_terminal else box.ASCII2, pad_edge=False)
+    table.add_column("")
+    for p in plans:
+        table.add_column(p.work.stage, justify="right")
+    for kind in kinds:
+        table.add_row(kind, *(gib(p.estimate.peak.parts.get(kind, 0)) if p.estimate.peak.parts.get(kind, 0) > 0 else "" for p in plans))
+    table.add_row("peak", *(gib(p.estimate.peak.total) for p in plans), style="bold")
+    table.add_row("  reached in", *(p.estimate.where for p in plans))
+    if any(p.measured is not None for p in plans):
+        table.add_row("  measured", *(gib(p.measured) if p.measured is not None else "" for p in plans))
+    table.add_row("needed", *(gib(p.needed) for p in plans))
+    table.add_row("fits", *({True: "yes", False: "NO", None: "?"}[p.fits] for p in plans), style="bold")
+    table.add_row("machine file", *(p.layout.machine for p in plans))
+    table.add_row("micro-batch x accumulation", *(f"{p.work.job.micro_batch} x {p.work.job.accumulation}" for p in plans))
+    table.add_row("largest micro-batch", *("?" if p.largest_micro_batch is None else str(p.largest_micro_batch) for p in plans))
+    table.add_row("tokens of the longest row", *(str(p.work.job.row_tokens) + ("" if p.work.rows.measured else " *") for p in plans))
+    table.add_row("steps", *(str(p.work.steps) if p.work.steps else "?" for p in plans))
+    table.add_row("tokens/s", *(f"{p.time.tokens_per_second:,.0f}" if p.time else "?" for p in plans))
+    table.add_row("hours", *(f"{p.time.hours:.2f}" if p.time and p.work.steps else "?" for p in plans))
+    table.add_row("disk: saves, published", *(f"{gib(p.disk.saves)}, {gib(p.disk.published)}" for p in plans))
+    console.print(table)
+    for line in remarks(plans, notes):
+        console.print(line, soft_wrap=True)
+
+
+def remarks(plans: Sequence[Planned], notes: Sequence[str]) -> list[str]:
+    """What would lower each peak, and what the plan assumes."""
+    lines = []
+    for p in plans:
+        if p.knobs:
+            lines.append(f"{p.work.stage}: " + ", ".join(f"{name} saves {gib(size)}" for name, size in p.knobs[:SHOWN]))
+    lines += [f"note: {note}" for note in notes]
+    if any(not p.work.rows.measured for p in plans):
+        lines.append("* data or tokenizer not at hand: every row is taken to be as long as the config allows")
+    device = plans[0].layout.device
+    if device.gpu:
+        lines.append(f"needed = peak + {MARGIN:.0%} for fragmentation + {gib(CONTEXT)}B for CUDA and NCCL; time by launch/scale (align plan --scale), at {device.flops / 1e12:.0f} TFLOP/s and {device.bandwidth / 1e12:.2f} TB/s of {device.name}")
+    return lines

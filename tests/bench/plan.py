@@ -1,0 +1,114 @@
+"""`align plan` against what stages really allocate: predicted and measured peak of every stage, kind, ZeRO stage and model size, on the CPU.
+
+python -m tests.bench.plan [--world 1M] [--layout one] [--case sft:full] [--out FILE]
+
+Predicted is what `align plan` says of the stage's config; measured is the highest sum of torch's storages in the stage itself, of the rank that
+has most (tests/bench/plan_worker.py). Beside it stands resident memory above the imports, which also holds what Python, Arrow and allocators keep.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tests.bench import plan_cases as cases
+
+LEFT_OUT: dict[tuple[str, str], str] = {}
+"""(stage, layout) -> why it is not measured."""
+
+
+def main() -> None:
+    """Measure and predict every case, print a table, write a list of JSON records."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--world", choices=list(cases.WORLDS), action="append", help="model sizes; all by default")
+    parser.add_argument("--layout", choices=list(cases.LAYOUTS), action="append", help="machines; all by default")
+    parser.add_argument("--case", metavar="STAGE:KIND", action="append", help="such as sft:full; all by default")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench/plan.json"))
+    options = parser.parse_args()
+    wanted = options.case or [f"{stage}:{kind}" for stage in cases.STAGES for kind in cases.KINDS]
+    records: list[dict[str, Any]] = []
+    for world in options.world or cases.WORLDS:
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place)
+            _python("from tests.bench.plan_cases import prepare; from pathlib import Path; import sys; prepare(Path(sys.argv[1]), sys.argv[2])", place, world)
+            for layout in options.layout or cases.LAYOUTS:
+                chosen = [case for case in wanted if (case.split(":")[0], layout) not in LEFT_OUT]
+                records += compare(folder, world, layout, chosen)
+                options.out.parent.mkdir(parents=True, exist_ok=True)
+                options.out.write_text(json.dumps(records, indent=1) + "\n")
+    errors = [record["error"] for record in records]
+    print(f"{len(records)} cases: median error {statistics.median(errors):.1%}, worst {max(errors):.1%}")
+    for (stage, layout), why in LEFT_OUT.items():
+        print(f"not measured: {stage}/{layout}: {why}")
+
+
+def compare(folder: Path, world: str, layout: str, chosen: list[str]) -> list[dict[str, Any]]:
+    """The records of one world and layout: bytes, and |predicted - measured| / measured."""
+    machine = cases.machine(folder, layout)
+    processes = 1 if layout == "one" else cases.PROCESSES
+    worker = ["tests.bench.plan_worker", str(folder), layout, *chosen]
+    launch = ["-m", *worker]
+    if processes > 1:
+        launch = ["-m", "accelerate.commands.launch", "--config_file", str(machine), "--num_processes", str(processes), "--main_process_port", "0", "-m", *worker]
+    _run([sys.executable, *launch])
+    measured: dict[tuple[str, str], dict[str, Any]] = {}
+    for rank in range(processes):
+        for line in (folder / f"measured-{layout}-{rank}.jsonl").read_text().splitlines():
+            found = json.loads(line)
+            key = (found["stage"], found["kind"])
+            if "failed" in found:
+                sys.exit(f"{world}/{layout}/{key}: {found['failed']}")
+            if key not in measured or found["measured"] > measured[key]["measured"]:
+                measured[key] = found
+    predicted = json.loads(_python("from tests.bench.plan import predict; import sys; predict(*sys.argv[1:])", str(folder), layout, str(machine), *chosen).splitlines()[-1])
+    records = []
+    for (stage, kind), found in measured.items():
+        guess = predicted[f"{stage}:{kind}"]
+        error = abs(guess["peak_bytes"] - found["measured"]) / found["measured"]
+        case = f"{cases.name_of(stage, kind)}/{layout}/{world}"
+        print(f"{case:24} predicted {guess['peak_bytes'] / 2**20:8.1f} MiB in {guess['peak_phase']:28} measured {found['measured'] / 2**20:8.1f} ({found['operation']:36}) error {error:6.1%}   resident {found['resident'] / 2**20:8.1f}", flush=True)
+        records.append({"case": case, "predicted": guess["peak_bytes"], "measured": found["measured"], "error": round(error, 4), "resident": found["resident"],
+                        "phase": guess["peak_phase"], "parts": guess["parts_bytes"]})  # fmt: skip
+    return records
+
+
+def predict(folder: str, layout: str, machine: str, *chosen: str) -> None:
+    """Print what the plan says of the cases, as one JSON object."""
+    from configs import schema
+    from launch.plan.gpus import CPU
+    from launch.plan.make import plan
+    from launch.plan.report import record
+
+    out = {}
+    for case in chosen:
+        stage, kind = case.split(":")
+        model = getattr(schema, {"sft": "SFTStage", "reward": "RewardStage", "dpo": "DPOStage", "ppo": "PPOStage"}[stage])
+        cfg = model.model_validate(cases.settings(Path(folder), stage, kind, layout))
+        plans, _ = plan(cfg, stage, gpus=1 if layout == "one" else cases.PROCESSES, device=CPU, nodes=1, machine=machine, knobs=False)
+        out[case] = record(plans[0])
+    print(json.dumps(out))
+
+
+def _python(code: str, *arguments: str) -> str:
+    return _run([sys.executable, "-c", code, *arguments])
+
+
+def _run(command: list[str]) -> str:
+    """What a fresh process printed."""
+    from tests.bench.peak import environment
+
+    done = subprocess.run(command, env=environment() | {"PYTHONPATH": os.getcwd()}, capture_output=True, text=True, check=False, timeout=3600)
+    if done.returncode not in (0, -6):  # DeepSpeed on a CPU may abort in a process's exit, after all work
+        print(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}", file=sys.stderr)
+    return done.stdout
+
+
+if __name__ == "__main__":
+    main()

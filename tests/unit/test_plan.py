@@ -1,0 +1,177 @@
+"""The plan: its tracker against hand-counted tensors, its simulation against real ones, its sizes against published facts."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from configs.errors import UserError
+from launch.cli import main
+from launch.plan.allocations import Allocations
+from launch.plan.gpus import GIB, parse_gpus
+from launch.plan.layout import layout_of
+from launch.plan.simulate import simulation
+from tests.tiny import tiny_config, tiny_model
+
+
+def test_the_tracker_counts_storages_until_they_are_freed():
+    with Allocations() as tracker:
+        a = torch.zeros(256)  # 1 KiB
+        view = a[:10]  # the same storage
+        b = a + 1.0  # 1 KiB more
+        assert tracker.total == 2048
+        del b
+        assert tracker.total == 1024
+        del a
+        assert tracker.total == 1024  # the view keeps it
+        del view
+        assert tracker.total == 0
+    assert tracker.highest.total == 2048
+
+
+def test_the_tracker_sees_backward_passes():
+    with Allocations() as tracker:
+        weight = torch.ones(1024, requires_grad=True)  # 4 KiB
+        (weight * 2.0).sum().backward()
+        tracker.see(weight.grad, "gradients")
+        assert tracker.parts["gradients"] == 4096
+
+
+def step(micro: int = 3):
+    """A small training step, and what it counts."""
+    layers = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.GELU(), torch.nn.Linear(64, 8))
+    mask = torch.arange(10) % 2 == 0
+    out = layers(torch.ones(micro, 10, 32))[:, mask]
+    out.log_softmax(-1).sum().backward()
+    torch.optim.AdamW(layers.parameters(), fused=True).step()
+
+
+def test_a_simulation_counts_what_a_real_step_allocates():
+    with Allocations() as real:
+        step()
+    with simulation() as fake:
+        step()
+    assert fake.highest.total == pytest.approx(real.highest.total, rel=0.02)
+
+
+def test_a_simulation_knows_whole_numbers_and_no_others():
+    with simulation():
+        lengths = torch.tensor([[1, 1, 0], [1, 1, 1]]).sum(dim=1)
+        assert lengths.max().item() == 3
+        assert torch.argsort(lengths)[0].item() == 0
+        assert torch.randn(4, 5)[torch.tensor([True, False, True, True])].shape == (3, 5)
+        assert torch.randn(3).sum().item() == 1.0  # not known: any number
+
+
+@pytest.mark.parametrize(("text", "count", "memory"), [("8x80GB", 8, 79), ("H100", 1, 79), ("4xa10", 4, 22), ("2xCPU", 2, 0), ("1x141GB", 1, 139)])
+def test_gpus(text, count, memory):
+    found, device = parse_gpus(text)
+    assert (found, device.memory) == (count, memory * GIB)
+
+
+@pytest.mark.parametrize("text", ["8", "x80GB", "8xfoo", "eight", "0xH100", "80"])
+def test_gpus_that_are_not_known(text):
+    with pytest.raises(UserError, match="--gpus"):
+        parse_gpus(text)
+
+
+def chain(folder, **changes):
+    """A chain file over a config.json alone."""
+    base = folder / "base"
+    base.mkdir()
+    tiny_config(layers=3).save_pretrained(base)
+    values = {
+        "name": "tiny", "base": str(base), "max_length": 64, "registry": str(folder / "registry"),
+        "sft": {"data": "none.jsonl", "train": {"batch_size": 8, "micro_batch_size": 2}},
+        "reward": {"data": "none.jsonl", "train": {"batch_size": 8, "micro_batch_size": 2}, "lora": {"rank": 4}},
+        "dpo": {"data": "none.jsonl", "train": {"batch_size": 8, "micro_batch_size": 2}},
+        "ppo": {"prompts": "none.jsonl", "lora": {"rank": 4}, "sampling": {"max_new_tokens": 16, "generate_batch_size": 4}, "train": {"rollout_batch_size": 8, "micro_batch_size": 2}},
+    } | changes  # fmt: skip
+    file = folder / "chain.yaml"
+    file.write_text(json.dumps(values))
+    return file
+
+
+def test_a_chain_is_planned_from_config_json_alone(tmp_path, capsys):
+    assert main(["plan", str(chain(tmp_path)), "--gpus", "2xCPU", "--json"]) == 0
+    plans = {stage["stage"]: stage for stage in json.loads(capsys.readouterr().out)["stages"]}
+    assert list(plans) == ["sft", "reward", "dpo", "ppo"]
+    for plan in plans.values():
+        assert plan["peak_bytes"] == sum(plan["parts_bytes"].values()) == max(plan["phases_bytes"].values())
+        assert plan["accumulation"] in (1, 2)
+    assert plans["dpo"]["parts_bytes"]["reference"] == plans["sft"]["parts_bytes"]["parameters"]
+    assert "reference" not in plans["ppo"]["parts_bytes"]  # one backbone
+    assert plans["ppo"]["disk_bytes"]["published"] < plans["sft"]["disk_bytes"]["published"]
+
+
+def test_no_model_config_is_said(tmp_path, capsys):
+    file = chain(tmp_path)
+    assert main(["plan", str(file), f"base={tmp_path / 'nowhere' / 'at' / 'all'}", "--gpus", "1xCPU"]) == 2
+    assert "no such folder" in capsys.readouterr().err
+
+
+def test_batches_that_do_not_divide_are_said(tmp_path, capsys):
+    assert main(["plan", str(chain(tmp_path)), "--gpus", "3xCPU", "--only", "sft"]) == 2
+    assert "sft.train.batch_size 8 is not a multiple of 6" in capsys.readouterr().err
+
+
+def test_the_table_is_plain_text_elsewhere_than_in_a_terminal(tmp_path, capsys):
+    assert main(["plan", str(chain(tmp_path)), "--gpus", "1x24GB", "--only", "sft"]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert "fits" in out
+    assert "yes" in out
+
+
+def job(**changes):
+    """An SFT step of a tiny model."""
+    from launch.plan.job import Job
+
+    return Job(**({"stage": "sft", "config": tiny_config(layers=9), "micro_batch": 2, "accumulation": 2, "row_tokens": 32} | changes))
+
+
+def layout(machine="cpu", gpus="1xCPU", **changes):
+    from dataclasses import replace
+
+    from launch.command import load_machine
+
+    count, device = parse_gpus(gpus)
+    return replace(layout_of(load_machine(machine, count), device, count, 1), **changes)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_deep_model_is_what_two_shallow_ones_say(checkpointing):
+    from launch.plan.estimate import estimate, simulated
+
+    asked = job(checkpointing=checkpointing)
+    found, whole = estimate(asked, None, layout()), simulated(asked, None, layout())
+    assert found.peak.total == pytest.approx(max(peak.total for peak in whole.values()), rel=0.002)
+
+
+def test_sixteen_bytes_a_parameter_without_splitting():
+    """Weights, gradients and two moments in float32: 16 bytes (Rajbhandari et al. 2020, arXiv:1910.02054); Llama-3 8B: 128 GB."""
+    from transformers import LlamaConfig
+
+    from launch.plan.estimate import estimate
+
+    llama = LlamaConfig(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, intermediate_size=14336, vocab_size=128256)
+    parts = estimate(job(config=llama, row_tokens=128, bf16=True), None, layout("gpu", "1x80GB")).phases["backward: embeddings"].parts
+    held = sum(parts[kind] for kind in ("parameters", "gradients", "optimizer"))
+    assert held / 8_030_261_248 == pytest.approx(16.0, rel=0.1)
+    assert held / 8_030_261_248 <= 16.0  # the embeddings' gradient is the last to come
+
+
+def test_a_tiny_model_with_data_and_tokenizer_is_measured_in_tokens(tmp_path, capsys):
+    tiny_model(tmp_path / "base")
+    (tmp_path / "sft.jsonl").write_text("".join(json.dumps({"prompt": "a" * n, "completion": "b" * 5}) + "\n" for n in range(1, 30)))
+    config = {"name": "one", "init_from": str(tmp_path / "base"), "data": str(tmp_path / "sft.jsonl"), "template": "raw", "max_length": 128, "loss_on": "all",
+              "split": {"validation": 0, "test": 0}, "train": {"batch_size": 4, "micro_batch_size": 2}}  # fmt: skip
+    (tmp_path / "sft.yaml").write_text(json.dumps(config))
+    capsys.readouterr()  # what libraries say when they are imported
+    assert main(["plan", str(tmp_path / "sft.yaml"), "--gpus", "1xCPU", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["stages"][0]
+    assert found["lengths_measured"]
+    assert (found["rows"], found["steps"]) == (29, 8)  # 29 rows in batches of 4
+    assert found["row_tokens"] == 35  # 29 of the prompt, 5 of the completion, EOS
