@@ -17,13 +17,20 @@ def is_reference(text: Any) -> bool:
 def references(config: Any) -> dict[str, str]:
     """role -> registry reference, of everything that a stage's config or the evaluation starts from or uses."""
     found = {key: getattr(config, key, None) for key in ("init_from", "reference", "value_init")}
-    for number, scorer in enumerate(getattr(config, "scorers", None) or []):
-        found[f"scorers.{number}"] = getattr(scorer, "checkpoint", None)
-    for number, scorer in enumerate(getattr(getattr(config, "evaluation", None), "scorers", None) or []):
-        found[f"evaluation.scorers.{number}"] = getattr(scorer, "checkpoint", None)
+    found |= _scorer_references(getattr(config, "scorers", None), "scorers.")
+    found |= _scorer_references(getattr(getattr(config, "evaluation", None), "scorers", None), "evaluation.scorers.")
     for label, checkpoint in (getattr(config, "checkpoints", None) or {}).items():
         found[f"checkpoints.{label}"] = checkpoint
     return {role: ref for role, ref in found.items() if ref is not None and is_reference(ref)}
+
+
+def _scorer_references(scorers: Any, prefix: str) -> dict[str, str | None]:
+    """Role -> the reward model of each scorer, or of each member of an ensemble."""
+    found: dict[str, str | None] = {}
+    for number, scorer in enumerate(scorers or []):
+        found[f"{prefix}{number}"] = getattr(scorer, "checkpoint", None)
+        found |= {f"{prefix}{number}.{member}": name for member, name in enumerate(getattr(scorer, "checkpoints", []))}
+    return found
 
 
 def pin(config: Any, pinned: Callable[[str], str]) -> Any:
@@ -32,10 +39,7 @@ def pin(config: Any, pinned: Callable[[str], str]) -> Any:
     update: dict[str, Any] = {role: pinned(ref) for role, ref in refs.items() if "." not in role}
 
     def scorers(owner: Any, prefix: str) -> list[Any]:
-        return [
-            scorer.model_copy(update={"checkpoint": pinned(scorer.checkpoint)}) if f"{prefix}{number}" in refs else scorer
-            for number, scorer in enumerate(owner.scorers)
-        ]
+        return [_pinned_scorer(scorer, f"{prefix}{number}", refs, pinned) for number, scorer in enumerate(owner.scorers)]
 
     if any(role.startswith("scorers.") for role in refs):
         update["scorers"] = scorers(config, "scorers.")
@@ -46,3 +50,11 @@ def pin(config: Any, pinned: Callable[[str], str]) -> Any:
             label: pinned(ref) if f"checkpoints.{label}" in refs else ref for label, ref in config.checkpoints.items()
         }
     return config.model_copy(update=update)
+
+
+def _pinned_scorer(scorer: Any, role: str, refs: dict[str, str], pinned: Callable[[str], str]) -> Any:
+    if role in refs:
+        return scorer.model_copy(update={"checkpoint": pinned(scorer.checkpoint)})
+    members = getattr(scorer, "checkpoints", [])
+    update = [pinned(name) if f"{role}.{member}" in refs else name for member, name in enumerate(members)]
+    return scorer.model_copy(update={"checkpoints": update}) if members else scorer

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from configs.errors import UserError
 from rewards.combine import Weighted, WeightedSum
+from rewards.ensemble import RewardEnsemble
 from rewards.protocol import Scorer
 from rewards.python import PythonFunction
 from rewards.rules import Keyword, Length, Regex, Repetition
@@ -20,7 +21,8 @@ SPECS = "length:WORDS, repetition:NGRAM, regex:PATTERN, keyword:A,B, package.mod
 def build_scorers(specs: Sequence[ScorerSpec], load_checkpoint: Callable[[str], Scorer]) -> WeightedSum:
     """The weighted sum of the scorers that a config names.
 
-    load_checkpoint(ref) gives the scorer of a trained reward model (a RewardModelScorer); it is called for `kind: model` only.
+    load_checkpoint(ref) gives the scorer of a trained reward model (a RewardModelScorer); it is called for `kind: model` and for every member of
+    a `kind: ensemble`.
     Raises UserError for what cannot be built.
     """
     return WeightedSum([Weighted(_build(spec, load_checkpoint), spec.weight) for spec in specs])
@@ -29,6 +31,8 @@ def build_scorers(specs: Sequence[ScorerSpec], load_checkpoint: Callable[[str], 
 def _build(spec: Any, load_checkpoint: Callable[[str], Scorer]) -> Scorer:
     if spec.kind == "model":
         return load_checkpoint(spec.checkpoint)
+    if spec.kind == "ensemble":
+        return RewardEnsemble([load_checkpoint(name) for name in spec.checkpoints], how=spec.combine, spread_coef=spec.spread_coef)
     if spec.kind == "length":
         return Length(spec.target)
     if spec.kind == "repetition":

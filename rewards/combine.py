@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from configs.errors import UserError
+from rewards.ensemble import RewardEnsemble
 from rewards.protocol import Score, Scorer, Text, check_scores
+
+SPREAD = "spread"  # among a sum's columns: how far the members of its ensembles disagree
 
 
 class Weighted(NamedTuple):
@@ -20,7 +23,7 @@ class Scores(NamedTuple):
     """What `count` completions scored."""
 
     total: list[float]  # weighted sum over the scorers that apply
-    parts: dict[str, list[Score]]  # scorer's name -> its own values, unweighted; None: does not apply
+    parts: dict[str, list[Score]]  # scorer's name -> its own values, unweighted; None: does not apply. With ensembles also SPREAD
 
 
 class WeightedSum:
@@ -31,6 +34,19 @@ class WeightedSum:
             raise UserError("scorers: there is none; expected at least one")
         self.parts = dict(zip(_unique([part.scorer.name for part in parts]), parts, strict=True))
         self.name = " + ".join(self.parts)
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of what `score` returns as parts, in order."""
+        return [*self.parts, *([SPREAD] if any(isinstance(part.scorer, RewardEnsemble) for part in self.parts.values()) else [])]
+
+    def single(self) -> list[tuple[str, Scorer]]:
+        """Every scorer with its name, an ensemble's members in the place of the ensemble."""
+        return [
+            (name if one is part.scorer else one.name, one)
+            for name, part in self.parts.items()
+            for one in (part.scorer.members if isinstance(part.scorer, RewardEnsemble) else [part.scorer])
+        ]
 
     @property
     def mean(self) -> float:
@@ -59,18 +75,31 @@ class WeightedSum:
         """Score completions, by their ids where a part reads the same tokens.
 
         token_key names the tokenizer and template that prompt_ids and completion_ids come from; a part with the same token_key
-        scores those ids (nothing is decoded and tokenised again), every other part reads the text.
+        scores those ids (nothing is decoded and tokenised again), every other part reads the text. An ensemble's members are asked
+        one by one; the column SPREAD is Σ |weight| · standard deviation between the members.
         """
-        parts: dict[str, list[Score]] = {}
-        for name, (scorer, _) in self.parts.items():
+        count = len(completions)
+
+        def ask(name: str, scorer: Any) -> list[Score]:
             same_tokens = token_key is not None and getattr(scorer, "token_key", None) == token_key
             if same_tokens and prompt_ids is not None and completion_ids is not None:
-                returned: Any = scorer.score_ids(prompt_ids, completion_ids, columns.get("finished"))  # type: ignore[attr-defined]
+                returned: Any = scorer.score_ids(prompt_ids, completion_ids, columns.get("finished"))
             else:
                 returned = scorer(prompts, completions, **columns)
-            parts[name] = check_scores(name, returned, len(completions))
-        weights = {name: part.weight for name, part in self.parts.items()}
-        return Scores(_weighted_sum(parts, weights, len(completions)), parts)
+            return check_scores(name, returned, count)
+
+        parts: dict[str, list[Score]] = {}
+        spread = [0.0] * count
+        for name, (scorer, weight) in self.parts.items():
+            if isinstance(scorer, RewardEnsemble):
+                members = cast("list[list[float]]", [ask(member.name, member) for member in scorer.members])  # a reward model scores everything
+                combined = scorer.combined(members)
+                parts[name] = list(combined.scores)
+                spread = [total + abs(weight) * one for total, one in zip(spread, combined.spread, strict=True)]
+            else:
+                parts[name] = ask(name, scorer)
+        total = _weighted_sum(parts, {name: part.weight for name, part in self.parts.items()}, count)
+        return Scores(total, parts | ({SPREAD: list(spread)} if SPREAD in self.columns else {}))
 
 
 def _weighted_sum(parts: dict[str, list[Score]], weights: dict[str, float], count: int) -> list[float]:

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from configs.schema.common import NAME_PATTERN, Split, Strict
 from configs.schema.evaluation import EvalSettings
 from configs.schema.ppo import PPOStage
+from configs.schema.scorers import Combination
 from configs.schema.supervised import DPOStage, RewardStage, SFTStage
 
 SHARED = ("registry", "seed", "template", "max_length", "split", "machine", "processes", "attn_implementation")
@@ -23,6 +24,28 @@ class Prepare(Strict):
     arguments: dict[str, Any] = Field(default_factory=dict, alias="with", description="Keyword arguments of the function.")
     writes: list[Path] = Field(min_length=1, description="Files it must have written; the step is skipped while they and its inputs are unchanged.")
     before: Literal["sft", "reward", "dpo", "ppo", "eval"] = Field(default="sft", description="The stage that needs the files.")
+
+
+class Members(Combination):
+    """Several reward models in the place of one, alike but for their seeds."""
+
+    members: int = Field(ge=2, description="Reward models, trained with the seeds seed, seed + 1 … and published as reward/NAME, reward/NAME-2 …")
+
+
+class ChainReward(RewardStage):
+    """The reward stage of a chain."""
+
+    ensemble: Members | None = Field(default=None, description="Train several reward models; PPO's scorer combines them. Null trains one.")
+
+    def member(self, number: int) -> RewardStage:
+        """The config of member `number`, counted from 1; the first is the model that a chain without an ensemble trains."""
+        own = {} if number == 1 else {"name": member_name(self.name, number), "output": f"{self.output}-{number}", "seed": self.seed + number - 1}
+        return RewardStage(**{name: getattr(self, name) for name in RewardStage.model_fields} | own)
+
+
+def member_name(name: str, number: int) -> str:
+    """What member `number`, counted from 1, of the ensemble `name` is published under."""
+    return name if number == 1 else f"{name}-{number}"
 
 
 class Chain(Strict):
@@ -42,7 +65,7 @@ class Chain(Strict):
     attn_implementation: str | None = Field(default=None, description="Attention kernel of every stage.")
     prepare: dict[str, Prepare] = Field(default_factory=dict, description="Steps that write files, by name, in order.")
     sft: SFTStage | None = Field(default=None, description="Supervised fine-tuning.")
-    reward: RewardStage | None = Field(default=None, description="The reward model.")
+    reward: ChainReward | None = Field(default=None, description="The reward model, or an ensemble of them.")
     dpo: DPOStage | None = Field(default=None, description="Direct preference optimisation, from the SFT model.")
     ppo: PPOStage | None = Field(default=None, description="PPO, from the SFT model.")
     eval: EvalSettings | None = Field(default=None, description="The evaluation at the end, on prompts no stage has seen.")
@@ -84,6 +107,15 @@ def fill_sections(data: dict[str, Any]) -> dict[str, Any]:
         parent = data.get("base") if stage == "sft" or not data.get("sft") else f"sft/{name}"
         filled = {**shared, "name": name, "output": f"{output}/{stage}", "init_from": parent}
         if stage == "ppo" and isinstance(data.get("reward"), dict):
-            filled["scorers"] = [{"kind": "model", "checkpoint": f"reward/{name}"}]
+            filled["scorers"] = [_scorer(data["reward"])]
         data[stage] = {**filled, **section}
     return data
+
+
+def _scorer(reward: dict[str, Any]) -> dict[str, Any]:
+    """What PPO's scorer is in a chain: the reward model, or the ensemble."""
+    ensemble = reward.get("ensemble")
+    if not isinstance(ensemble, dict) or not isinstance(ensemble.get("members"), int):
+        return {"kind": "model", "checkpoint": f"reward/{reward['name']}"}
+    names = [f"reward/{member_name(reward['name'], number)}" for number in range(1, ensemble["members"] + 1)]
+    return {"kind": "ensemble", "checkpoints": names} | {key: value for key, value in ensemble.items() if key != "members"}

@@ -145,7 +145,7 @@ class PPOStage(StageConfig):
             raise ValueError("value_init is for a value copy (full training, value_function: copy); adapters start from the reward adapter among the scorers, a head at 0: leave it out")
         if self.adaptive_kl is not None and not self.kl_coef:
             raise ValueError("adaptive_kl multiplies kl_coef, and kl_coef is 0: it would stay 0; give kl_coef a value to start from, or leave adaptive_kl out")
-        models = [scorer for scorer in self.scorers if scorer.kind == "model" and scorer.weight]
+        models = [scorer for scorer in self.scorers if scorer.kind in ("model", "ensemble") and scorer.weight]
         if self.scale_scores and len(models) != 1:
             raise ValueError(f"scale_scores divides by the spread of one reward model's scores, and the scorers hold {len(models)} reward models; set it to false")
         if self.train.rollout_batch_size % self.train.num_minibatches:

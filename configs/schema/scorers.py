@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from configs.schema.common import Strict
 
@@ -18,6 +19,32 @@ class ModelScorer(_Weighted):
 
     kind: Literal["model"]
     checkpoint: str = Field(description="A registry name such as reward/demo@1.")
+
+
+class Combination(Strict):
+    """How an ensemble's members become one score."""
+
+    combine: Literal["mean", "minimum"] = Field(default="mean", description="minimum: the lowest member decides.")
+    spread_coef: float = Field(default=0.0, ge=0, description="mean less this many standard deviations between the members (mean only).")
+
+    @model_validator(mode="after")
+    def _one_or_the_other(self) -> Combination:
+        if self.combine == "minimum" and self.spread_coef:
+            raise ValueError("spread_coef is taken off the mean, and combine is minimum; use one of them")
+        return self
+
+
+class EnsembleScorer(_Weighted, Combination):
+    """Several trained reward models as one: what one of them overrates, the others need not."""
+
+    kind: Literal["ensemble"]
+    checkpoints: list[str] = Field(min_length=2, description="Registry names such as reward/demo@1. Each member's scores are first brought to one mean and spread on its demonstrations.")
+
+    @model_validator(mode="after")
+    def _different(self) -> EnsembleScorer:
+        if len(set(self.checkpoints)) < len(self.checkpoints):
+            raise ValueError(f"checkpoints names a reward model twice: {', '.join(self.checkpoints)}; give each once")
+        return self
 
 
 class LengthScorer(_Weighted):
@@ -56,5 +83,16 @@ class PythonScorer(_Weighted):
 
 
 ScorerSpec = Annotated[
-    ModelScorer | LengthScorer | RepetitionScorer | RegexScorer | KeywordScorer | PythonScorer, Field(discriminator="kind")
+    ModelScorer | EnsembleScorer | LengthScorer | RepetitionScorer | RegexScorer | KeywordScorer | PythonScorer, Field(discriminator="kind")
 ]
+
+
+def reward_models(scorers: Sequence[Any]) -> list[str]:
+    """The trained reward models among scorers, an ensemble's members included, in order."""
+    return [name for scorer in scorers for name in _reward_models(scorer)]
+
+
+def _reward_models(scorer: Any) -> list[str]:
+    if scorer.kind == "ensemble":
+        return list(scorer.checkpoints)
+    return [scorer.checkpoint] if scorer.kind == "model" else []

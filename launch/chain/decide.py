@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from configs.errors import UserError
 from configs.references import is_reference, pin, references
 from launch.chain import inputs
-from launch.chain.steps import STAGES, Step, evaluation_config
+from launch.chain.steps import STAGES, Step, evaluation_config, made_by, sections, stage_of
 
 if TYPE_CHECKING:
     from stages.registry import Checkpoint, Registry
@@ -75,38 +75,36 @@ class Decider:
 
     def checkpoint(self, ref: str) -> Checkpoint:
         """What a reference in a config means in this chain: of the chain's own stages, what this run made or found."""
-        stage = ref.partition("/")[0]
-        section = getattr(self.chain, stage, None)
-        if section is None or ref != f"{stage}/{section.name}":
+        name = made_by(self.chain, ref)
+        if name is None:
             return self.resolve(ref)
-        if stage not in self.results:  # not among the steps (--only): what is up to date, else the newest
-            decision = self._stage(Step("stage", stage, stage, "given"))
-            self.results[stage] = self.resolve(decision.ref or ref)
-        return self.results[stage]
+        if name not in self.results:  # not among the steps (--only): what is up to date, else the newest
+            decision = self._stage(Step("stage", name, stage_of(name), "given"))
+            self.results[name] = self.resolve(decision.ref or ref)
+        return self.results[name]
 
     def _waits_for(self, refs: list[str], config: dict[str, Any]) -> str | None:
         """The name of a step that has to run before the inputs of this one are known."""
         for ref in refs:
-            stage = ref.partition("/")[0]
-            section = getattr(self.chain, stage, None)
-            if stage in self._pending and section is not None and ref == f"{stage}/{section.name}":
-                return stage
+            name = made_by(self.chain, ref)
+            if name in self._pending:
+                return name
         written = {path: name for name, paths in self._pending.items() for path in paths}
         texts = [Path(text) for text in inputs.named(config, inputs.FILE_KEYS)]
         texts += [Path(text) for text in _texts(config.get("with", {}))]
         return next((name for path, name in written.items() if any(t == Path(path) or Path(path) in t.parents for t in texts)), None)
 
     def _stage(self, step: Step) -> Decision:
-        section = getattr(self.chain, step.name)
+        section = sections(self.chain)[step.name]
         plain = section.model_dump(mode="json", by_alias=True)
         waits = self._waits_for(list(references(section).values()), plain)
         if waits:
             return Decision(step, "run", f"{waits} runs first", section)
-        config, parts = self._inputs(section, f"stages.{step.name}")
+        config, parts = self._inputs(section, f"stages.{step.before}")
         key = inputs.inputs_key(parts)
         attempt = read_attempt(config.output)
         unfinished = attempt.get("key") == key and not attempt.get("finished")
-        published = self._published(step.name, section.name)
+        published = self._published(step.before, section.name)
         matching = [c for c in published if c.info("inputs_key") == key]
 
         def decision(action: Action, why: str, ref: str | None = None) -> Decision:
@@ -242,7 +240,8 @@ def check_files(chain: Any, steps: list[Step]) -> None:
     for step in steps:
         if step.kind == "prepare":
             continue
-        section = getattr(chain, step.name).model_dump(mode="json", by_alias=True)
+        owner = chain.eval if step.kind == "eval" else sections(chain)[step.name]
+        section = owner.model_dump(mode="json", by_alias=True)
         for text in inputs.named(section, {"path", "test_prompts", "plain_text"}):
             path = Path(text)
             if not (text.startswith("hf:") or path.exists() or any(path == w or w in path.parents for w in written)):

@@ -17,7 +17,7 @@ from configs.presets import described
 from launch.chain.decide import Decider, Decision, check_files, read_attempt
 from launch.chain.lock import ChainLock
 from launch.chain.progress import Progress
-from launch.chain.steps import Step, steps_of
+from launch.chain.steps import Step, sections, steps_of
 from launch.chain.team import Follower, Leader
 from launch.command import Command, load_machine, python_command, stage_command
 from launch.meeting import connect, versions
@@ -87,11 +87,11 @@ def step_command(step: Step, file: Path, chain: Any, nodes: Nodes | None = None)
     """The command of a step whose config has been written to `file`; a stage's is that of node 0 of `nodes`."""
     if step.kind == "prepare":
         return python_command("launch.prepare", str(file))
-    section = getattr(chain, step.name) if step.kind == "stage" else chain
+    section = sections(chain)[step.name] if step.kind == "stage" else chain
     machine = load_machine(section.machine, section.processes, nodes.count if nodes and step.kind == "stage" else 1)
     if step.kind == "eval":
         return python_command("stages.evaluation", "--config", str(file), use_cpu=machine.use_cpu)
-    return stage_command(f"stages.{step.name}", file, machine, section.processes, nodes)
+    return stage_command(f"stages.{step.before}", file, machine, section.processes, nodes)
 
 
 def config_file(decision: Decision, folder: Path | None = None) -> Path:
@@ -209,12 +209,12 @@ class Runner:
     def _made(self, decision: Decision) -> list[Checkpoint]:
         """What has been published by this step from these inputs, oldest first."""
         registry = self.decider.registry()
-        found = registry.list(stage=decision.step.name, name=getattr(self.chain, decision.step.name).name) if registry else []
+        found = registry.list(stage=decision.step.before, name=sections(self.chain)[decision.step.name].name) if registry else []
         return [checkpoint for checkpoint in found if checkpoint.info("inputs_key") == decision.key]
 
     def _published(self, decision: Decision, made: list[Checkpoint], log: Path) -> Checkpoint:
         if not made:
-            name = f"{decision.step.name}/{getattr(self.chain, decision.step.name).name}"
+            name = f"{decision.step.before}/{sections(self.chain)[decision.step.name].name}"
             raise UserError(f"{decision.step.name} ended without publishing {name} in {self.chain.registry}; its log: {log}")
         return made[-1]
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from configs.errors import UserError
+from configs.schema.chain import member_name
 
 STAGES = ("sft", "reward", "dpo", "ppo")
 ORDER = (*STAGES, "eval")
@@ -16,7 +18,7 @@ Mode = Literal["normal", "force", "given"]
 
 @dataclass(frozen=True)
 class Step:
-    """One step: a prepare function, a stage or the evaluation. `before` is the stage a prepare step belongs to."""
+    """One step: a prepare function, a stage or the evaluation. `before` is the stage that it trains, or that a prepare step belongs to."""
 
     kind: Literal["prepare", "stage", "eval"]
     name: str
@@ -34,11 +36,40 @@ def steps_of(chain: Any, only: str | None = None, start: str | None = None) -> l
     for stage in ORDER:
         steps += [Step("prepare", name, stage, _prepare_mode(stage, chosen)) for name, p in chain.prepare.items() if p.before == stage]
         if stage in present:
-            steps.append(Step("eval" if stage == "eval" else "stage", stage, stage, _stage_mode(stage, start)))
+            names = [name for name in sections(chain) if stage_of(name) == stage] if stage != "eval" else [stage]
+            steps += [Step("eval" if stage == "eval" else "stage", name, stage, _stage_mode(stage, start)) for name in names]
     if only:
         last = ORDER.index(only)
-        steps = [s for s in steps if (s.kind == "prepare" and ORDER.index(s.before) <= last) or s.name == only]
+        steps = [s for s in steps if (s.kind == "prepare" and ORDER.index(s.before) <= last) or (s.kind != "prepare" and s.before == only)]
     return steps
+
+
+def sections(chain: Any) -> dict[str, Any]:
+    """Step name -> config of every stage that a chain trains; the further members of a reward ensemble are reward-2, reward-3 …"""
+    found: dict[str, Any] = {}
+    for stage in STAGES:
+        section = getattr(chain, stage)
+        if stage == "reward" and section is not None:
+            count = section.ensemble.members if section.ensemble is not None else 1
+            found |= {member_name(stage, number): section.member(number) for number in range(1, count + 1)}
+        elif section is not None:
+            found[stage] = section
+    return found
+
+
+def stage_of(name: str) -> str:
+    """The stage that a step trains: reward for reward-2."""
+    return name.partition("-")[0]
+
+
+def trains(name: Any) -> bool:
+    """Whether a step of this name trains something."""
+    return isinstance(name, str) and re.fullmatch(rf"({'|'.join(STAGES)})(-[0-9]+)?", name) is not None
+
+
+def made_by(chain: Any, ref: str) -> str | None:
+    """The name of the step that publishes what a reference such as reward/demo means; None where none of the chain's does."""
+    return next((name for name, section in sections(chain).items() if ref == f"{stage_of(name)}/{section.name}"), None)
 
 
 def _stage_mode(stage: str, start: str | None) -> Mode:

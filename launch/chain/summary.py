@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.chain.decide import read_json
 from launch.chain.progress import duration
-from launch.chain.steps import STAGES
+from launch.chain.steps import sections, stage_of
 
 if TYPE_CHECKING:
     from launch.chain.decide import Decider
@@ -21,16 +21,15 @@ def finish(chain: Any, decider: Decider, seconds: float, quiet: bool = False) ->
     """Write OUTPUT/summary.json from the evaluation's results and the reward model's metrics; print it all unless `quiet`.
 
     Returns {"seconds", "models": {label: {"gold", "gold_se", "win_rate_vs_sft", "win_rate_ci", "kl", "length"}}, "reward":
-    {"accuracy", "best_shortcut", "ece"}}: gold is the evaluation's score, kl the k1 estimate in nats per completion to the model that
+    {"accuracy", "best_shortcut", "ece"}} (means over the members of an ensemble): gold is the evaluation's score, kl the k1 estimate in nats per completion to the model that
     win rates are counted against (SFT where the chain has it), length in tokens; None where it was not measured.
     """
     results = read_json(chain.output / "eval" / "results.json") if chain.eval is not None else {}
-    reward = decider.results.get("reward")
-    metrics = (reward.info("metrics") or {}) if reward is not None else {}
+    rewards = [decider.results[name] for name in sections(chain) if stage_of(name) == "reward" and name in decider.results]
     summary = {
         "seconds": round(seconds, 1),
         "models": {label: figures_of(figures) for label, figures in results.get("models", {}).items()},
-        "reward": {name: metrics.get(name) for name in REWARD_FIGURES} if reward is not None else {},
+        "reward": reward_figures([reward.info("metrics") or {} for reward in rewards]),
     }
     part = chain.output / f".summary.{os.getpid()}"
     part.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
@@ -38,6 +37,12 @@ def finish(chain: Any, decider: Decider, seconds: float, quiet: bool = False) ->
     if not quiet:
         show(chain, decider, results, summary)
     return summary
+
+
+def reward_figures(members: list[dict[str, Any]]) -> dict[str, Any]:
+    """The reward model's figures from its metrics, or their means over an ensemble's members; {} without one."""
+    known = {name: [metrics[name] for metrics in members if metrics.get(name) is not None] for name in REWARD_FIGURES}
+    return {name: sum(values) / len(values) if values else None for name, values in known.items()} if members else {}
 
 
 def figures_of(figures: dict[str, Any]) -> dict[str, Any]:
@@ -74,7 +79,7 @@ def closing_lines(chain: Any, decider: Decider, summary: dict[str, Any]) -> list
         figures += [f"calibration error {reward['ece']:.3f}"] if reward["ece"] is not None else []
         lines.append(f"reward model: {', '.join(figures)}")
     lines.append("checkpoints:")
-    made = [(stage, decider.results[stage]) for stage in STAGES if stage in decider.results]
+    made = [(name, decider.results[name]) for name in sections(chain) if name in decider.results]
     lines += [f"  {checkpoint.ref:<20} {_short(checkpoint.model_dir)}" for _, checkpoint in made]
     lines.append(f"summary: {chain.output / 'summary.json'}   time: {duration(summary['seconds'])}")
     lines.append("next:")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
-from launch.chain.steps import STAGES
+from launch.chain.steps import stage_of, trains
 from launch.command import Command, load_machine, stage_command
 from launch.meeting import hear, say
 from launch.nodes import Nodes
@@ -33,7 +33,7 @@ class Leader:
         self.nodes, self.connections = nodes, connections
 
     def start(self, stage: str, config: Path, section: Any, key: str) -> None:
-        """Have every other node start its processes of a stage, whose config has been written to `config`.
+        """Have every other node start its processes of a stage (or of a member of a reward ensemble, as reward-2), whose config has been written to `config`.
 
         Raises:
             UserError: a node has gone.
@@ -84,7 +84,7 @@ class Follower:
                 raise UserError(f"node {self.nodes.rank}: the connection to node 0 broke ({error}); see the chain's log there") from error
             if "end" in order:
                 return int(order["end"])
-            if order.get("start") not in STAGES:
+            if not trains(order.get("start")):
                 raise UserError(f"node {self.nodes.rank}: node 0 has gone before the chain ended; see its log, then start the chain again on all nodes")
             code = self._start(order)
             with contextlib.suppress(OSError):
@@ -105,7 +105,7 @@ class Follower:
         return 130 if outcome.interrupted and not outcome.code else outcome.code
 
     def _command(self, stage: str, config: Path, machine: str, processes: int | None) -> Command:
-        return stage_command(f"stages.{stage}", config, load_machine(machine, processes, self.nodes.count), processes, self.nodes)
+        return stage_command(f"stages.{stage_of(stage)}", config, load_machine(machine, processes, self.nodes.count), processes, self.nodes)
 
     def _watch(self, done: threading.Event) -> None:
         """While a stage runs: stop it when node 0 is gone, whose processes it would wait for."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from configs.errors import UserError
 from configs.schema import EvalConfig
+from configs.schema.scorers import reward_models
 from rewards.build import build_scorers
 from rewards.combine import WeightedSum
 from rewards.protocol import text_of
@@ -85,7 +86,7 @@ def _folder(path: Path) -> None:
 
 def scorer_origins(cfg: EvalConfig) -> list[models.Origin]:
     """The reward models among the scorers."""
-    return [models.find(spec.checkpoint, cfg.registry, stages=("reward",)) for spec in cfg.scorers if spec.kind == "model"]
+    return [models.find(name, cfg.registry, stages=("reward",)) for name in reward_models(cfg.scorers)]
 
 
 def _scorer_ids(cfg: EvalConfig) -> dict[str, str]:

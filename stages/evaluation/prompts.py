@@ -68,6 +68,8 @@ def _scorer_identity(spec: dict[str, Any], scorer_ids: dict[str, str]) -> dict[s
     """A scorer's spec with what its name alone does not say: the checkpoint's id, or a hash of the function's source."""
     if spec["kind"] == "model":
         return spec | {"id": scorer_ids[spec["checkpoint"]]}
+    if spec["kind"] == "ensemble":
+        return spec | {"ids": [scorer_ids[name] for name in spec["checkpoints"]]}
     if spec["kind"] == "python":
         from blake3 import blake3
 

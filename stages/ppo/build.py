@@ -6,13 +6,14 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from configs.errors import UserError
 from configs.schema import PPOStage
+from configs.schema.scorers import reward_models
 from rewards.build import build_scorers
 from rewards.combine import WeightedSum
 from rewards.model import RewardModelScorer
@@ -111,7 +112,7 @@ def _checkpoint_layers(cfg: PPOStage, *trunks: Any) -> None:
 
 def _value_copy(cfg: PPOStage, origin: models.Origin, parents: list[Parent], tokens: ModelTokens) -> tuple[Any, nn.Linear]:
     """A value model of its own: the reward model's trunk and head where there is one with the same tokens, else the policy's."""
-    asked = cfg.value_init or next((s.checkpoint for s in cfg.scorers if s.kind == "model"), None)
+    asked = cfg.value_init or next(iter(reward_models(cfg.scorers)), None)
     if asked is not None:
         found = _reward_origin(cfg, asked)
         assert found.checkpoint is not None
@@ -138,7 +139,7 @@ def _value_head(cfg: PPOStage, found: models.Origin, score: nn.Linear) -> nn.Lin
     assert found.checkpoint is not None
     info = found.checkpoint.info("stage_info")
     mean = float(info["mean"]) if cfg.center_scores else 0.0
-    weights = [s.weight for s in cfg.scorers if s.kind == "model" and _reward_origin(cfg, s.checkpoint).identity == found.identity]
+    weights = [s.weight for s in cfg.scorers for name in reward_models([s]) if _reward_origin(cfg, name).identity == found.identity]
     weight = sum(weights) if weights else 1.0  # a value_init that scores nothing
     factor = weight / (abs(weight) * (info["std"] or 1.0)) if cfg.scale_scores else weight
     head = nn.Linear(score.in_features, 1)
@@ -170,7 +171,7 @@ def _freeze(model: Any) -> Any:
 def _loader(
     cfg: PPOStage, parents: list[Parent], load: Callable[[models.Origin], RewardModelScorer], role: str = "scorer"
 ) -> Callable[[str], RewardModelScorer]:
-    """What build_scorers calls for `kind: model`; each checkpoint becomes a parent."""
+    """What build_scorers calls for every reward model; each checkpoint becomes a parent."""
 
     def found(asked: str) -> RewardModelScorer:
         origin = _reward_origin(cfg, asked)
@@ -199,15 +200,15 @@ def _compute_dtype(cfg: PPOStage) -> torch.dtype | None:
 class AdapterScorer(RewardModelScorer):
     """A reward adapter on the shared backbone: switched on while it scores."""
 
-    def __init__(self, *args: Any, switch: AdapterSwitch, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, switch: AdapterSwitch, adapter: str = REWARD, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.switch = switch
+        self.switch, self.adapter = switch, adapter
 
     def score_ids(
         self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], finished: Sequence[bool] | None = None
     ) -> torch.Tensor:
         """Scores [B] at the last token of each completion."""
-        with self.switch.on(REWARD):
+        with self.switch.on(self.adapter):
             return super().score_ids(prompt_ids, completion_ids, finished)
 
 
@@ -223,7 +224,7 @@ def _one_backbone(
         quantized.quantize(policy, device, _compute_dtype(cfg) or torch.float32)
     torch.manual_seed(cfg.seed)
     peft_model = get_peft_model(policy, models.lora_config(cfg.lora, "CAUSAL_LM"), adapter_name=POLICY)
-    value_head, score_heads = _add_adapters(peft_model, cfg, [o for o in _reward_origins(cfg) if _is_on(o, origin, tokens)])
+    value_head, adapters = _add_adapters(peft_model, cfg, [o for o in _reward_origins(cfg) if _is_on(o, origin, tokens)])
     backbone = peft_model.get_base_model()
     store_linear_weights(backbone, models.weights_dtype(cfg.train.precision, frozen=True))
     peft_model.to(device)
@@ -234,12 +235,13 @@ def _one_backbone(
     trained = PolicyAndValue(backbone, None, value_head, temperature=cfg.sampling.temperature, switch=switch).to(device)
 
     def load(found: models.Origin) -> RewardModelScorer:
-        if found.identity not in score_heads:
+        if found.identity not in adapters:
             return _frozen_scorer(found, cfg, device)
-        head = score_heads[found.identity].to(device)
+        name, head = adapters[found.identity]
         return scorer_of(
-            found, backbone, batch_size=cfg.train.micro_batch_size, head=head, kind=AdapterScorer, switch=switch, autocast=_compute_dtype(cfg)
-        )
+            found, backbone, batch_size=cfg.train.micro_batch_size, head=head.to(device), kind=AdapterScorer, switch=switch, adapter=name,
+            autocast=_compute_dtype(cfg),
+        )  # fmt: skip
 
     scorer = build_scorers(cfg.scorers, _loader(cfg, parents, load))
     if reference_origin.identity == origin.identity:
@@ -249,18 +251,28 @@ def _one_backbone(
     return PPOModels(trained, reference, scorer, peft_model, origin, parents)
 
 
-def _add_adapters(peft_model: Any, cfg: PPOStage, rewards: list[models.Origin]) -> tuple[nn.Linear, dict[str, nn.Linear]]:
-    """Put the value adapter and those of `rewards` on the backbone: the value head, and the score heads by the reward model's identity."""
+class RewardAdapter(NamedTuple):
+    """A reward adapter on the shared backbone: its name there, and its score head [d] -> 1."""
+
+    name: str
+    head: nn.Linear
+
+
+def _add_adapters(peft_model: Any, cfg: PPOStage, rewards: list[models.Origin]) -> tuple[nn.Linear, dict[str, RewardAdapter]]:
+    """Put the value adapter and those of `rewards` on the backbone: the value head, and the reward adapters by their model's identity.
+
+    The value adapter starts as the first of them.
+    """
     assert cfg.lora is not None
     in_place = {o.identity: o for o in rewards}
-    if len(in_place) > 1:
-        raise UserError("two reward adapters on one base; PPO keeps one in place: merge the other one on export, or use one")
     if not in_place:
         peft_model.add_adapter(VALUE, models.lora_config(cfg.lora, "CAUSAL_LM"))
         return _fresh_head(peft_model.get_base_model(), cfg, zero=True), {}
-    identity, reward = next(iter(in_place.items()))
-    value_head = _value_head(cfg, reward, add_reward_adapter(peft_model, reward, VALUE))
-    return value_head, {identity: add_reward_adapter(peft_model, reward, REWARD)}
+    first = next(iter(in_place.values()))
+    value_head = _value_head(cfg, first, add_reward_adapter(peft_model, first, VALUE))
+    names = [REWARD, *(f"{REWARD}_{number}" for number in range(2, len(in_place) + 1))]
+    placed = zip(names, in_place.items(), strict=True)
+    return value_head, {identity: RewardAdapter(name, add_reward_adapter(peft_model, origin, name)) for name, (identity, origin) in placed}
 
 
 def find_reference(cfg: PPOStage, origin: models.Origin) -> models.Origin:
@@ -272,12 +284,12 @@ def find_all(cfg: PPOStage, origin: models.Origin) -> list[models.Origin]:
     """Every model that a run starts from, `origin` first."""
     value = [_reward_origin(cfg, cfg.value_init)] if cfg.value_init else []
     heldout = (cfg.evaluation.scorers if cfg.evaluation else None) or []
-    heldout_origins = [_reward_origin(cfg, s.checkpoint) for s in heldout if s.kind == "model"]
+    heldout_origins = [_reward_origin(cfg, name) for name in reward_models(heldout)]
     return [origin, find_reference(cfg, origin), *_reward_origins(cfg), *value, *heldout_origins]
 
 
 def _reward_origins(cfg: PPOStage) -> list[models.Origin]:
-    return [_reward_origin(cfg, s.checkpoint) for s in cfg.scorers if s.kind == "model"]
+    return [_reward_origin(cfg, name) for name in reward_models(cfg.scorers)]
 
 
 def _reward_origin(cfg: PPOStage, asked: str) -> models.Origin:

@@ -93,7 +93,7 @@ def row_limit(cfg: PPOStage, built: PPOModels, tokens: ModelTokens) -> int:
 def _scorers(built: PPOModels) -> list[tuple[str, Any]]:
     """Name and scorer of everything that scores, in rollouts or in evaluations."""
     sums = [built.scorer] + ([built.heldout_scorer] if built.heldout_scorer is not None else [])
-    return [(name, part.scorer) for total in sums for name, part in total.parts.items()]
+    return [named for total in sums for named in total.single()]
 
 
 def check_scorers_read(cfg: PPOStage, built: PPOModels, tokens: ModelTokens, *sets: PromptSet) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from configs.schema import PPOStage
+from rewards.combine import SPREAD
 from stages.ppo import maths
 from stages.ppo.collect import Clock
 from stages.ppo.evaluation import EvaluationSet, Written
@@ -65,9 +66,10 @@ def sampler_metrics(rollout: Rollout, cfg: PPOStage) -> dict[str, float]:
 
 
 def part_means(rollout: Rollout, scorers: Sequence[str]) -> dict[str, float]:
-    """Each scorer's own mean over the completions it applies to; one that applies to none has no mean."""
+    """Each scorer's own mean over the completions it applies to; one that applies to none has no mean. How far ensembles disagree is objective/score_spread."""
     columns = zip(scorers, rollout.parts.T, rollout.parts_mask.T, strict=True)
-    return {f"objective/score/{name}": float(values[mask].mean()) for name, values, mask in columns if mask.any()}
+    key = {SPREAD: "objective/score_spread"}
+    return {key.get(name, f"objective/score/{name}"): float(values[mask].mean()) for name, values, mask in columns if mask.any()}
 
 
 def score_clipped(rollout: Rollout, cfg: PPOStage, *, mean: float, std: float) -> float:

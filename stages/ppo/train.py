@@ -154,7 +154,7 @@ def run_iteration(
     updates = update_policy(built.trained, optimizer, accelerator, experience, cfg, iteration, mix)
     engine.sync()
     clock.update = time.monotonic() - started
-    metrics = report.metrics_of(rollout, experience, rewards, cfg, kl_coef=kl_coef, clock=clock, scorers=list(scorer.parts)) | updates
+    metrics = report.metrics_of(rollout, experience, rewards, cfg, kl_coef=kl_coef, clock=clock, scorers=scorer.columns) | updates
     metrics["objective/score_clipped"] = report.score_clipped(rollout, cfg, mean=scorer.mean, std=scorer.std)
     if cfg.adaptive_kl is not None:
         kl_coef = maths.adapt_kl_coef(

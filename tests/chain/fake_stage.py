@@ -1,6 +1,6 @@
 """Stands in for a stage in tests of the chain: publishes a tiny checkpoint, or misbehaves as FAKE_DIR/behaviour.json says.
 
-python fake_stage.py KIND NAME CONFIG
+python fake_stage.py KIND NAME CONFIG: NAME is the step, such as reward-2 for a further member of a reward ensemble
 """
 
 import json
@@ -51,11 +51,12 @@ else:
     def write(model_dir: Path) -> None:
         (model_dir / "config.json").write_text(json.dumps({"made by": config_file, "init_from": cfg["init_from"]}))
 
-    metrics = {"accuracy": 0.8, "best_shortcut": 0.7, "ece": 0.05} if name == "reward" else {}
+    stage = name.partition("-")[0]
+    metrics = {"accuracy": 0.8 if name == "reward" else 0.6, "best_shortcut": 0.7, "ece": 0.05} if stage == "reward" else {}
     info = {"inputs_key": os.environ["ALIGN_INPUTS_KEY"], "config": cfg, "metrics": metrics}
     if behaviour == "abort before publishing":
         os.abort()
-    Registry(cfg["registry"]).publish(name, cfg["name"], write, info=info)
+    Registry(cfg["registry"]).publish(stage, cfg["name"], write, info=info)
     if behaviour == "abort":
         os.abort()
     if behaviour == "worker aborts":  # what torch's elastic agent says of a worker that aborted, and how it ends then

@@ -310,3 +310,26 @@ def test_a_chain_of_sft_alone(world):
     assert list(json.loads((world.out / "summary.json").read_text())["models"]) == ["base", "sft"]
 
 
+
+
+def test_an_ensemble_is_trained_member_by_member(world):
+    """Members are steps of their own: each is skipped, continued and run again by itself; PPO and the summary know them all."""
+    two = "reward.ensemble={members: 2}"
+    world.behave(**{"reward-2": "crash"})
+    assert world.run(two) == 1
+    assert world.calls() == ["sft", "reward", "reward-2"]
+    world.behave()
+    assert world.run(two) == 0
+    assert world.calls() == ["reward-2", "dpo", "ppo", "eval"]
+    from stages.registry import Registry
+
+    registry = Registry(world.out / "registry")
+    assert [registry.resolve(f"reward/{name}").info("config")["seed"] for name in ("tiny", "tiny-2")] == [0, 1]
+    assert registry.resolve("ppo/tiny").info("config")["scorers"][0]["checkpoints"] == ["reward/tiny@1", "reward/tiny-2@1"]
+    assert json.loads((world.out / "summary.json").read_text())["reward"]["accuracy"] == pytest.approx(0.7)  # 0.8 and 0.6
+    world.run("reward.ensemble={members: 3}")
+    assert world.calls() == ["reward-3", "ppo", "eval"], "the members that are there serve on; DPO reads none"
+    world.run(two, only="reward")
+    assert world.calls() == []
+    world.run()
+    assert world.calls() == ["ppo", "eval"], "one reward model is what the first member is"

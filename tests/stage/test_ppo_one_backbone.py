@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from rewards.ensemble import combine
 from stages import models
 from stages.ppo import train as ppo_train
 from stages.ppo.build import AdapterScorer
@@ -188,3 +189,23 @@ def test_one_backbone_on_a_base_that_is_itself_base_and_adapter(place):
     run(chain)
     assert metrics(chain)[0]["objective/kl"] == pytest.approx(0, abs=1e-5)
     models.load_policy(models.find("ppo/chain", place / "registry"))
+
+
+def test_one_backbone_holds_every_adapter_of_a_reward_ensemble(place):
+    """Two reward adapters beside policy and value adapter on one copy of the weights score as the two reward models loaded alone."""
+    publish_reward(place, "adapter-2", lora=True, seed=9, mean=-1.0, std=0.5)
+    ensemble = {"kind": "ensemble", "checkpoints": ["reward/adapter", "reward/adapter-2"], "spread_coef": 0.5}
+    values = settings(place, "together", lora=LORA, scorers=[ensemble])
+    built, rollout, _ = one_update(values)
+    prompts = [ids[mask].tolist() for ids, mask in zip(rollout.tokens.prompt_ids, rollout.tokens.prompt_mask, strict=True)]
+    completions = [ids[mask].tolist() for ids, mask in zip(rollout.tokens.completion_ids, rollout.tokens.mask, strict=True)]
+    alone = [reward_scorer(f"reward/{name}", place / "registry").score_ids(prompts, completions).tolist() for name in ("adapter", "adapter-2")]
+    expected = combine(alone, [0.3, -1.0], [2.0, 0.5], how="mean", spread_coef=0.5)
+    torch.testing.assert_close(rollout.scores, torch.tensor(expected.scores), atol=1e-5, rtol=0)
+    torch.testing.assert_close(rollout.parts[:, 1], torch.tensor(expected.spread), atol=1e-5, rtol=0)
+    members = built.scorer.parts["reward/adapterx2"].scorer.members
+    assert [member.adapter for member in members] == [REWARD, f"{REWARD}_2"]
+    assert len({p.data_ptr() for m in (built.trained, *(m.model for m in members)) for p in m.parameters() if p.shape == (259, 32)}) == 1
+    run(values)
+    lines = metrics(values)
+    assert all(line["objective/score_spread"] > 0.01 for line in lines if "objective/score" in line)

@@ -211,8 +211,8 @@ def test_each_mistake_is_one_clear_line(write, case):
 BAD_PPO = {
     "a controller of nothing": (PPO + "kl_coef: 0\nadaptive_kl: {target: 3}\n", "c.yaml:6: adaptive_kl multiplies kl_coef, and kl_coef is 0: it would stay 0; give kl_coef a value to start from, or leave adaptive_kl out"),
     "metric of no evaluation": (PPO + "evaluation: {metric: score}\n", "c.yaml:5: evaluation.metric: found 'score'; expected the name of a metric, such as evaluation/heldout_score or evaluation/win_rate, with a minus before it where lower is better"),
-    "unknown scorer": (PPO.replace("length", "lenght"), "c.yaml:4: scorers.0: kind is 'lenght'; expected one of model, length, repetition, regex, keyword, python. Did you mean 'length'?"),
-    "scorer without a kind": (PPO.replace("kind: length, ", ""), "c.yaml:4: scorers.0: `kind` is missing; expected one of model, length, repetition, regex, keyword, python"),
+    "unknown scorer": (PPO.replace("length", "lenght"), "c.yaml:4: scorers.0: kind is 'lenght'; expected one of model, ensemble, length, repetition, regex, keyword, python. Did you mean 'length'?"),
+    "scorer without a kind": (PPO.replace("kind: length, ", ""), "c.yaml:4: scorers.0: `kind` is missing; expected one of model, ensemble, length, repetition, regex, keyword, python"),
     "missing key of a scorer": (PPO.replace(", target: 5", ""), "c.yaml:4: scorers.0.target: missing (Words)"),
     "key of another scorer": (PPO.replace("target", "taget"), "c.yaml:4: scorers.0.taget: unknown key; expected one of weight, kind, target. Did you mean 'target'?"),
     "value_init with adapters": (PPO + "lora: {}\nvalue_init: reward/demo\n", "c.yaml:6: value_init is for a value copy (full training, value_function: copy); adapters start from the reward adapter among the scorers, a head at 0: leave it out"),
@@ -316,8 +316,8 @@ def test_the_alias_of_a_preparation_step_is_written(write):
 
 def test_a_section_of_a_chain_is_a_config_of_its_own(write):
     cfg = load(write(WHOLE["chain"]), "chain")
-    for kind in ("sft", "reward", "dpo", "ppo"):
-        assert load_text(dump(getattr(cfg, kind)), kind) == getattr(cfg, kind)
+    for kind, section in {"sft": cfg.sft, "reward": cfg.reward.member(1), "dpo": cfg.dpo, "ppo": cfg.ppo}.items():
+        assert load_text(dump(section), kind) == section
 
 
 @pytest.mark.parametrize("value", ["3e-6", "1e5", "yes", "null", "~", "", "010", "1:30", "a: b", "# x", "2024-01-01", "<<", "=", "x\ny", "é", " a ", "0x1F", "-", "1_000", "True"])
