@@ -44,7 +44,18 @@ def connect(nodes: Nodes, about: dict[str, Any]) -> dict[int, socket.socket]:
     """
     if nodes.count == 1:
         return {}
-    return _lead(nodes, about) if nodes.rank == 0 else {0: _follow(nodes, about)}
+    found = _lead(nodes, about) if nodes.rank == 0 else {0: _follow(nodes, about)}
+    for connection in found.values():
+        _keep_alive(connection)
+    return found
+
+
+def _keep_alive(connection: socket.socket) -> None:
+    """Have the kernel notice within minutes that the other machine is gone without a word (power, network)."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 20), ("TCP_KEEPCNT", 6)):
+        if hasattr(socket, option):
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
 def versions() -> dict[str, str | None]:

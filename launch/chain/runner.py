@@ -50,7 +50,7 @@ def run_chain(
     command_for = command_for or partial(step_command, nodes=nodes)
     if nodes.rank and not dry_run:
         return Follower(nodes, connect(nodes, about(chain))[0], chain.output / "logs", quiet=as_json).run()
-    plan = plan_of(chain, steps)
+    plan = plan_of(chain, steps) if nodes.count == 1 or dry_run else []
     if dry_run:
         show_plan(chain, plan, command_for, as_json)
         return 0
@@ -59,6 +59,7 @@ def run_chain(
         team = Leader(nodes, connect(nodes, about(chain) if nodes.count > 1 else {}))
         code = 1
         try:
+            plan = plan or plan_of(chain, steps)  # hashing data and models may take longer than the other nodes wait
             code = Runner(chain, plan, command_for, lock, as_json, again, team).run()
         except UserError:
             code = 2
