@@ -24,6 +24,7 @@ VERBS = {
     "ppo": ("launch.stage_cli", "optimise a policy against a scorer with PPO"),
     "eval": ("launch.eval_cli", "measure and compare checkpoints on held-out prompts"),
     "slurm": ("launch.slurm_cli", "write sbatch scripts that run a chain on many nodes"),
+    "k8s": ("launch.k8s_cli", "write a Kubernetes manifest that runs a chain on many nodes"),
     "data": ("launch.data_cli", "check data files and show what the stages make of them"),
     "registry": ("launch.registry_cli", "list, show, verify and name checkpoints"),
     "launch": ("launch.launch_cli", "show machine files and the accelerate launch command a config gets"),

@@ -66,23 +66,26 @@ class Job:
 
 
 def prepare(
-    chain_file: str, overrides: Sequence[str], *, nodes: int, gpus_per_node: int, machine: str | None, out: Path | None, kind: str
-) -> Job:
+    chain_file: str, overrides: Sequence[str], *, nodes: int, gpus_per_node: int, machine: str | None, out: Path | None, kind: str,
+    workdir: Path | None = None, machine_file: Path | None = None,
+) -> Job:  # fmt: skip
     """Resolve the chain for `nodes` x `gpus_per_node`; `kind` names the folder in OUTPUT that files go to unless `out` is given.
+
+    `workdir` is where the job's relative paths start (default: here), `machine_file` where it finds the machine file (default: beside the chain).
 
     Raises UserError for a chain, a machine file or a batch size that does not fit.
     """
     from configs.load import load
 
     first = load(chain_file, "chain", list(overrides))
-    workdir = Path.cwd()
+    folder = (out or first.output / kind).absolute()
+    workdir = workdir or Path.cwd()
     output, registry = workdir / first.output, workdir / first.registry
-    folder = (workdir / out if out else output / kind).absolute()
     for name, number, least in (("--nodes", nodes, 1), ("--gpus-per-node", gpus_per_node, 0)):
         if number < least:
             raise UserError(f"{name} {number}: expected {least} or more")
     processes = nodes * max(1, gpus_per_node)
-    paths = {"output": output, "registry": registry, "machine": folder / "machine.yaml"}
+    paths = {"output": output, "registry": registry, "machine": machine_file or folder / "machine.yaml"}
     stages = tuple(stage for stage in STAGES if getattr(first, stage) is not None)
     places = [*(f"{key}={json.dumps(str(path))}" for key, path in paths.items()), f"processes={processes}"]
     for stage in stages:  # whatever a section says of its own machine
