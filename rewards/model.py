@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -88,7 +88,8 @@ class RewardModelScorer:
 
     tokens: the model's own formatter, for the text path. token_key: names tokenizer and template, equal for a policy whose ids
     the model can read. mean, std: of its scores on the demonstrations. batch_size: rows per forward pass. autocast: dtype of
-    matrix products; None computes in the weights' own. The head stays in its own either way. eos_ids: the first is the one the
+    matrix products; None computes in the weights' own. widen: from tokens of the longest row to columns of the batch, where a
+    machine computes some widths faster. The head stays in its own either way. eos_ids: the first is the one the
     model was trained to read.
     """
 
@@ -106,13 +107,14 @@ class RewardModelScorer:
         batch_size: int = 32,
         head: nn.Module | None = None,
         autocast: torch.dtype | None = None,
+        widen: Callable[[int], int] | None = None,
     ) -> None:
         if pad_id in set(eos_ids):
             raise UserError(f"reward model {name}: its pad token is its EOS ({pad_id}); train it with a pad token of its own")
         backbone_and_head(model, head)
         self.name, self.model, self.tokens, self.head = name, model, tokens, head
         self.pad_id, self.eos_ids, self.token_key = pad_id, list(eos_ids), token_key
-        self.mean, self.std, self.batch_size, self.autocast = mean, std, batch_size, autocast
+        self.mean, self.std, self.batch_size, self.autocast, self.widen = mean, std, batch_size, autocast, widen
         config = getattr(model, "config", None)
         self.max_length: int | None = getattr(config, "max_position_embeddings", None)
 
@@ -177,14 +179,18 @@ class RewardModelScorer:
         with dropout_off(self.model), torch.no_grad(), precision:
             for start in range(0, len(order), self.batch_size):
                 chosen = order[start : start + self.batch_size]
-                ids, mask = _pad_right([rows[i] for i in chosen], self.pad_id, device)
+                ids, mask = _pad_right([rows[i] for i in chosen], self._width(len(rows[chosen[-1]])), self.pad_id, device)
                 scores[chosen] = last_token_scores(self.model, ids, mask, self.head)
         return scores
 
+    def _width(self, longest: int) -> int:
+        """Columns of a batch whose longest row has so many tokens."""
+        wide = self.widen(longest) if self.widen is not None else longest
+        return max(longest, min(wide, self.max_length or wide))
 
-def _pad_right(rows: list[list[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rows as ids [B, L] and their mask [B, L]."""
-    width = max(map(len, rows))
+
+def _pad_right(rows: list[list[int]], width: int, pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows as ids [B, L] and their mask [B, L], L being `width`."""
     ids = torch.tensor([row + [pad_id] * (width - len(row)) for row in rows], device=device)
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
     return ids, mask

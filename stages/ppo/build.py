@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from rewards.model import RewardModelScorer
 from stages import models
 from stages.dropout import check_no_dropout
 from stages.ppo import quantized
+from stages.ppo.lora import use_sums
 from stages.ppo.modules import (
     POLICY,
     REWARD,
@@ -31,6 +33,7 @@ from stages.ppo.modules import (
     store_linear_weights,
 )
 from stages.ppo.offload import OffloadedReference, OffloadedScorer
+from stages.ppo.onednn import use_onednn, widened
 from stages.ppo.rollout import Tokens
 from stages.ppo.support import prove
 from stages.registry import Parent
@@ -64,8 +67,9 @@ def build_models(cfg: PPOStage, origin: models.Origin, tokens: ModelTokens, devi
     refuse_other_tokens(tokens, reference_origin, cfg)
     parents = [origin.parent("init_from"), reference_origin.parent("reference")]
     built = (_one_backbone if cfg.lora else _separate)(cfg, origin, reference_origin, policy, tokens, device, parents)
-    _check_reproducible(built.trained, cfg, device)
     built.heldout_scorer = _heldout_scorer(cfg, device, parents)
+    use_onednn(built.trained, built.reference.model)
+    _check_reproducible(built.trained, cfg, device)
     return built
 
 
@@ -189,7 +193,8 @@ def _frozen_scorer(origin: models.Origin, cfg: PPOStage, device: torch.device) -
         store_linear_weights(model, dtype)
     if cfg.offload_frozen:
         return scorer_of(origin, _freeze(model), batch_size=cfg.train.micro_batch_size, autocast=dtype, kind=OffloadedScorer, device=device)
-    return scorer_of(origin, _freeze(model.to(device)), batch_size=cfg.train.micro_batch_size, autocast=dtype)
+    use_onednn(model)
+    return scorer_of(origin, _freeze(model.to(device)), batch_size=cfg.train.micro_batch_size, autocast=dtype, widen=partial(widened, model=model))
 
 
 def _compute_dtype(cfg: PPOStage) -> torch.dtype | None:
@@ -231,6 +236,7 @@ def _one_backbone(
     for name, parameter in backbone.named_parameters():
         parameter.requires_grad_(is_of(name, POLICY) or is_of(name, VALUE))
     _checkpoint_layers(cfg, backbone)
+    use_sums(backbone)
     switch = AdapterSwitch(backbone, [POLICY, VALUE])
     trained = PolicyAndValue(backbone, None, value_head, temperature=cfg.sampling.temperature, switch=switch).to(device)
 
@@ -240,7 +246,7 @@ def _one_backbone(
         name, head = adapters[found.identity]
         return scorer_of(
             found, backbone, batch_size=cfg.train.micro_batch_size, head=head.to(device), kind=AdapterScorer, switch=switch, adapter=name,
-            autocast=_compute_dtype(cfg),
+            autocast=_compute_dtype(cfg), widen=partial(widened, model=backbone),
         )  # fmt: skip
 
     scorer = build_scorers(cfg.scorers, _loader(cfg, parents, load))

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from stages.ppo.logprobs import choose, chosen_logprobs, chunk_rows
+from stages.ppo.logprobs import choose, chosen_logprobs, chunk_rows, pad_last_chunk
+from stages.ppo.onednn import OneDNNLinear, widened
 from stages.ppo.rollout import Tokens
 
 
@@ -22,14 +23,16 @@ class TokenOutputs(NamedTuple):
     entropy: Tensor | None
 
 
-def hidden_states(trunk: nn.Module, tokens: Tokens) -> Tensor:
+def hidden_states(trunk: Any, tokens: Tokens) -> Tensor:
     """Last hidden states from which each completion token is predicted, and one after the last: [B, T + 1, d].
 
     The model reads rows that begin at position 0 and are padded on the right, where a causal model does not look: it needs no mask,
     which saves building one and a few percent of attention.
     """
-    starts = tokens.prompt_mask.sum(dim=1, keepdim=True)
-    states = trunk(input_ids=tokens.flush_left(), use_cache=False).last_hidden_state
+    starts, longest = tokens.prompt_mask.sum(dim=1, keepdim=True), tokens.longest()
+    limit = getattr(getattr(trunk, "config", None), "max_position_embeddings", None) or longest
+    width = max(longest, min(widened(longest, trunk), limit))
+    states = trunk(input_ids=tokens.flush_left(width), use_cache=False).last_hidden_state
     columns = starts - 1 + torch.arange(tokens.mask.shape[1] + 1, device=starts.device)
     index = columns.clamp(0, states.shape[1] - 1).unsqueeze(2).expand(-1, -1, states.shape[2])
     return states.gather(1, index)
@@ -52,7 +55,7 @@ def logits_scale(model: Any) -> float:
 
 def is_linear(model: Any) -> bool:
     """Whether logits are a multiple of what a plain linear layer makes of hidden states."""
-    return type(model.get_output_embeddings()) is nn.Linear and getattr(model.config, "final_logit_softcapping", None) is None
+    return type(model.get_output_embeddings()) in (nn.Linear, OneDNNLinear) and getattr(model.config, "final_logit_softcapping", None) is None
 
 
 def token_outputs(model: Any, hidden: Tensor, tokens: Tokens, *, temperature: float, entropy: bool = False) -> TokenOutputs:
@@ -61,7 +64,7 @@ def token_outputs(model: Any, hidden: Tensor, tokens: Tokens, *, temperature: fl
     Entropy has no gradient.
     """
     mask, head = tokens.mask, model.get_output_embeddings()
-    real, targets = hidden[:, :-1][mask], tokens.completion_ids[mask]
+    real, targets = pad_last_chunk(head, hidden[:, :-1][mask], tokens.completion_ids[mask])
 
     def logits_of(states: Tensor) -> Tensor:
         logits = output_logits(model, states).float()
@@ -88,4 +91,4 @@ def _recomputed(model: Any, states: Tensor, ids: Tensor, temperature: float) -> 
 
 def _scatter(values: Tensor, mask: Tensor) -> Tensor:
     """Values of the True positions, in order, laid out as [B, T] with zeros elsewhere."""
-    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
+    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values[: int(mask.sum())])

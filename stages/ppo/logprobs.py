@@ -11,8 +11,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from stages.ppo.onednn import OneDNNLinear, add_weight_gradient, at_most, product, whole
 
 # Logits of one chunk, of which two are alive at once. Fewer make slow matrix products; of 32 MiB or more glibc would ask the kernel
 # for fresh pages each time, which costs more than reading them.
@@ -32,7 +35,14 @@ class Chosen(NamedTuple):
 def chunk_rows(head: Any) -> int:
     """Hidden states whose logits fit one chunk."""
     elements = CHUNK_ELEMENTS_GPU if head.weight.device.type == "cuda" else CHUNK_ELEMENTS
-    return max(1, elements // head.weight.shape[0])
+    rows = max(1, elements // head.weight.shape[0])
+    return at_most(rows) if isinstance(head, OneDNNLinear) else rows
+
+
+def pad_last_chunk(head: Any, states: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """States [N, d] and ids [N] with a few of zero after them, where oneDNN takes a chunk of so many rows only."""
+    extra = whole(rest) - rest if isinstance(head, OneDNNLinear) and (rest := len(ids) % chunk_rows(head)) else 0
+    return (F.pad(states, (0, 0, 0, extra)), F.pad(ids, (0, extra))) if extra else (states, ids)
 
 
 def choose(logits: Tensor, ids: Tensor, *, entropy: bool = False) -> Chosen:
@@ -65,7 +75,7 @@ class _ChosenLogprobs(torch.autograd.Function):
             found = choose(logits_of(part), chosen)
             logprobs.append(found.logprobs)
             if frozen:
-                kept.append((_push_(found.probabilities, chosen) @ weight).mul_(-factor).to(states.dtype))
+                kept.append(product(_push_(found.probabilities, chosen), weight.t()).mul_(-factor).to(states.dtype))
             elif keep:
                 kept.append(_push_(found.probabilities, chosen))
             del found
@@ -95,11 +105,11 @@ class _ChosenLogprobs(torch.autograd.Function):
             for number, start in enumerate(range(0, len(states), ctx.rows)):
                 span = slice(start, start + ctx.rows)
                 push = kept[number] if kept else _push_(torch.softmax(ctx.logits_of(states[span]), dim=1), ids[span])
-                to_states[span] = (push @ weight) * scale[span]
+                to_states[span] = product(push, weight.t()) * scale[span]
                 if enabled:
                     to_weight += push.t() @ (states[span] * scale[span])
                 else:
-                    to_weight.addmm_(push.t(), states[span] * scale[span])
+                    add_weight_gradient(to_weight, states[span] * scale[span], push)
                 if to_bias is not None:
                     to_bias += (push * scale[span]).sum(dim=0)
         return to_states, to_weight, to_bias, None, None, None, None

@@ -30,12 +30,15 @@ class Tokens:
         """[B, P + T], 1 on real tokens."""
         return torch.cat([self.prompt_mask, self.mask], dim=1).long()
 
-    def flush_left(self) -> Tensor:
-        """Prompt and completion of each row from column 0 on, padded on the right to the longest: [B, L]."""
+    def longest(self) -> int:
+        """Real tokens of the longest row, at least 1."""
+        return int(self.attention_mask.sum(dim=1).max().clamp(min=1))
+
+    def flush_left(self, width: int | None = None) -> Tensor:
+        """Prompt and completion of each row from column 0 on, padded on the right to `width`, or to the longest: [B, L]."""
         pads = (~self.prompt_mask).sum(dim=1, keepdim=True)
         ids = self.input_ids
-        width = int(self.attention_mask.sum(dim=1).max().clamp(min=1))
-        columns = pads + torch.arange(width, device=ids.device)
+        columns = pads + torch.arange(self.longest() if width is None else width, device=ids.device)
         return ids.gather(1, columns.clamp(max=ids.shape[1] - 1))
 
     def trimmed(self) -> Tokens:

@@ -7,7 +7,8 @@ samples what the interrupted one did. No generation config is consulted: no top-
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from configs.schema import Sampling
+from stages.ppo.onednn import widened
 
 BLOCK = 256  # tokens of the vocabulary whose probabilities are summed up before one of them is looked for
 
@@ -35,9 +37,9 @@ def completion_seed(seed: int, iteration: int, index: int) -> int:
     return (seed % 2**64) << 64 | iteration << 32 | index
 
 
-def left_pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Left-pad ids: ids [B, P] and mask [B, P], True on real tokens."""
-    width = max((len(row) for row in rows), default=0)
+def left_pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device, widen: Callable[[int], int] = int) -> tuple[Tensor, Tensor]:
+    """Left-pad ids to `widen` of the longest: ids [B, P] and mask [B, P], True on real tokens."""
+    width = widen(max((len(row) for row in rows), default=0))
     ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
     mask = torch.zeros((len(rows), width), dtype=torch.bool)
     for i, row in enumerate(rows):
@@ -119,7 +121,7 @@ def _sample_batch(
 ) -> list[Sample]:
     """One batch with a key-value cache; rows that have ended leave the batch when half of it has."""
     device = next(model.parameters()).device
-    ids, mask = left_pad(prompts, pad_id, device)
+    ids, mask = left_pad(prompts, pad_id, device, partial(widened, model=model))
     uniforms = uniforms_of(seeds, sampling.max_new_tokens).to(device)
     eos = torch.tensor(sorted(eos_ids), device=device, dtype=torch.long)
     tokens = torch.full((len(prompts), sampling.max_new_tokens), pad_id, device=device)
@@ -141,8 +143,9 @@ def _sample_batch(
             running = ~ended[alive]
             if not running.any():
                 break
-            if running.sum() <= len(alive) // 2:
-                keep = running.nonzero(as_tuple=True)[0]
+            left = widened(int(running.sum()), model)
+            if left <= len(alive) // 2:
+                keep = torch.argsort(~running, stable=True)[:left].sort().values
                 cache.batch_select_indices(keep)
                 alive, attention, positions, picked = alive[keep], attention[keep], positions[keep], picked[keep]
         inputs, positions = picked.unsqueeze(1), positions[:, -1:] + 1
