@@ -37,6 +37,11 @@ class RolloutEngine(Strict):
         default=2.0, ge=1,
         description="Each token's policy loss is weighed by policy / engine probability, at most this; null weighs none. native is never weighed: it is the policy.",
     )  # fmt: skip
+    old_logprobs: Literal["auto", "sampler", "forward"] = Field(
+        default="auto",
+        description="Log-probs that the update starts from. sampler: the engine's, checked against the first training forward of every iteration; forward: one more forward pass "
+        "over each rollout; auto: the sampler's with kind native in fp32, where both are one arithmetic, else forward.",
+    )  # fmt: skip
     static_cache: bool = Field(default=False, description="generate: a key-value cache of fixed size instead of one that grows.")
     vllm: VLLM | None = Field(default=None, description="vllm: where it runs; null is colocated.")
 

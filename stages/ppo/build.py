@@ -68,7 +68,8 @@ def build_models(cfg: PPOStage, origin: models.Origin, tokens: ModelTokens, devi
     parents = [origin.parent("init_from"), reference_origin.parent("reference")]
     built = (_one_backbone if cfg.lora else _separate)(cfg, origin, reference_origin, policy, tokens, device, parents)
     built.heldout_scorer = _heldout_scorer(cfg, device, parents)
-    use_onednn(built.trained, built.reference.model)
+    if _compute_dtype(cfg) is None:
+        use_onednn(built.trained, built.reference.model)
     _check_reproducible(built.trained, cfg, device)
     return built
 
@@ -193,7 +194,8 @@ def _frozen_scorer(origin: models.Origin, cfg: PPOStage, device: torch.device) -
         store_linear_weights(model, dtype)
     if cfg.offload_frozen:
         return scorer_of(origin, _freeze(model), batch_size=cfg.train.micro_batch_size, autocast=dtype, kind=OffloadedScorer, device=device)
-    use_onednn(model)
+    if dtype is None:
+        use_onednn(model)
     return scorer_of(origin, _freeze(model.to(device)), batch_size=cfg.train.micro_batch_size, autocast=dtype, widen=partial(widened, model=model))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from configs.errors import UserError
 from configs.schema import PPOStage
 from rewards.combine import Scores, WeightedSum
 from rewards.shaping import per_token_rewards, shape_scores
+from stages.models import uses_bf16
 from stages.ppo import maths
 from stages.ppo.engines.protocol import Engine
 from stages.ppo.modules import PolicyAndValue, Reference
@@ -67,7 +68,10 @@ def collect_rollout(
     batch = padded(prompt_ids, completion_ids, tokens.pad_id, accelerator.device)
     with reference.at_hand():
         old, values, entropy, ref = _forward(module, reference, batch, cfg, accelerator)
-    theirs = _right_padded([s.logprobs for s in samples], old)
+    theirs = _right_padded([s.logprobs for s in samples], ref)
+    if starts_from_sampler(cfg):
+        # Without a distribution's entropy, minus the log-prob of what came from it: right on average.
+        old, entropy = theirs, _right_padded([s.entropies if s.entropies is not None else [-x for x in s.logprobs] for s in samples], ref)
     rollout = Rollout(
         batch, torch.tensor([s.finished for s in samples], device=accelerator.device), old, ref, values,
         torch.tensor(scores.total, device=accelerator.device), entropy, *_parts(scores, accelerator.device), theirs,
@@ -90,9 +94,27 @@ def _parts(scores: Scores, device: torch.device) -> tuple[Tensor, Tensor]:
     return values, torch.tensor([[value is not None for value in row] for row in rows], device=device)
 
 
+def starts_from_sampler(cfg: PPOStage) -> bool:
+    """Whether the sampler's log-probs are the old ones: an update's first forward pass shows whether they are those of a training forward."""
+    if cfg.engine.old_logprobs == "auto":
+        return cfg.engine.kind == "native" and not uses_bf16(cfg.train.precision)
+    return cfg.engine.old_logprobs == "sampler"
+
+
+def recomputed(rollout: Rollout, module: PolicyAndValue, cfg: PPOStage, accelerator: Any) -> Rollout:
+    """The rollout with the log-probs of a training forward for old ones. Every process computes its share."""
+    share = len(rollout) // accelerator.num_processes
+    old = torch.zeros((share, rollout.tokens.mask.shape[1]), device=accelerator.device)
+    for rows in torch.arange(share).split(cfg.train.micro_batch_size):
+        part = cut(rollout.tokens, rows + accelerator.process_index * share)
+        with torch.no_grad(), accelerator.autocast():
+            old[rows, : part.mask.shape[1]] = module.logprobs(part).logprobs
+    return replace(rollout, old_logprobs=accelerator.gather(old))
+
+
 @torch.no_grad()
 def _forward(module: PolicyAndValue, reference: Reference, tokens: Tokens, cfg: PPOStage, accelerator: Any) -> tuple[Tensor, ...]:
-    """Old log-probs, values, entropy and reference log-probs, in micro-batches of rows of similar length."""
+    """Old log-probs, values, entropy and reference log-probs, in micro-batches of rows of similar length; no policy where the sampler was one."""
     width = tokens.mask.shape[1]
     old, ref, entropy = (torch.zeros(tokens.mask.shape, device=accelerator.device) for _ in range(3))
     values = torch.zeros((len(tokens.mask), width + 1), device=accelerator.device)
@@ -101,8 +123,12 @@ def _forward(module: PolicyAndValue, reference: Reference, tokens: Tokens, cfg: 
         part = cut(tokens, rows)
         size = part.mask.shape[1]
         with accelerator.autocast():
-            outputs = module(part, entropy=True)
             ref[rows, :size] = reference.logprobs(part)
+            if starts_from_sampler(cfg):
+                with module.value_pass():
+                    values[rows, : size + 1] = module.values(part)
+                continue
+            outputs = module(part, entropy=True)
         old[rows, :size], values[rows, : size + 1] = outputs.logprobs, outputs.values
         if outputs.entropy is not None:
             entropy[rows, :size] = outputs.entropy

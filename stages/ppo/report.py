@@ -65,6 +65,11 @@ def sampler_metrics(rollout: Rollout, cfg: PPOStage) -> dict[str, float]:
     }  # fmt: skip
 
 
+def sampler_gap_of(updates: dict[str, float]) -> dict[str, float]:
+    """The same gap where the sampler's log-probs are the old ones: to the update's forward pass over the first minibatch, before its first step."""
+    return {"rollout/sampler_gap": updates["policy/first_gap"], "rollout/sampler_gap_mean": updates["policy/first_gap_mean"], "rollout/sampler_kl": updates["policy/first_approx_kl"]}
+
+
 def part_means(rollout: Rollout, scorers: Sequence[str]) -> dict[str, float]:
     """Each scorer's own mean over the completions it applies to; one that applies to none has no mean. How far ensembles disagree is objective/score_spread."""
     columns = zip(scorers, rollout.parts.T, rollout.parts_mask.T, strict=True)

@@ -23,11 +23,15 @@ BLOCK = 256  # tokens of the vocabulary whose probabilities are summed up before
 
 
 class Sample(NamedTuple):
-    """One completion: the sampled ids, their log-probs in nats at the sampling temperature, and whether an EOS ended it."""
+    """One completion: the sampled ids, their log-probs in nats at the sampling temperature, and whether an EOS ended it.
+
+    entropies: of the distributions that the ids came from, nats; none from engines that don't know them.
+    """
 
     completion_ids: list[int]
     logprobs: list[float]
     finished: bool
+    entropies: list[float] | None = None
 
 
 def completion_seed(seed: int, iteration: int, index: int) -> int:
@@ -58,7 +62,12 @@ def uniforms_of(seeds: Sequence[int], length: int) -> Tensor:
 
 
 def pick(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens [B] at the given quantiles of softmax(logits [B, V] in float32), and their log-probs [B].
+    """The tokens and log-probs of `draw`."""
+    return draw(logits, uniforms)[:2]
+
+
+def draw(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens [B] at the given quantiles of softmax(logits [B, V] in float32), their log-probs [B] and the distributions' entropies [B].
 
     Sums up blocks of the vocabulary first and then single tokens of the block that holds the quantile: running sums of all V
     tokens in float64 took most of the time of sampling at 32,000 words.
@@ -74,7 +83,8 @@ def pick(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     tokens = (block * BLOCK + _first_above(steps, threshold - before)).clamp(max=weights.shape[1] - 1)
     # Log-sum-exp from what there is: the largest probability is exp(largest logit) over that sum.
     normaliser = logits.amax(dim=1, keepdim=True) - weights.amax(dim=1, keepdim=True).log()
-    return tokens.squeeze(1), (logits.gather(1, tokens) - normaliser).squeeze(1)
+    entropies = normaliser.squeeze(1) - torch.linalg.vecdot(weights, logits)
+    return tokens.squeeze(1), (logits.gather(1, tokens) - normaliser).squeeze(1), entropies
 
 
 def _block_sums(weights: Tensor) -> Tensor:
@@ -125,7 +135,7 @@ def _sample_batch(
     uniforms = uniforms_of(seeds, sampling.max_new_tokens).to(device)
     eos = torch.tensor(sorted(eos_ids), device=device, dtype=torch.long)
     tokens = torch.full((len(prompts), sampling.max_new_tokens), pad_id, device=device)
-    logprobs = torch.zeros((len(prompts), sampling.max_new_tokens), device=device)
+    logprobs, entropies = (torch.zeros((len(prompts), sampling.max_new_tokens), device=device) for _ in range(2))
     lengths = torch.full((len(prompts),), sampling.max_new_tokens, device=device)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     alive = torch.arange(len(prompts), device=device)
@@ -135,8 +145,8 @@ def _sample_batch(
         out = model(
             input_ids=inputs, attention_mask=attention, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
         )
-        picked, picked_logprobs = pick(out.logits[:, -1].float() / sampling.temperature, uniforms[alive, step])
-        tokens[alive, step], logprobs[alive, step] = picked, picked_logprobs
+        picked, logprobs[alive, step], entropies[alive, step] = draw(out.logits[:, -1].float() / sampling.temperature, uniforms[alive, step])
+        tokens[alive, step] = picked
         if sampling.stop_at_eos:
             now = torch.isin(picked, eos) & ~ended[alive]
             ended[alive[now]], lengths[alive[now]] = True, step + 1
@@ -150,6 +160,6 @@ def _sample_batch(
                 alive, attention, positions, picked = alive[keep], attention[keep], positions[keep], picked[keep]
         inputs, positions = picked.unsqueeze(1), positions[:, -1:] + 1
         attention = torch.cat([attention, attention.new_ones(len(alive), 1)], dim=1)
-    sizes, rows, scores = lengths.tolist(), tokens.tolist(), logprobs.tolist()
     finished = ended.tolist() if sampling.stop_at_eos else [True] * len(prompts)
-    return [Sample(row[:n], score[:n], end) for row, score, n, end in zip(rows, scores, sizes, finished, strict=True)]
+    rows = zip(lengths.tolist(), tokens.tolist(), logprobs.tolist(), entropies.tolist(), finished, strict=True)
+    return [Sample(ids[:n], scores[:n], end, spread[:n]) for n, ids, scores, spread, end in rows]

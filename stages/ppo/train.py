@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from stages import models
 from stages.ppo import health, maths, quantized, report, state
 from stages.ppo.allocator import keep_freed_memory
 from stages.ppo.build import PPOModels, build_models, find_all
-from stages.ppo.collect import Clock, PromptSet, collect_rollout, experience_of
+from stages.ppo.collect import Clock, PromptSet, collect_rollout, experience_of, recomputed, starts_from_sampler
 from stages.ppo.ema import PolicyAverage
 from stages.ppo.engines.build import build_engine, check_engine
 from stages.ppo.engines.protocol import Engine
@@ -27,7 +28,7 @@ from stages.ppo.modules import POLICY
 from stages.ppo.optimizer import optimizer_of, set_learning_rate
 from stages.ppo.prompts import check_scorers_read, load_evaluation, load_prompts, row_limit
 from stages.ppo.ptx import Mix, load_mix
-from stages.ppo.update import update_policy
+from stages.ppo.update import MAX_GAP, SamplerDiffersError, update_policy
 from stages.ppo.watch import Outcome, Watch
 from stages.tokens import ModelTokens, load_tokens
 from stages.training import ready, resume
@@ -151,10 +152,17 @@ def run_iteration(
     started = time.monotonic()
     if cfg.train.gradient_checkpointing:
         built.trained.train()
-    updates = update_policy(built.trained, optimizer, accelerator, experience, cfg, iteration, mix)
+    gap: dict[str, float] = {}
+    try:
+        updates = update_policy(built.trained, optimizer, accelerator, experience, cfg, iteration, mix, max_gap=MAX_GAP if starts_from_sampler(cfg) else math.inf)
+        gap = report.sampler_gap_of(updates) if starts_from_sampler(cfg) else {}
+    except SamplerDiffersError:
+        rollout = recomputed(rollout, built.trained, cfg, accelerator)
+        experience, rewards = experience_of(rollout, cfg, kl_coef=kl_coef, mean=scorer.mean, std=scorer.std)
+        updates = update_policy(built.trained, optimizer, accelerator, experience, cfg, iteration, mix)
     engine.sync()
     clock.update = time.monotonic() - started
-    metrics = report.metrics_of(rollout, experience, rewards, cfg, kl_coef=kl_coef, clock=clock, scorers=scorer.columns) | updates
+    metrics = report.metrics_of(rollout, experience, rewards, cfg, kl_coef=kl_coef, clock=clock, scorers=scorer.columns) | updates | gap
     metrics["objective/score_clipped"] = report.score_clipped(rollout, cfg, mean=scorer.mean, std=scorer.std)
     if cfg.adaptive_kl is not None:
         kl_coef = maths.adapt_kl_coef(

@@ -17,6 +17,8 @@ from stages.ppo.modules import PolicyAndValue
 from stages.ppo.ptx import Mix
 from stages.ppo.rollout import Experience
 
+MAX_GAP = 1e-3  # nats between the sampler's log-prob of a token and a training forward's: 200 times less than what clips a ratio
+
 
 @dataclass
 class Totals:
@@ -28,11 +30,13 @@ class Totals:
     value_clipped: Tensor
     approx_kl: Tensor
     max_ratio: Tensor
+    gap: Tensor  # largest |log-prob - old log-prob|
+    gap_sum: Tensor
 
     @classmethod
     def zero(cls, device: torch.device) -> Totals:
         """No token yet."""
-        return cls(*(torch.zeros((), device=device, dtype=torch.float64) for _ in range(6)))
+        return cls(*(torch.zeros((), device=device, dtype=torch.float64) for _ in range(8)))
 
     def add_policy(self, policy: maths.PolicyLoss) -> None:
         """Add a micro-batch's policy loss."""
@@ -41,10 +45,18 @@ class Totals:
         self.approx_kl += policy.approx_kl
         self.max_ratio = torch.maximum(self.max_ratio, policy.max_ratio.double())
 
+    def add_gap(self, gap: Tensor) -> None:
+        """Add a micro-batch's distances [B, T] of log-probs from old ones, 0 where masked."""
+        self.gap, self.gap_sum = torch.maximum(self.gap, gap.max().double()), self.gap_sum + gap.sum()
+
     def add_value(self, value: maths.ValueLoss) -> None:
         """Add a micro-batch's value loss."""
         self.value_loss += value.loss.detach()
         self.value_clipped += value.clipped
+
+
+class SamplerDiffersError(Exception):
+    """The old log-probs, which are the sampler's, are not those of a training forward: nothing has been learned from them yet."""
 
 
 def minibatches(count: int, num_minibatches: int, *, seed: int, iteration: int, epoch: int) -> list[Tensor]:
@@ -61,22 +73,27 @@ def micro_batches(experience: Experience, rows: Tensor, *, rank: int, world: int
 
 
 def update_policy(
-    module: PolicyAndValue, optimizer: Any, accelerator: Any, experience: Experience, cfg: PPOStage, iteration: int, mix: Mix | None = None
-) -> dict[str, float]:
+    module: PolicyAndValue, optimizer: Any, accelerator: Any, experience: Experience, cfg: PPOStage, iteration: int, mix: Mix | None = None,
+    max_gap: float = math.inf,
+) -> dict[str, float]:  # fmt: skip
     """Every epoch and minibatch of one iteration. Returns metrics, means over the real tokens of all processes.
 
     Each minibatch is one optimizer step. Its loss is one mean over all its completion tokens on all processes: tokens of a
     micro-batch are summed and divided by the whole count. A step whose gradients are not finite is skipped and counted.
 
     Raises:
-        UserError: all of them were skipped.
+        SamplerDiffersError: before the first step an old log-prob is further than `max_gap` nats from now's; no gradient is left.
+        UserError: all steps were skipped.
     """
     steps: list[dict[str, float]] = []
     skipped = 0
     for epoch in range(cfg.train.num_ppo_epochs):
         parts = minibatches(len(experience.tokens.mask), cfg.train.num_minibatches, seed=cfg.seed, iteration=iteration, epoch=epoch)
         for number, rows in enumerate(parts, (iteration * cfg.train.num_ppo_epochs + epoch) * len(parts)):
-            totals = _accumulate(module, accelerator, experience, rows, cfg)
+            totals = _accumulate(module, accelerator, experience, rows, cfg, policy=iteration >= cfg.train.value_warmup_iterations)
+            if max_gap < math.inf and epoch == 0 and rows is parts[0] and not largest(totals.gap, accelerator) <= max_gap:
+                optimizer.zero_grad(set_to_none=True)
+                raise SamplerDiffersError
             mixed = {}
             if mix is not None and iteration >= cfg.train.value_warmup_iterations:
                 mixed["ptx/loss"] = mix.add_gradients(module, accelerator, mix.chosen(number, len(rows), cfg.seed), cfg.train.micro_batch_size)
@@ -96,14 +113,19 @@ def update_policy(
             f"no optimizer step of iteration {iteration + 1} had gradients that are finite numbers, so nothing was learned from it; "
             "the last resumable save is intact: lower train.learning_rate and run again"
         )
-    means = {key: sum(step[key] for step in steps) / len(steps) for key in steps[0]}
+    means = {key: sum(step[key] for step in steps) / len(steps) for key in steps[0] if not key.startswith("policy/gap")}
     return means | {"policy/max_ratio": max(step["policy/max_ratio"] for step in steps), "policy/first_ratio": steps[0]["policy/max_ratio"],
                     "policy/first_approx_kl": steps[0]["policy/approx_kl"], "policy/first_clip_fraction": steps[0]["policy/clip_fraction"],
-                    "policy/skipped_steps": skipped}  # fmt: skip
+                    "policy/first_gap": steps[0]["policy/gap"], "policy/first_gap_mean": steps[0]["policy/gap_mean"], "policy/skipped_steps": skipped}  # fmt: skip
 
 
-def _accumulate(module: PolicyAndValue, accelerator: Any, experience: Experience, rows: Tensor, cfg: PPOStage) -> Totals:
-    """Gradients of this process's share of one minibatch, micro-batch after micro-batch."""
+def largest(value: Tensor, accelerator: Any) -> float:
+    """The largest of all processes' numbers."""
+    return float(accelerator.gather(value.reshape(1)).max())
+
+
+def _accumulate(module: PolicyAndValue, accelerator: Any, experience: Experience, rows: Tensor, cfg: PPOStage, *, policy: bool) -> Totals:
+    """Gradients of this process's share of one minibatch, micro-batch after micro-batch; the policy's only where they are used."""
     parts = micro_batches(
         experience, rows, rank=accelerator.process_index, world=accelerator.num_processes, size=cfg.train.micro_batch_size
     )
@@ -111,12 +133,13 @@ def _accumulate(module: PolicyAndValue, accelerator: Any, experience: Experience
     totals = Totals.zero(accelerator.device)
 
     def policy_loss(logprobs: Tensor, batch: Experience) -> Tensor:
-        policy = maths.policy_loss(
+        loss = maths.policy_loss(
             logprobs, batch.old_logprobs, batch.advantages, batch.tokens.mask, clip_range=cfg.clip_range,
             clip_range_high=cfg.clip_range_high, dual_clip=cfg.dual_clip, weights=batch.importance,
         )  # fmt: skip
-        totals.add_policy(policy)
-        return policy.loss / tokens
+        totals.add_policy(loss)
+        totals.add_gap(torch.where(batch.tokens.mask, (logprobs.detach() - batch.old_logprobs).abs(), 0.0))
+        return loss.loss / tokens
 
     def value_loss(values: Tensor, batch: Experience) -> Tensor:
         value = maths.value_loss(values, batch.old_values, batch.returns, batch.value_mask, clip_range=cfg.value_clip_range)
@@ -131,7 +154,7 @@ def _accumulate(module: PolicyAndValue, accelerator: Any, experience: Experience
             _backward(policy_loss(outputs.logprobs, batch) + value_loss(outputs.values, batch))
             continue
         # One graph at a time: the policy's is gone when the value function's is built.
-        with accelerator.autocast():
+        with accelerator.autocast(), torch.set_grad_enabled(policy):
             logprobs = module.logprobs(batch.tokens).logprobs
         _backward(policy_loss(logprobs, batch))
         with module.value_pass():  # around the backward pass too: layers recomputed in it must find the same adapter
@@ -161,17 +184,18 @@ def _clip(module: PolicyAndValue, accelerator: Any, limit: float | None) -> dict
 
 def _step_metrics(totals: Totals, experience: Experience, rows: Tensor, accelerator: Any) -> dict[str, float]:
     """One optimizer step's metrics over all processes."""
-    sums = torch.stack([totals.policy_loss, totals.value_loss, totals.clipped, totals.value_clipped, totals.approx_kl])
+    sums = torch.stack([totals.policy_loss, totals.value_loss, totals.clipped, totals.value_clipped, totals.approx_kl, totals.gap_sum])
     sums = accelerator.reduce(sums, reduction="sum")
-    max_ratio = accelerator.gather(totals.max_ratio.reshape(1)).max()
     tokens = max(int(experience.tokens.mask[rows].sum()), 1)
     value_tokens = max(int(experience.value_mask[rows].sum()), 1)
-    policy_loss, value_loss, clipped, value_clipped, approx_kl = sums.tolist()
+    policy_loss, value_loss, clipped, value_clipped, approx_kl, gap_sum = sums.tolist()
     return {
         "policy/loss": policy_loss / tokens,
         "policy/approx_kl": approx_kl / tokens,
         "policy/clip_fraction": clipped / tokens,
-        "policy/max_ratio": float(max_ratio),
+        "policy/max_ratio": largest(totals.max_ratio, accelerator),
+        "policy/gap": largest(totals.gap, accelerator),
+        "policy/gap_mean": gap_sum / tokens,
         "value/loss": value_loss / value_tokens,
         "value/clip_fraction": value_clipped / value_tokens,
     }

@@ -75,9 +75,9 @@ def test_row_8_the_weights_of_an_engine_that_is_off_reach_the_update(place, monk
     seen = []
     real = update.update_policy
 
-    def watched(module, optimizer, accelerator, experience, *arguments):
+    def watched(module, optimizer, accelerator, experience, *arguments, **keywords):
         seen.append(experience.importance)
-        return real(module, optimizer, accelerator, experience, *arguments)
+        return real(module, optimizer, accelerator, experience, *arguments, **keywords)
 
     monkeypatch.setattr("stages.ppo.engines.generate.GenerateEngine", lambda policy, **_: Off(policy))
     monkeypatch.setattr("stages.ppo.engines.build.TOLERANCE", 1.0)

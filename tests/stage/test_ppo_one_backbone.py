@@ -70,7 +70,7 @@ def test_one_backbone_is_one_copy_of_the_weights(place):
 
 
 def test_one_backbone_the_reference_is_the_start_policy_to_the_bit(place):
-    values = settings(place, lora=LORA, scorers=[ADAPTER])
+    values = settings(place, lora=LORA, scorers=[ADAPTER], engine={"old_logprobs": "forward"})
     built, rollout, _ = one_update(values)
     assert torch.equal(rollout.old_logprobs, rollout.ref_logprobs)
     start = models.load_policy(models.find("sft/one", place / "registry"))

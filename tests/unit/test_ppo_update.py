@@ -17,7 +17,7 @@ from stages.ppo import maths, report
 from stages.ppo.collect import Clock
 from stages.ppo.modules import POLICY, VALUE, AdapterSwitch, PolicyAndValue, is_of
 from stages.ppo.rollout import Experience, Rollout
-from stages.ppo.update import micro_batches, minibatches, update_policy
+from stages.ppo.update import SamplerDiffersError, micro_batches, minibatches, update_policy
 from tests.unit.ppo_samples import config, model_of, ragged_ids, tokens_of
 
 
@@ -180,6 +180,31 @@ def test_trap_11_the_first_step_has_ratio_one_and_no_kl(accelerator):
     assert metrics["policy/first_approx_kl"] == pytest.approx(0, abs=1e-5)
     assert metrics["policy/first_clip_fraction"] == 0
     assert metrics["policy/approx_kl"] > 1e-4, "later steps must move, or the zeros above prove nothing"
+
+
+def test_row_8_old_log_probs_beyond_the_bound_stop_the_update_before_it_has_changed_anything(accelerator):
+    module = module_of()
+    experience, before = experience_of(module, drift=0.0), weights(module)
+    within, off = (replace(experience, old_logprobs=experience.old_logprobs + by) for by in (0.9e-3, 1.1e-3))
+    optimizer, cfg = torch.optim.SGD(module.parameters(), lr=0.5), config(train={"rollout_batch_size": 8})
+    with pytest.raises(SamplerDiffersError):
+        update_policy(module, optimizer, accelerator, off, cfg, 0, max_gap=1e-3)
+    assert all(torch.equal(value, before[name]) for name, value in weights(module).items())
+    assert all(p.grad is None for p in module.parameters())
+    metrics = update_policy(module, optimizer, accelerator, within, cfg, 0, max_gap=1e-3)
+    assert metrics["policy/first_gap"] == pytest.approx(0.9e-3, abs=1e-5)
+    assert metrics["policy/first_gap_mean"] == pytest.approx(0.9e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["copy", "lora"])
+def test_in_the_warm_up_nothing_is_computed_for_a_gradient_of_the_policy(accelerator, kind, monkeypatch):
+    module, graphs = module_of(kind=kind), []
+    inner = type(module).logprobs
+    monkeypatch.setattr(type(module), "logprobs", lambda *a, **k: (out := inner(*a, **k), graphs.append(out.logprobs.requires_grad))[0])
+    experience = experience_of(module)
+    for iteration in (0, 1):
+        run(module, experience, accelerator, value_warmup_iterations=1, iteration=iteration)
+    assert graphs[-2:] == [False, True] or graphs[1:] == [False, True]
 
 
 @pytest.mark.parametrize("kind", ["copy", "head"])

@@ -63,7 +63,7 @@ def checked(engine: str, samples: Sequence[Sample], policy: Policy) -> list[Samp
         UserError: tokens after an EOS, a completion that stops without one, missing or impossible log-probs.
     """
     limit, eos = policy.sampling.max_new_tokens, set(policy.eos_ids) if policy.sampling.stop_at_eos else set()
-    for number, (ids, logprobs, finished) in enumerate(samples):
+    for number, (ids, logprobs, finished, _) in enumerate(samples):
         ended = bool(ids) and ids[-1] in eos
         wrong = None
         if not 0 < len(ids) <= limit or (len(ids) < limit and not ended):
