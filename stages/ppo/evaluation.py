@@ -138,8 +138,19 @@ def metrics_of(written: Sequence[Written], groups: Sequence[int], start: Sequenc
         if known:
             found[f"evaluation/heldout_score/{name}"] = float(np.mean(known))  # type: ignore[arg-type]
     found["evaluation/eos_rate"] = float(np.mean([w.finished for w in written])) if cfg.sampling.stop_at_eos else 0.0
-    # Rounded, for a completion that both have written is a tie, although a reward model's rounding differs between batches.
-    unit = 1e-5 * max(1e-30, *map(abs, heldout))
-    ours, theirs = (np.round(np.asarray(scores) / unit) for scores in (heldout, heldout if start is None else start))
+    ours, theirs = ranks(heldout, heldout if start is None else start)
     won = win_rate(ours, groups, theirs, groups, seed=cfg.seed)
     return found | {"evaluation/win_rate": won.rate, "evaluation/win_rate_low": won.low, "evaluation/win_rate_high": won.high}
+
+
+def ranks(ours: Sequence[float], theirs: Sequence[float]) -> tuple[Any, Any]:
+    """The scores' places among all of them, equal where neighbours differ by less than 1e-5 of the largest of ours.
+
+    A completion that both have written is a tie, although a reward model's rounding differs between batches. Places, not multiples of
+    that unit: two numbers that differ by rounding may lie on both sides of a multiple's end.
+    """
+    scores = np.asarray([*ours, *theirs])
+    order = np.argsort(scores, kind="stable")
+    places = np.empty(len(scores))
+    places[order] = np.cumsum(np.diff(scores[order], prepend=scores[order[:1]]) > 1e-5 * max(1e-30, *map(abs, ours)))
+    return places[: len(ours)], places[len(ours) :]
