@@ -54,7 +54,7 @@ def show_machines(args: argparse.Namespace) -> int:
 
 
 def stages_of(args: argparse.Namespace) -> list[tuple[str, Any, str]]:
-    """(stage, its config, its file) of each stage to show; of a bare stage name, or of nothing, a config that says nothing."""
+    """(stage or step, its config, its file) of each stage to show; of a bare stage name, or of nothing, a config that says nothing."""
     from configs.load import load, load_text
     from launch.config_cli import guess_kind
 
@@ -69,14 +69,17 @@ def stages_of(args: argparse.Namespace) -> list[tuple[str, Any, str]]:
     kind = guess_kind(args.config)
     cfg = load(Path(args.config), kind, overrides)
     if kind == "chain":
-        return [(stage, getattr(cfg, stage), f"{cfg.output}/{stage}/config.yaml") for stage in STAGES if getattr(cfg, stage) is not None]
+        from launch.chain.steps import sections
+
+        return [(name, section, f"{section.output}/config.yaml") for name, section in sections(cfg).items()]
     if kind not in STAGES:
         raise UserError(f"{args.config}: a config of {kind}, which runs in one process without a machine file; give a stage's or a chain's config")
     return [(kind, cfg, args.config)]
 
 
-def chosen_for(stage: str, cfg: Any, file: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Machine file, command and reasons of one stage."""
+def chosen_for(name: str, cfg: Any, file: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Machine file, command and reasons of one stage, or of a chain's step such as reward-2."""
+    from launch.chain.steps import stage_of
     from launch.command import load_machine, stage_command
     from launch.machine_choice import reasons
     from launch.nodes import nodes_of
@@ -86,9 +89,9 @@ def chosen_for(stage: str, cfg: Any, file: str, args: argparse.Namespace) -> dic
         args.node_rank = 0 if args.node_rank is None else args.node_rank
         args.main_address = args.main_address or "MAIN_ADDRESS"
     nodes = nodes_of(args, machine.settings, machine.ships)
+    stage, chosen = stage_of(name), machine.path.stem
     command = stage_command(f"stages.{stage}", Path(file), machine, cfg.processes, nodes)
-    name = machine.path.stem
     return {
-        "stage": stage, "machine": name, "file": str(machine.path), "nodes": nodes.count, "processes": command.processes,
-        "why": reasons(stage, cfg, name, command.processes, nodes.count), "command": command.typed,
+        "stage": name, "machine": chosen, "file": str(machine.path), "nodes": nodes.count, "processes": command.processes,
+        "why": reasons(stage, cfg, chosen, command.processes, nodes.count), "command": command.typed,
     }  # fmt: skip

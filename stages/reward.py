@@ -84,12 +84,16 @@ def whole(pair: dict[str, Any], use_margin: bool) -> dict[str, Any]:
 def demonstration_ids(cfg: RewardStage, tokens: Any, splits: Any, pairs: list[dict[str, Any]], limit: int) -> list[list[int]]:
     """Rows whose scores PPO centres by: the demonstrations' training part, else the chosen completions; evenly spread."""
     from stages import data
+    from stages.nodes.once import once_per_node
 
     if cfg.demonstrations is None:
         rows = [pair["prompt_ids"] + pair["chosen_ids"] for pair in pairs]
     else:
-        demonstrations = data.Splitter(cfg.split).split(data.read_demonstrations(cfg.demonstrations).rows).train
-        rows = [row["input_ids"] for row in data.encode_demonstrations(tokens.formatter, demonstrations, limit)[0]]
+        sources = cfg.demonstrations
+        loaded = once_per_node("reading the demonstrations", lambda: data.read_demonstrations(sources), node_0_first=True)
+        demonstrations = data.Splitter(cfg.split).split(loaded.rows).train
+        encoded, _ = once_per_node("tokenising the demonstrations", lambda: data.encode_demonstrations(tokens.formatter, demonstrations, limit))
+        rows = [row["input_ids"] for row in encoded]
     count = min(len(rows), DEMONSTRATIONS)
     return [rows[index * len(rows) // count] for index in range(count)]
 

@@ -62,22 +62,23 @@ def test_a_follower_starts_each_stage_as_told_and_ends_with_the_chain(pair, tmp_
 
     thread, ends = follow(pair[1], tmp_path, command_of)
     leader = Leader(NODES, {1: pair[0]})
-    for stage in ("sft", "ppo"):
+    for stage in ("reward-2", "ppo"):
         leader.start(stage, Path(f"{stage}.yaml"), SECTION, f"key of {stage}")
         leader.ended(stage)
     leader.close(7)
     thread.join(timeout=20)
     assert ends == [7]
-    assert told == [("sft", Path("sft.yaml"), "zero3", 8), ("ppo", Path("ppo.yaml"), "zero3", 8)]
+    assert told == [("reward-2", Path("reward-2.yaml"), "zero3", 8), ("ppo", Path("ppo.yaml"), "zero3", 8)]
     assert "key of ppo" in (tmp_path / "ppo.node1.log").read_text()
     err = capfd.readouterr().err
     assert "warning: ppo ended with exit code 3 on node 1" in err
-    assert "sft ended" not in err
+    assert "reward-2 ended" not in err
 
 
 def test_the_command_of_a_follower_is_that_of_its_own_rank(pair, tmp_path):
     typed = Follower(NODES, pair[1], tmp_path)._command("sft", Path("c.yaml"), "cpu_zero3", 4).typed
     assert "cpu_zero3_nodes.yaml --num_processes 4 --num_machines 2 --machine_rank 1 --main_process_ip n0" in typed
+    assert "-m stages.reward " in Follower(NODES, pair[1], tmp_path)._command("reward-2", Path("c.yaml"), "cpu_ddp", 2).typed
 
 
 def test_a_leader_that_goes_between_two_stages_is_an_error(pair, tmp_path):

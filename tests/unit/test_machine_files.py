@@ -224,10 +224,13 @@ def test_show_lists_every_machine_file_and_the_choice_for_a_stage(capsys, monkey
 
 def test_show_tells_of_every_stage_of_a_chain_and_writes_nothing(tmp_path, capsys):
     file = tmp_path / "chain.yaml"
-    file.write_text(f"name: x\nbase: m\noutput: {tmp_path}/out\nsft: {{data: d}}\ndpo: {{data: d, machine: cpu_zero2}}\n")
+    file.write_text(f"name: x\nbase: m\noutput: {tmp_path}/out\nsft: {{data: d}}\nreward: {{data: d, ensemble: {{members: 2}}}}\ndpo: {{data: d, machine: cpu_zero2}}\n")
     told = shown(capsys, str(file))
-    assert [(row["stage"], row["machine"], row["processes"]) for row in told["chosen"]] == [("sft", "cpu", 1), ("dpo", "cpu_zero2", 2)]
-    assert "the config and command line say machine: cpu_zero2" in told["chosen"][1]["why"]
+    assert [(row["stage"], row["machine"], row["processes"]) for row in told["chosen"]] == [
+        ("sft", "cpu", 1), ("reward", "cpu", 1), ("reward-2", "cpu", 1), ("dpo", "cpu_zero2", 2),
+    ]  # fmt: skip
+    assert "-m stages.reward --config" in told["chosen"][2]["command"]
+    assert "the config and command line say machine: cpu_zero2" in told["chosen"][3]["why"]
     assert not (tmp_path / "out").exists()
 
 
