@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from configs.errors import UserError
+from configs.schema.scorers import reward_models as reward_model_names
+from launch.chain.steps import made_by, sections
 from launch.plan.job import SCORES, Job
 from launch.plan.layout import Layout
 from launch.plan.rows import Rows, rows_of
@@ -92,13 +94,14 @@ def _reward_models(cfg: Any, sources: Sources, chain: Any) -> tuple[Any, tuple[A
 
     own: list[Any] = []
     shared = None
-    for scorer in [s for s in cfg.scorers if s.kind == "model"]:
-        section = getattr(chain, "reward", None)
-        if section is not None and scorer.checkpoint == f"reward/{section.name}":
+    for name in reward_model_names(cfg.scorers):
+        step = made_by(chain, name) if getattr(chain, "reward", None) is not None else None
+        if step is not None:
+            section = sections(chain)[step]
             lora, start = section.lora, section.init_from
         else:
-            lora = cfg.lora if models.is_adapter(sources.origin(scorer.checkpoint, cfg.registry)) else None
-            start = scorer.checkpoint
+            lora = cfg.lora if models.is_adapter(sources.origin(name, cfg.registry)) else None
+            start = name
         if cfg.lora is not None and lora is not None and shared is None:
             shared = lora  # an adapter on the weights that the policy starts from
         else:

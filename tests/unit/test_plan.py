@@ -106,6 +106,17 @@ def test_a_chain_is_planned_from_config_json_alone(tmp_path, capsys):
     assert plans["ppo"]["disk_bytes"]["published"] < plans["sft"]["disk_bytes"]["published"]
 
 
+def test_every_member_of_a_reward_ensemble_counts(tmp_path, capsys):
+    file = chain(tmp_path)
+    memory = {}
+    for members in (2, 3):
+        reward = f"reward={{data: none.jsonl, ensemble: {{members: {members}}}, train: {{batch_size: 8, micro_batch_size: 2}}}}"
+        assert main(["plan", str(file), reward, "--gpus", "1xCPU", "--only", "ppo", "--json"]) == 0
+        (plan,) = json.loads(capsys.readouterr().out)["stages"]
+        memory[members] = plan["parts_bytes"]["reward model"]
+    assert memory[3] == memory[2] * 3 // 2 > 0
+
+
 def test_no_model_config_is_said(tmp_path, capsys):
     file = chain(tmp_path)
     assert main(["plan", str(file), f"base={tmp_path / 'nowhere' / 'at' / 'all'}", "--gpus", "1xCPU"]) == 2
