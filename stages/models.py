@@ -305,7 +305,8 @@ def scorer_from_policy(policy: Any, *, pad_id: int, seed: int) -> Any:
         raise UserError(f"{type(scorer).__name__} has no linear head named `score`; it can't be a reward model here")
     trunk = policy.base_model
     setattr(scorer, scorer.base_model_prefix, trunk)
-    scorer.score = scalar_head(head.in_features, seed=seed, bias=head.bias is not None).to(policy.device)
+    dtype = policy.dtype if gather.is_split(trunk.get_input_embeddings().weight) else torch.float32  # ZeRO-3 takes one dtype for all, and keeps float32 itself
+    scorer.score = scalar_head(head.in_features, seed=seed, bias=head.bias is not None).to(policy.device, dtype)
     scorer.config = config
     return without_dropout(scorer)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from configs.errors import UserError
 from configs.schema import TRLStage
 from stages.compat import remove_printers
@@ -62,6 +64,7 @@ def build(
     given = {"train_dataset": train, "eval_dataset": validation}
     if placeholder is not None:
         given = {key: placeholder if value is not None else None for key, value in given.items()}
+    torch.manual_seed(cfg.seed)  # adapters are drawn in the constructor, before the Trainer sets its seed
     try:
         args = config_class(**shared | arguments)
         trainer = exact(trainer_class, measure)(args=args, **given, **constructor)

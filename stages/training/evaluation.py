@@ -48,6 +48,11 @@ def exact(trainer_class: Any, measure: Measure) -> Any:
             self.nonfinite = bad if self.nonfinite is None else self.nonfinite | bad
             return loss
 
+        def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+            trainer: Any = self
+            if not (trainer.is_deepspeed_enabled and _internal_call):  # a resumable save holds DeepSpeed's shards: no need to gather the weights
+                super().save_model(output_dir, _internal_call)
+
     return Exact
 
 

@@ -26,7 +26,30 @@ def cases(folder: Path, label: str) -> dict[str, tuple[str, dict[str, Any]]]:
         for kind, changes in {"full": {}, "lora": {"lora": LORA}}.items():
             case = f"{stage}-{kind}"
             found[case] = (stage, settings(folder, stage, TRAIN, name=f"{kind}-{label}", output=str(folder / f"out-{case}-{label}"), **changes))
-    return found
+    return found | (extras(folder, label) if label in ("one", "zero3") else {})
+
+
+def extras(folder: Path, label: str) -> dict[str, tuple[str, dict[str, Any]]]:
+    """What ZeRO-3 might break besides: models that are merged, grown, packed, recomputed, stopped; other precisions and optimizers."""
+
+    def case(name: str, stage: str, train: dict[str, Any] | None = None, **changes: Any) -> tuple[str, dict[str, Any]]:
+        return stage, settings(folder, stage, TRAIN | (train or {}), name=f"{name}-{label}", output=str(folder / f"out-{name}-{label}"), **changes)
+
+    grown = {"init_from": str(folder / "grown"), "lora": LORA}
+    return {
+        "merged-sft": case("merged-sft", "sft", init_from=f"sft/lora-{label}"),
+        "merged-reward": case("merged-reward", "reward", init_from=f"reward/lora-{label}", lora=LORA),
+        "merged-dpo": case("merged-dpo", "dpo", init_from=f"sft/lora-{label}", reference=f"sft/full-{label}", lora=LORA),
+        "grown-sft": case("grown-sft", "sft", **grown),
+        "grown-dpo": case("grown-dpo", "dpo", init_from=f"sft/grown-sft-{label}"),
+        "packed": case("packed", "sft", packing=True, max_length=64),
+        "recomputed": case("recomputed", "dpo", {"gradient_checkpointing": True}, lora=LORA),
+        "stopped": case("stopped", "sft", {"max_steps": 10, "eval_every": 1, "early_stopping_patience": 2, "learning_rate": 0.1}),
+        "sgd": case("sgd", "sft", {"learning_rate": 0.5}, trainer={"optim": "sgd"}),
+        "ipo": case("ipo", "dpo", loss_type="ipo"),
+        "bf16": case("bf16", "reward", {"precision": "bf16"}),
+        "bf16-lora": case("bf16-lora", "reward", {"precision": "bf16"}, lora=LORA),
+    }
 
 
 def facts_of(trainer: Any) -> dict[str, Any]:
