@@ -11,12 +11,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.stage.runs import run, settings
+from tests.stage.runs import run, settings, workspace
+from tests.tiny import tiny_model
 
 LORA = {"rank": 4, "alpha": 8.0}
 STAGES = ("sft", "reward", "dpo")
 # Clipping at every step, four micro-batches per step on one process and two on each of two.
-TRAIN = {"max_steps": 6, "batch_size": 8, "micro_batch_size": 2, "learning_rate": 1e-3, "max_grad_norm": 0.5, "eval_every": 3}
+TRAIN = {"max_steps": 4, "batch_size": 8, "micro_batch_size": 2, "learning_rate": 1e-3, "max_grad_norm": 0.5, "eval_every": 2}
 
 
 def cases(folder: Path, label: str) -> dict[str, tuple[str, dict[str, Any]]]:
@@ -52,6 +53,20 @@ def extras(folder: Path, label: str) -> dict[str, tuple[str, dict[str, Any]]]:
     }
 
 
+def prepare(folder: Path) -> Path:
+    """The workspace of the supervised stages, and grown/: a base whose tokenizer has no pad token, so that a stage adds a row for it."""
+    workspace(folder, rows=66)
+    tiny_model(folder / "grown", seed=1, vocabulary=258, tie_word_embeddings=False, pad_token_id=None, bos_token_id=256, eos_token_id=257)
+    tokenizer = json.loads((folder / "grown" / "tokenizer.json").read_text())
+    tokenizer["added_tokens"] = [token | {"id": token["id"] - 1} for token in tokenizer["added_tokens"] if token["content"] != "<pad>"]
+    del tokenizer["model"]["vocab"]["<pad>"]
+    tokenizer["model"]["vocab"] |= {"<bos>": 256, "<eos>": 257}
+    (folder / "grown" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    settings_file = folder / "grown" / "tokenizer_config.json"
+    settings_file.write_text(json.dumps({key: value for key, value in json.loads(settings_file.read_text()).items() if key != "pad_token"}))
+    return folder
+
+
 def facts_of(trainer: Any) -> dict[str, Any]:
     """What the engine was told, and how much of the model this process holds."""
     parameters = list(trainer.model.parameters())
@@ -66,17 +81,25 @@ def facts_of(trainer: Any) -> dict[str, Any]:
 
 
 def work(folder: Path, label: str, chosen: list[str]) -> None:
-    """Every case; rank 0 writes what it saw of the engines."""
+    """Every case; rank 0 writes what it saw of the engines, and how many numbers of a model it held once that was loaded."""
+    from stages import models
     from stages.training import resume
 
     seen: dict[str, Any] = {}
-    train = resume.train
+    loaded: list[int] = []
+    train, load = resume.train, models.load_policy
 
     def observed(trainer: Any, *arguments: Any) -> None:
         train(trainer, *arguments)
-        seen[case] = facts_of(trainer)
+        seen[case] = facts_of(trainer) | {"loaded": max(loaded)}
+        loaded.clear()
 
-    resume.train = observed
+    def observed_load(*arguments: Any, **keywords: Any) -> Any:
+        model = load(*arguments, **keywords)
+        loaded.append(sum(p.numel() + getattr(p, "ds_tensor", p[:0]).numel() for p in model.parameters()))
+        return model
+
+    resume.train, models.load_policy = observed, observed_load
     for case, (stage, values) in cases(folder, label).items():
         if not chosen or case in chosen:
             run(stage, values)
