@@ -8,11 +8,15 @@ import pytest
 import torch
 
 from configs.errors import UserError
+from configs.load import load
 from launch.cli import main
 from launch.plan.allocations import Allocations
 from launch.plan.gpus import GIB, parse_gpus
+from launch.plan.jobs import work_of
 from launch.plan.layout import layout_of
+from launch.plan.make import layout_for
 from launch.plan.simulate import simulation
+from launch.plan.sources import Sources
 from tests.tiny import tiny_config, tiny_model
 
 
@@ -106,15 +110,14 @@ def test_a_chain_is_planned_from_config_json_alone(tmp_path, capsys):
     assert plans["ppo"]["disk_bytes"]["published"] < plans["sft"]["disk_bytes"]["published"]
 
 
-def test_every_member_of_a_reward_ensemble_counts(tmp_path, capsys):
-    file = chain(tmp_path)
-    memory = {}
-    for members in (2, 3):
-        reward = f"reward={{data: none.jsonl, ensemble: {{members: {members}}}, train: {{batch_size: 8, micro_batch_size: 2}}}}"
-        assert main(["plan", str(file), reward, "--gpus", "1xCPU", "--only", "ppo", "--json"]) == 0
-        (plan,) = json.loads(capsys.readouterr().out)["stages"]
-        memory[members] = plan["parts_bytes"]["reward model"]
-    assert memory[3] == memory[2] * 3 // 2 > 0
+@pytest.mark.parametrize("members", [2, 3])
+def test_every_member_of_a_reward_ensemble_counts(tmp_path, members):
+    reward = f"reward={{data: none.jsonl, ensemble: {{members: {members}}}}}"
+    config = load(chain(tmp_path), "chain", [reward])
+    _, device = parse_gpus("1xCPU")
+    work = work_of("ppo", config.ppo, layout_for(config.ppo, None, 1, device, 1), Sources(base=config.base), config)
+    assert len(work.job.reward_models) == members
+    assert work.job.reward_lora is None
 
 
 def test_no_model_config_is_said(tmp_path, capsys):
