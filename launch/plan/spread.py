@@ -22,6 +22,7 @@ MASTER = 4  # bytes of the float32 weights that DeepSpeed's optimizer keeps
 PPO_BUCKET = 16 * 2**20  # bytes; stages/ppo/gradients.py
 FROZEN = ("reference", "reward model")
 GATHERED = "gathered weights"
+BUFFERS = "communication buffers"
 
 Around = Callable[[Any, list[Any]], AbstractContextManager[Callable[[], None]]]
 
@@ -46,7 +47,7 @@ def _whole(job: Job, layout: Layout, running: Simulation, model: Any, trained: l
         stack.callback(handle.remove)
     running.hold("optimizer", int(STATE.get(job.optimizer, ADAMW) * size_of(trained)))
     if layout.ddp:
-        running.hold("communication buffers", min(PPO_BUCKET, size_of(trained)) if job.stage == "ppo" else size_of(trained))
+        running.hold(BUFFERS, min(PPO_BUCKET, size_of(trained)) if job.stage == "ppo" else size_of(trained))
     if job.ema:
         running.hold("average", sum(4 * p.numel() for p in trained))
 
@@ -69,15 +70,15 @@ def _split(job: Job, layout: Layout, running: Simulation, model: Any, trained: l
         _shard(layout, running)
     keeps = numbers * width // (share if layout.zero >= 2 or layout.fsdp else 1)
     running.hold("gradients", 0 if layout.offload_optimizer else keeps)
-    if layout.zero:
-        running.hold("communication buffers", layout.numbers("reduce_bucket_size") * width * (2 if layout.overlaps else 1))
-    for parameter in trained:
-        handle = parameter.register_post_accumulate_grad_hook(_let_go)
+    buffers = layout.numbers("reduce_bucket_size") * width * (2 if layout.overlaps else 1) if layout.zero else 0
+    sending = _Sending(running, buffers, always=sharded)
+    for handle in [p.register_post_accumulate_grad_hook(sending.gradient) for p in trained] + [model.register_forward_pre_hook(sending.done)]:
         stack.callback(handle.remove)
     if job.ema:
         running.hold("average", 4 * numbers // (share if sharded else 1))
 
     def step() -> None:
+        sending.done()
         running.begin("optimizer")
         flat = 0 if layout.offload_optimizer else numbers * 4 // share  # the flat float32 gradients that the optimizer reads
         running.hold("gradients", flat)
@@ -94,8 +95,26 @@ def _shard(layout: Layout, running: Simulation) -> None:
         running.hold(kind, -whole + (0 if away else whole // layout.split))
 
 
-def _let_go(parameter: Any) -> None:
-    parameter.grad = None
+class _Sending:
+    """Gradients that are sent as they come: ZeRO-3 has its buffers always, ZeRO-1 and 2 from a backward pass's first gradient to its end."""
+
+    def __init__(self, running: Simulation, buffers: int, *, always: bool) -> None:
+        self.running, self.buffers, self.always, self.held = running, buffers, always, False
+        if always:
+            running.hold(BUFFERS, buffers)
+
+    def gradient(self, parameter: Any) -> None:
+        """A gradient is there: it goes into a buffer."""
+        if not self.held and not self.always:
+            self.running.hold(BUFFERS, self.buffers)
+            self.held = True
+        parameter.grad = None
+
+    def done(self, *_: Any) -> None:
+        """The backward pass is over."""
+        if self.held:
+            self.running.hold(BUFFERS, -self.buffers)
+            self.held = False
 
 
 def gathered(layout: Layout, whole: int, layers: int, width: int) -> int:

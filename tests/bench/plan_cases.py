@@ -61,6 +61,7 @@ def machine(folder: Path, layout: str) -> Path:
     shipped = yaml.safe_load((FOLDER / f"{LAYOUTS[layout]}.yaml").read_text())
     if layout != "one":
         stage = shipped.pop("deepspeed_config")["zero_stage"]
+        del shipped["mixed_precision"]  # Accelerate takes it from DeepSpeed's file then
         deepspeed = {"zero_optimization": {"stage": stage, **BUCKETS, **({"stage3_gather_16bit_weights_on_model_save": True} if stage == 3 else {})},
                      "train_micro_batch_size_per_gpu": "auto", "train_batch_size": "auto", "gradient_accumulation_steps": "auto",
                      "gradient_clipping": "auto", "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, "bf16": {"enabled": "auto"}}  # fmt: skip
