@@ -8,13 +8,14 @@ STAMP := $(VENV)/.installed
 QUIET := OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint setup bench-ppo bench-memory
+.PHONY: help demo test lint setup bench-ppo bench-memory bench-plan
 
 help:
 	@echo 'make demo   align a small model in a small world and print the table (CPU, offline, minutes)'
 	@echo 'make test   lint, types and every test'
 	@echo 'make lint   ruff and mypy only'
 	@echo 'make bench-ppo   PPO against TRL 1.12, which it installs into runs/bench (an hour on one idle core; ARGS="--quick" shows that it runs)'
+	@echo 'make bench-plan   what align plan predicts against what stages allocate (CPU, about half an hour)'
 	@echo 'make bench-memory   peak memory of PPO beside LoRA SFT (CPU, about half an hour)'
 
 setup: $(STAMP)
@@ -32,6 +33,10 @@ demo: $(STAMP)
 # Each case in a process of its own; writes runs/bench/ppo_memory.json.
 bench-memory: $(STAMP)
 	$(BIN)/python -m tests.bench.memory
+
+# Predicted and measured peak of every stage, one process and ZeRO on two; writes runs/bench/plan.json.
+bench-plan: $(STAMP)
+	$(BIN)/python -m tests.bench.plan $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -27,6 +27,9 @@ def add_parser(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="number of nodes (default: 1)")
     parser.add_argument("--machine", metavar="X", help="machine file: a name in configs/accelerate or a path (default: the config's)")
     parser.add_argument("--only", metavar="STAGE", choices=["sft", "reward", "dpo", "ppo"], help="just this stage")
+    parser.add_argument("--fit", metavar="OUT.yaml", help="choose machine file, checkpointing and micro-batch that fit, at the same batch, and write them into OUT.yaml")
+    parser.add_argument("--measure", action="store_true", help="run two micro-steps of each stage here with its longest rows, and correct the plan by them")
+    parser.add_argument("--scale", metavar="N,N,…", help="time on so many GPUs, such as 8,64,512")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     parser.set_defaults(handler=run)
 
@@ -37,24 +40,77 @@ def run(args: argparse.Namespace) -> int:
     from launch.config_cli import guess_kind
 
     gpus, device = devices(args.gpus)
+    counts = _counts(args.scale)
+    if args.fit and args.machine:
+        raise UserError("--fit chooses the machine file; leave --machine out")
+    if args.fit and os.path.exists(args.fit):
+        raise UserError(f"--fit: {args.fit} exists; give a name that is free")
     if args.nodes < 1:
         raise UserError(f"--nodes: found {args.nodes}; expected 1 or more")
     kind = guess_kind(args.config)
     config = load(args.config, kind, args.overrides)
     with quiet():
-        from launch.plan.make import plan
+        plans, notes = _plans(args, config, kind, gpus, device)
+        if args.measure:
+            from launch.plan.correct import corrected
+
+            plans = [corrected(planned) for planned in plans]
+        scaled = _scaled(plans, counts)
+    if args.json:
         from launch.plan.report import record
 
-        plans, notes = plan(config, kind, gpus=gpus, device=device, nodes=args.nodes, machine=args.machine, only=args.only)
-    if args.json:
-        print(json.dumps({"stages": [record(p) for p in plans], "notes": notes}))
+        print(json.dumps({"stages": [record(p) for p in plans], "notes": notes} | ({"scale": scaled} if counts else {}) | ({"config": args.fit} if args.fit else {})))
         return 0
     from rich.console import Console
 
-    from launch.plan.table import show
+    from launch.plan.table import show, show_scale
 
-    show(plans, notes, Console(width=None))
+    console = Console(width=None)
+    show(plans, notes, console)
+    show_scale(scaled, console)
+    if args.fit:
+        print(f"wrote {args.fit}")
     return 0
+
+
+def _plans(args: argparse.Namespace, config: Any, kind: str, gpus: int, device: Any) -> tuple[list[Any], list[str]]:
+    """The plan of every stage as configured, or as `--fit` chose it, which is then written."""
+    if not args.fit:
+        from launch.plan.make import plan
+
+        return plan(config, kind, gpus=gpus, device=device, nodes=args.nodes, machine=args.machine, only=args.only)
+    from configs.load import save
+    from launch.plan.fit import fitted
+
+    new, plans, notes = fitted(config, kind, gpus=gpus, device=device, nodes=args.nodes, only=args.only)
+    save(new, args.fit)
+    return plans, notes
+
+
+def _counts(text: str | None) -> list[int]:
+    """The numbers of GPUs of `--scale`."""
+    try:
+        counts = [int(word) for word in text.split(",")] if text else []
+    except ValueError:
+        counts = [0]
+    if any(count < 1 for count in counts):
+        raise UserError(f"--scale: found {text!r}; expected numbers of GPUs of 1 or more, such as 8,64,512")
+    return counts
+
+
+def _scaled(plans: list[Any], counts: list[int]) -> list[dict[str, Any]]:
+    """Time of each stage on each number of GPUs."""
+    if not counts:
+        return []
+    from launch.plan.timing import facts_of, hardware_of
+    from launch.scale import scale
+
+    rows = [(p, row) for p in plans for row in scale(facts_of(p.work, p.layout), counts, hardware_of(p.layout.device))]
+    return [
+        {"stage": p.work.stage, "gpus": row.gpus, "nodes": row.nodes, "step_seconds": row.seconds, "tokens_per_second": row.tokens_per_second,
+         "hours": row.hours if p.work.steps else None, "efficiency": row.efficiency, "bound": row.bound, "notes": list(row.notes)}
+        for p, row in rows
+    ]  # fmt: skip
 
 
 def devices(spec: str | None) -> tuple[int, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -95,6 +96,15 @@ def largest(work: Work, layout: Layout, planned: Planned) -> int | None:
     return size
 
 
+def works(config: Any, kind: str, layouts: Callable[[Any], Layout], sources: Sources, only: str | None) -> list[tuple[Work, Layout]]:
+    """Every stage's work and layout."""
+    found = []
+    for stage, cfg in stages_of(config, kind, only).items():
+        layout = layouts(cfg)
+        found.append((work_of(stage, cfg, layout, sources, config if kind == "chain" else None), layout))
+    return found
+
+
 def plan(config: Any, kind: str, *, gpus: int, device: Device, nodes: int, machine: str | None = None, only: str | None = None, knobs: bool = True) -> tuple[list[Planned], list[str]]:
     """The plan of every stage, and notes on what it rests on.
 
@@ -102,11 +112,8 @@ def plan(config: Any, kind: str, *, gpus: int, device: Device, nodes: int, machi
         UserError: a model config that can't be read, batch sizes that do not divide, an unknown machine file.
     """
     sources = Sources(base=getattr(config, "base", None))
-    out = []
-    for stage, cfg in stages_of(config, kind, only).items():
-        layout = layout_for(cfg, machine, gpus, device, nodes)
-        work = work_of(stage, cfg, layout, sources, config if kind == "chain" else None)
-        out.append(plan_stage(work, layout, knobs=knobs))
+    found = works(config, kind, lambda cfg: layout_for(cfg, machine, gpus, device, nodes), sources, only)
+    out = [plan_stage(work, layout, knobs=knobs) for work, layout in found]
     highest = max(out, key=lambda planned: planned.needed)
     if knobs:
         out = [replace(p, knobs=knobs_of(p.work, p.layout, p.estimate)) if p is highest or p.fits is False else p for p in out]

@@ -26,6 +26,7 @@ class Planned:
     knobs: tuple[tuple[str, int], ...] = ()  # override -> bytes that it saves at the peak
     largest_micro_batch: int | None = None
     measured: int | None = None  # bytes, by running two micro-steps
+    measured_hours: float | None = None  # by the seconds they took
 
     @property
     def needed(self) -> int:
@@ -48,7 +49,7 @@ def record(planned: Planned) -> dict[str, Any]:
         "micro_batch": work.job.micro_batch, "accumulation": work.job.accumulation, "row_tokens": work.job.row_tokens,
         "gradient_checkpointing": work.job.checkpointing, "rows": work.rows.count, "mean_tokens": round(work.rows.mean, 1), "lengths_measured": work.rows.measured,
         "peak_bytes": peak.total, "peak_phase": planned.estimate.where, "parts_bytes": {k: v for k, v in sorted(peak.parts.items()) if v > 0},
-        "phases_bytes": {name: found.total for name, found in planned.estimate.phases.items()}, "measured_bytes": planned.measured,
+        "phases_bytes": {name: found.total for name, found in planned.estimate.phases.items()}, "measured_bytes": planned.measured, "measured_hours": planned.measured_hours,
         "needed_bytes": planned.needed, "fits": planned.fits, "knobs": [{"set": name, "saves_bytes": saved} for name, saved in planned.knobs],
         "largest_micro_batch": planned.largest_micro_batch, "steps": work.steps,
         "step_seconds": round(time.seconds, 4) if time else None, "tokens_per_second": round(time.tokens_per_second, 1) if time else None,

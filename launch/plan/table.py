@@ -13,7 +13,7 @@ SHOWN = 3  # knobs
 
 def gib(size: float) -> str:
     """Bytes for a person."""
-    return f"{size / GIB:.1f}" if size >= GIB / 10 else f"{size / 2**20:.0f} Mi"
+    return f"{size / GIB:.1f}" if size >= GIB else f"{size / 2**20:.0f} Mi"
 
 
 def show(plans: Sequence[Planned], notes: Sequence[str], console: Any) -> None:
@@ -44,10 +44,28 @@ def show(plans: Sequence[Planned], notes: Sequence[str], console: Any) -> None:
     table.add_row("steps", *(str(p.work.steps) if p.work.steps else "?" for p in plans))
     table.add_row("tokens/s", *(f"{p.time.tokens_per_second:,.0f}" if p.time else "?" for p in plans))
     table.add_row("hours", *(f"{p.time.hours:.2f}" if p.time and p.work.steps else "?" for p in plans))
+    if any(p.measured_hours is not None for p in plans):
+        table.add_row("  measured", *(f"{p.measured_hours:.2f}" if p.measured_hours is not None else "" for p in plans))
     table.add_row("disk: saves, published", *(f"{gib(p.disk.saves)}, {gib(p.disk.published)}" for p in plans))
     console.print(table)
     for line in remarks(plans, notes):
         console.print(line, soft_wrap=True)
+
+
+def show_scale(rows: Sequence[dict[str, Any]], console: Any) -> None:
+    """Print time against the number of GPUs."""
+    from rich import box
+    from rich.table import Table
+
+    if not rows:
+        return
+    table = Table("stage", "GPUs", "s/step", "tokens/s", "hours", "efficiency", "bound by", box=box.SIMPLE_HEAD if console.is_terminal else box.ASCII2, pad_edge=False)
+    for row in rows:
+        hours = f"{row['hours']:.2f}" if row["hours"] is not None else "?"
+        table.add_row(row["stage"], str(row["gpus"]), f"{row['step_seconds']:.2f}", f"{row['tokens_per_second']:,.0f}", hours, f"{row['efficiency']:.0%}", row["bound"])
+    console.print(table)
+    for note in dict.fromkeys(f"{row['stage']} on {row['gpus']}: {note}" for row in rows for note in row["notes"]):
+        console.print(note, soft_wrap=True)
 
 
 def remarks(plans: Sequence[Planned], notes: Sequence[str]) -> list[str]:

@@ -57,6 +57,6 @@ def measure(folder: Path, stage: str, kind: str, layout: str) -> dict[str, Any]:
 
 if __name__ == "__main__":
     main()
-    from stages.training.ranks import leave
+    from stages.zero.leave import leave
 
     leave()
