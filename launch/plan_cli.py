@@ -58,8 +58,9 @@ def run(args: argparse.Namespace) -> int:
         scaled = _scaled(plans, counts)
     if args.json:
         from launch.plan.report import record
+        from launch.plan.table import assumed
 
-        print(json.dumps({"stages": [record(p) for p in plans], "notes": notes} | ({"scale": scaled} if counts else {}) | ({"config": args.fit} if args.fit else {})))
+        print(json.dumps({"stages": [record(p) for p in plans], "notes": [*notes, *assumed(plans)]} | ({"scale": scaled} if counts else {}) | ({"config": args.fit} if args.fit else {})))
         return 0
     from rich.console import Console
 

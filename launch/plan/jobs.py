@@ -83,7 +83,8 @@ def _ppo(cfg: Any, layout: Layout, sources: Sources, chain: Any, tokens: Any, li
         generate_batch=min(cfg.sampling.generate_batch_size, share), rollout_rows=train.rollout_batch_size, evaluates=cfg.evaluation is not None,
         value_function="adapter" if cfg.lora else ("head" if cfg.value_function == "head" else "copy"),
         own_reference=cfg.lora is None or (cfg.reference is not None and cfg.reference != cfg.init_from), reward_models=reward_models,
-        reward_lora=reward_lora, offload_frozen=cfg.offload_frozen, quantized=cfg.quantization is not None, ema=cfg.ema_decay is not None, **shared,
+        reward_lora=reward_lora, offload_frozen=cfg.offload_frozen, quantized=cfg.quantization is not None, ema=cfg.ema_decay is not None,
+        gathers_once=getattr(cfg.engine, "gather", "layer") != "layer", **shared,
     )  # fmt: skip
     return Work("ppo", cfg, job, rows, train.iterations, train.rollout_batch_size * (rows.mean + new))
 

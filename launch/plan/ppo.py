@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -205,7 +206,7 @@ class _Alone:
 
     def autocast(self) -> Any:
         """The arithmetic of the stage."""
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.job.bf16)
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.job.bf16 and not self.job.pure_bf16)
 
     def reduce(self, tensor: Tensor, reduction: str = "sum") -> Tensor:
         """Of one process."""
@@ -227,29 +228,34 @@ def _generate(job: Job, cfg: PPOStage, module: PolicyAndValue, running: Allocati
         def before(*_: Any, calls: Iterator[str] = calls) -> None:
             running.begin(next(calls, "rollout: tokens"))
 
-        def after(_module: Any, _args: Any, out: Any) -> None:
-            running.label(_cached(out), "kv cache")
-
-        hooks = [module.policy.register_forward_pre_hook(before), module.policy.register_forward_hook(after)]
-        with torch.no_grad(), _Alone(job).autocast():
+        hook = module.policy.register_forward_pre_hook(before)
+        with torch.no_grad(), _Alone(job).autocast(), _caches(running):
             sample(module.policy, [[1] * length] * batch, sampling=settings, eos_ids=[2], pad_id=0, seeds=list(range(batch)))
-        for hook in hooks:
-            hook.remove()
+        hook.remove()
     running.peaks.pop("-", None)
     running.begin("scoring")
     rows = job.micro_batch * min(job.accumulation, 2)
     return [Sample([1] * job.completion_tokens, [0.0] * job.completion_tokens, True)] * rows
 
 
-def _cached(out: Any) -> Sequence[Tensor]:
-    layers = getattr(getattr(out, "past_key_values", None), "layers", [])
-    return [each for layer in layers for each in (layer.keys, layer.values) if isinstance(each, Tensor)]
+@contextmanager
+def _caches(running: Allocations) -> Iterator[None]:
+    """Within the block the keys and values that layers keep count as such."""
+    from transformers.cache_utils import DynamicLayer
+
+    update = DynamicLayer.update
+
+    def labelled(self: Any, *args: Any, **kwargs: Any) -> Any:
+        out = update(self, *args, **kwargs)
+        running.label([self.keys, self.values], "kv cache")
+        return out
+
+    with mock.patch.object(DynamicLayer, "update", labelled):
+        yield
 
 
 @contextmanager
 def _chunks(job: Job) -> Iterator[None]:
     """Chunks of logits as long as on the device that is planned for."""
-    from unittest import mock
-
     with mock.patch.object(heads, "CHUNK_ELEMENTS", heads.CHUNK_ELEMENTS_GPU) if job.gpu else nullcontext():
         yield

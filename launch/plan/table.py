@@ -68,13 +68,23 @@ def show_scale(rows: Sequence[dict[str, Any]], console: Any) -> None:
         console.print(note, soft_wrap=True)
 
 
+def assumed(plans: Sequence[Planned]) -> list[str]:
+    """What a plan takes for granted of how a stage runs."""
+    found = []
+    for p in plans:
+        if p.work.stage == "ppo" and (p.layout.zero == 3 or p.layout.fsdp) and not p.work.job.gathers_once:
+            held = p.estimate.peak.parts.get("parameters", 0) * p.layout.split
+            found.append(f"ppo: weights that are split are read layer by layer in rollouts; a rollout that holds all of the policy at once needs up to {gib(held)} more")
+    return found
+
+
 def remarks(plans: Sequence[Planned], notes: Sequence[str]) -> list[str]:
     """What would lower each peak, and what the plan assumes."""
     lines = []
     for p in plans:
         if p.knobs:
             lines.append(f"{p.work.stage}: " + ", ".join(f"{name} saves {gib(size)}" for name, size in p.knobs[:SHOWN]))
-    lines += [f"note: {note}" for note in notes]
+    lines += [f"note: {note}" for note in [*notes, *assumed(plans)]]
     if any(not p.work.rows.measured for p in plans):
         lines.append("* data or tokenizer not at hand: every row is taken to be as long as the config allows")
     device = plans[0].layout.device
