@@ -189,3 +189,49 @@ def test_a_tiny_model_with_data_and_tokenizer_is_measured_in_tokens(tmp_path, ca
     assert found["lengths_measured"]
     assert (found["rows"], found["steps"]) == (29, 8)  # 29 rows in batches of 4
     assert found["row_tokens"] == 35  # 29 of the prompt, 5 of the completion, EOS
+
+
+def test_fit_keeps_the_batch_and_writes_what_runs(tmp_path, capsys):
+    from configs.load import load
+
+    out = tmp_path / "fitted.yaml"
+    assert main(["plan", str(chain(tmp_path)), "--gpus", "2x24GB", "--only", "sft", "--fit", str(out), "--scale", "2,16", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    (stage,) = found["stages"]
+    assert stage["fits"]
+    assert stage["micro_batch"] * stage["accumulation"] * stage["processes"] == 8
+    assert [row["gpus"] for row in found["scale"]] == [2, 16]
+    written = load(out, "chain")
+    assert (written.sft.machine, written.sft.train.micro_batch_size, written.sft.train.batch_size) == ("gpu_ddp", 4, 8)
+    assert written.dpo.train.micro_batch_size == 2  # as it was
+
+
+@pytest.mark.parametrize("words", [["--fit", "chain.yaml"], ["--scale", "8,x"], ["--nodes", "0"]])
+def test_options_that_cannot_be(tmp_path, capsys, words, monkeypatch):
+    file = chain(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", str(file), *words, "--gpus", "1x80GB"]) == 2
+    assert words[0] in capsys.readouterr().err
+
+
+def test_a_70b_policy_with_adapters_fits_on_eight_gpus_of_80_gb():
+    """One backbone at ZeRO-3, rollouts layer by layer: 141 GB of bf16 weights over eight GPUs are 17.6 GB each."""
+    from transformers import LlamaConfig
+
+    from configs.schema import Lora, PPOStage
+    from launch.plan.disk import disk_of
+    from launch.plan.estimate import estimate
+    from launch.plan.job import Job
+    from launch.plan.jobs import Work
+    from launch.plan.report import Planned
+    from launch.plan.rows import Rows
+
+    llama = LlamaConfig(hidden_size=8192, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8, intermediate_size=28672, vocab_size=128256)
+    lora = Lora(rank=16)
+    asked = Job("ppo", llama, 1, 16, 1024, 512, 512, 16, 128, lora=lora, reward_lora=lora, value_function="adapter", own_reference=False, bf16=True, pure_bf16=True, checkpointing=True)
+    cfg = PPOStage(name="big", init_from="x", prompts="p", lora=lora, scorers=[{"kind": "model", "checkpoint": "reward/big"}])  # type: ignore[arg-type]
+    place = layout("zero3", "8x80GB")
+    found = estimate(asked, cfg, place)
+    planned = Planned(Work("ppo", cfg, asked, Rows(None, 512, 512.0, False), 1, 1.0), place, found, None, disk_of(Work("ppo", cfg, asked, Rows(None, 512, 512.0, False), 1, 1.0)))
+    assert found.peak.parts["parameters"] == pytest.approx(17.9e9, rel=0.03)  # and three adapters in float32
+    assert planned.fits
