@@ -7,7 +7,7 @@ from typing import Any
 from configs.schema import Train
 from stages.models import uses_bf16
 from stages.training.ranks import world_size
-from stages.zero.machine import check_settings, plugin
+from stages.zero.machine import check_settings, plugin, refuse_fsdp
 
 _announced: list[Any] = []  # transformers keeps a weak reference: what it looks at must live as long as models are loaded
 
@@ -19,8 +19,9 @@ def announce(train: Train) -> None:
     Where the engine will compute in bf16 the parts are bf16 (the optimizer keeps float32 of its own).
 
     Raises:
-        UserError: the machine file states what is the stage's to decide, and otherwise.
+        UserError: the machine file states what is the stage's to decide, and otherwise; or it asks for FSDP.
     """
+    refuse_fsdp()
     bf16 = uses_bf16(train.precision)
     check_settings(train, bf16=bf16, processes=world_size())
     found = plugin()

@@ -22,6 +22,16 @@ def uses_deepspeed() -> bool:
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1")
 
 
+def refuse_fsdp() -> None:
+    """Raise UserError for a machine file with FSDP: Accelerate runs it on the CPU as plain DDP without a word, so that no stage could be
+    tested with it, and its saves and weights are laid out otherwise than ZeRO's."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
+        raise UserError(
+            "the machine file says distributed_type: FSDP, with which this stage has not been shown to train, save and resume; take one with "
+            "DeepSpeed ZeRO-3, which splits a model over the processes as well (machine: zero3; on the CPU cpu_zero3)"
+        )
+
+
 def plugin() -> Any:
     """Accelerate's DeepSpeedPlugin with what the machine file says, made anew; None without DeepSpeed.
 

@@ -43,3 +43,15 @@ def test_killed_and_run_again_ends_as_if_nothing_had_happened(place, capfd, monk
     first, second = (weights(Registry(place / "registry").resolve(f"{stage}/{name}-{label}")) for label in ("whole", "killed"))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[n], second[n]) for n in first)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_gradient_that_is_not_finite_stops_zero_3_with_the_saves_of_before(place, capfd, monkeypatch):
+    """DeepSpeed keeps gradients to itself and has taken the step when the Trainer asks; the step's weights go into no save."""
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    train = TRAIN | {"learning_rate": 1e25, "save_every": 1}
+    values = settings(place, "sft", train, name="diverged", output=str(place / "diverged"))
+    assert run_in_two("sft", values, 3) != [0, 0]
+    assert "the gradient is not finite at step 2" in capfd.readouterr().err
+    assert [save.name for save in (place / "diverged" / "resume").glob("checkpoint-*")] == ["checkpoint-1"]
+    assert not Registry(place / "registry").list("sft", "diverged")

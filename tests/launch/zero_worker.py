@@ -70,7 +70,8 @@ def prepare(folder: Path) -> Path:
 def facts_of(trainer: Any) -> dict[str, Any]:
     """What the engine was told, and how much of the model this process holds."""
     parameters = list(trainer.model.parameters())
-    held, whole = sum(getattr(p, "ds_tensor", p).numel() for p in parameters), sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
+    parts = [p.to_local() if hasattr(p, "to_local") else getattr(p, "ds_tensor", p) for p in parameters]  # of FSDP2, of ZeRO-3, or the whole
+    held, whole = sum(part.numel() for part in parts), sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
     engine = trainer.model_wrapped
     if not trainer.is_deepspeed_enabled:
         return {"held": held, "whole": whole}

@@ -91,6 +91,14 @@ def test_settings_that_agree_or_are_left_to_the_stage_are_fine(zero3, monkeypatc
     machine.check_settings(Train(precision="fp32"), bf16=False, processes=1)
 
 
+def test_fsdp_is_refused_rather_than_run_as_something_else(monkeypatch):
+    from stages.zero.load import announce
+
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match=r"distributed_type: FSDP.*machine: zero3"):
+        announce(Train(precision="fp32"))
+
+
 def test_accumulation_of_a_machine_file_is_refused(zero3, monkeypatch):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")  # what accelerate launch gives where the file says nothing
     entry.refuse_foreign_accumulation()
