@@ -66,11 +66,11 @@ def _split(job: Job, layout: Layout, running: Simulation, model: Any, trained: l
     state = int(numbers * (4 * STATE.get(job.optimizer, ADAMW) + (MASTER if layout.zero else 0))) // share
     running.hold("optimizer", 0 if layout.offload_optimizer else state)
     if sharded:
-        running.hold(GATHERED, size_of(model.parameters()))
+        running.hold(GATHERED, size_of(model.parameters()) - _read_once(job, model))
         _shard(layout, running)
     keeps = numbers * width // (share if layout.zero >= 2 or layout.fsdp else 1)
     running.hold("gradients", 0 if layout.offload_optimizer else keeps)
-    buffers = layout.numbers("reduce_bucket_size") * width * (2 if layout.overlaps else 1) if layout.zero else 0
+    buffers = layout.numbers("reduce_bucket_size") * width * (2 if layout.overlaps and layout.zero < 3 else 1) if layout.zero else 0
     sending = _Sending(running, buffers, always=sharded)
     for handle in [p.register_post_accumulate_grad_hook(sending.gradient) for p in trained] + [model.register_forward_pre_hook(sending.done)]:
         stack.callback(handle.remove)
@@ -93,6 +93,15 @@ def _shard(layout: Layout, running: Simulation) -> None:
         whole = running.parts.get(kind, 0)
         away = layout.offload_parameters and kind not in FROZEN
         running.hold(kind, -whole + (0 if away else whole // layout.split))
+
+
+def _read_once(job: Job, model: Any) -> int:
+    """Bytes of a frozen input embedding: no backward pass reads it again, so it is let go at once, unless it is the output head too."""
+    if job.stage == "ppo" or model.get_input_embeddings().weight.requires_grad:
+        return 0
+    embedding = model.get_input_embeddings().weight
+    head = None if job.stage == "reward" else model.get_output_embeddings()
+    return 0 if head is not None and head.weight is embedding else size_of([embedding])
 
 
 class _Sending:
