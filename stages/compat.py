@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -40,3 +41,15 @@ def remove_printers(trainer: Any) -> None:
 
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
+
+
+@contextmanager
+def without_engine_hooks(engine: Any) -> Iterator[None]:
+    """Within the block the hooks that gather and split weights around every module of a ZeRO-3 engine are off."""
+    from trl.models.utils import add_hooks, remove_hooks
+
+    remove_hooks(engine)
+    try:
+        yield
+    finally:
+        add_hooks(engine)

@@ -43,12 +43,19 @@ class RolloutEngine(Strict):
         "over each rollout; auto: the sampler's with kind native in fp32, where both are one arithmetic, else forward.",
     )  # fmt: skip
     static_cache: bool = Field(default=False, description="generate: a key-value cache of fixed size instead of one that grows.")
+    gather: Literal["rollout", "layer"] = Field(
+        default="rollout",
+        description="At ZeRO-3. rollout: the policy's weights are gathered once per rollout, whole on every GPU while it samples; layer: layer by layer for each token, "
+        "all processes in step, for a policy that no GPU can hold (native only, many times slower).",
+    )  # fmt: skip
     vllm: VLLM | None = Field(default=None, description="vllm: where it runs; null is colocated.")
 
     @model_validator(mode="after")
     def _settings_of_the_kind(self) -> RolloutEngine:
         if self.vllm is not None and self.kind != "vllm":
             raise ValueError(f"engine.vllm is read by kind: vllm only, and kind is {self.kind}; leave it out")
+        if self.gather == "layer" and self.kind != "native":
+            raise ValueError(f"engine.gather: layer is for kind: native only, and kind is {self.kind}; leave it out")
         if self.static_cache and self.kind != "generate":
             raise ValueError(f"engine.static_cache is read by kind: generate only, and kind is {self.kind}; leave it out")
         return self

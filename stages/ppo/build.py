@@ -36,6 +36,8 @@ from stages.ppo.offload import OffloadedReference, OffloadedScorer
 from stages.ppo.onednn import use_onednn, widened
 from stages.ppo.rollout import Tokens
 from stages.ppo.support import prove
+from stages.ppo.zero.engines import Zero, split
+from stages.ppo.zero.frozen import split_reference, split_trunk
 from stages.registry import Parent
 from stages.scorers import scorer_of
 from stages.tokens import ModelTokens, refuse_other_tokens
@@ -54,8 +56,32 @@ class PPOModels:
     heldout_scorer: WeightedSum | None = None  # scores evaluations, never a rollout
 
 
-def build_models(cfg: PPOStage, origin: models.Origin, tokens: ModelTokens, device: torch.device) -> PPOModels:
+@dataclass(frozen=True)
+class Place:
+    """Where models live: on a device, whole or (ZeRO-3) split over the processes."""
+
+    device: torch.device
+    zero: Zero | None
+
+    @property
+    def splits(self) -> bool:
+        """Whether no process holds a whole model."""
+        return self.zero is not None and self.zero.splits_weights
+
+    def computes_plainly(self, cfg: PPOStage) -> bool:
+        """Whether layers compute in float32 and nobody but us has a hand in them."""
+        return self.zero is None and _compute_dtype(cfg) is None
+
+    def put(self, model: Any, split_model: Callable[[Any, Zero], Any] = split) -> Any:
+        """A loaded model, put there."""
+        return split_model(model, self.zero) if self.zero is not None and self.splits else model.to(self.device)
+
+
+def build_models(cfg: PPOStage, origin: models.Origin, tokens: ModelTokens, device: torch.device, zero: Zero | None = None) -> PPOModels:
     """Load everything that `cfg` names; what can be one copy of the weights is one copy.
+
+    At ZeRO-3 each model is split over the processes before the next one is loaded. The trained module can't be called until it is engaged
+    (stages/ppo/zero/trained.py), nor can what shares its backbone.
 
     Raises:
         UserError: a checkpoint that is missing, damaged or of the wrong stage; an architecture PPO cannot use.
@@ -63,25 +89,27 @@ def build_models(cfg: PPOStage, origin: models.Origin, tokens: ModelTokens, devi
     policy = models.load_policy(origin, attn_implementation=cfg.attn_implementation)
     models.resize_to(policy, len(tokens.tokenizer))
     prove(policy)
+    place = Place(device, zero)
     reference_origin = find_reference(cfg, origin)
     refuse_other_tokens(tokens, reference_origin, cfg)
     parents = [origin.parent("init_from"), reference_origin.parent("reference")]
-    built = (_one_backbone if cfg.lora else _separate)(cfg, origin, reference_origin, policy, tokens, device, parents)
-    built.heldout_scorer = _heldout_scorer(cfg, device, parents)
-    if _compute_dtype(cfg) is None:
+    built = (_one_backbone if cfg.lora else _separate)(cfg, origin, reference_origin, policy, tokens, place, parents)
+    built.heldout_scorer = _heldout_scorer(cfg, place, parents)
+    if place.computes_plainly(cfg):
         use_onednn(built.trained, built.reference.model)
-    _check_reproducible(built.trained, cfg, device)
+    if not place.splits:
+        check_reproducible(built.trained, cfg, device)
     return built
 
 
-def _heldout_scorer(cfg: PPOStage, device: torch.device, parents: list[Parent]) -> WeightedSum | None:
+def _heldout_scorer(cfg: PPOStage, place: Place, parents: list[Parent]) -> WeightedSum | None:
     """The scorers that only evaluations use; a reward model among them is a model of its own."""
     if cfg.evaluation is None or cfg.evaluation.scorers is None:
         return None
-    return build_scorers(cfg.evaluation.scorers, _loader(cfg, parents, lambda o: _frozen_scorer(o, cfg, device), role="heldout_scorer"))
+    return build_scorers(cfg.evaluation.scorers, _loader(cfg, parents, lambda o: _frozen_scorer(o, cfg, place), role="heldout_scorer"))
 
 
-def _check_reproducible(trained: PolicyAndValue, cfg: PPOStage, device: torch.device) -> None:
+def check_reproducible(trained: PolicyAndValue, cfg: PPOStage, device: torch.device) -> None:
     """Refuse an architecture whose update would not compute what the rollout stored."""
     ids = torch.arange(12, device=device).reshape(2, 6) % trained.policy.config.get_text_config().vocab_size
     real = torch.ones_like(ids, dtype=torch.bool)
@@ -96,14 +124,16 @@ def _check_reproducible(trained: PolicyAndValue, cfg: PPOStage, device: torch.de
 
 
 def _separate(
-    cfg: PPOStage, origin: models.Origin, reference_origin: models.Origin, policy: Any, tokens: ModelTokens, device: torch.device, parents: list[Parent]
+    cfg: PPOStage, origin: models.Origin, reference_origin: models.Origin, policy: Any, tokens: ModelTokens, place: Place, parents: list[Parent]
 ) -> PPOModels:
     """Full training: policy and value function are trained, reference and reward model are frozen copies."""
-    reference = _frozen_reference(cfg, reference_origin, tokens, device)
-    scorer = build_scorers(cfg.scorers, _loader(cfg, parents, lambda o: _frozen_scorer(o, cfg, device)))
-    trunk, head = (None, _fresh_head(policy, cfg, zero=True)) if cfg.value_function == "head" else _value_copy(cfg, origin, parents, tokens)
+    width = policy.get_input_embeddings().weight.shape[1]
+    split(policy, place.zero)
+    reference = _frozen_reference(cfg, reference_origin, tokens, place)
+    scorer = build_scorers(cfg.scorers, _loader(cfg, parents, lambda o: _frozen_scorer(o, cfg, place)))
+    trunk, head = (None, _fresh_head(width, cfg, zero=True)) if cfg.value_function == "head" else _value_copy(cfg, origin, parents, tokens)
     _checkpoint_layers(cfg, policy, trunk)
-    module = PolicyAndValue(policy, trunk, head, temperature=cfg.sampling.temperature).to(device)
+    module = place.put(PolicyAndValue(policy, trunk, head, temperature=cfg.sampling.temperature))
     return PPOModels(module, reference, scorer, policy, None, parents)
 
 
@@ -129,7 +159,7 @@ def _value_copy(cfg: PPOStage, origin: models.Origin, parents: list[Parent], tok
             raise UserError(f"value_init {asked} has another tokenizer than {cfg.init_from}; a value function reads the policy's ids")
     copy = models.load_policy(origin, attn_implementation=cfg.attn_implementation)
     models.resize_to(copy, len(tokens.tokenizer))
-    return copy.base_model, _fresh_head(copy, cfg, zero=False)
+    return copy.base_model, _fresh_head(copy.get_input_embeddings().weight.shape[1], cfg, zero=False)
 
 
 def _same_tokens(found: models.Origin, tokens: ModelTokens) -> bool:
@@ -154,19 +184,22 @@ def _value_head(cfg: PPOStage, found: models.Origin, score: nn.Linear) -> nn.Lin
     return head
 
 
-def _fresh_head(model: Any, cfg: PPOStage, *, zero: bool) -> nn.Linear:
-    return models.scalar_head(model.get_input_embeddings().weight.shape[1], seed=cfg.seed, zero=zero)
+def _fresh_head(width: int, cfg: PPOStage, *, zero: bool) -> nn.Linear:
+    return models.scalar_head(width, seed=cfg.seed, zero=zero)
 
 
-def _frozen_reference(cfg: PPOStage, origin: models.Origin, tokens: ModelTokens, device: torch.device) -> Reference:
+def _frozen_reference(cfg: PPOStage, origin: models.Origin, tokens: ModelTokens, place: Place) -> Reference:
     """A copy of the reference that rounds as the policy does: where autocast would cast a linear layer's weight, it is kept cast."""
     reference = models.load_policy(origin, attn_implementation=cfg.attn_implementation)
     models.resize_to(reference, len(tokens.tokenizer))
     store_linear_weights(reference, models.weights_dtype(cfg.train.precision, frozen=True))
     temperature = cfg.sampling.temperature
     if cfg.offload_frozen:
-        return OffloadedReference(_freeze(reference), temperature=temperature, device=device)
-    return Reference(_freeze(reference.to(device)), temperature=temperature)
+        return OffloadedReference(_freeze(reference), temperature=temperature, device=place.device)
+    if place.zero is not None and place.splits:
+        arithmetic = partial(models.autocast, place.device, cfg.train.precision)
+        return split_reference(_freeze(reference), place.zero, temperature=temperature, arithmetic=arithmetic)
+    return Reference(_freeze(place.put(reference)), temperature=temperature)
 
 
 def _freeze(model: Any) -> Any:
@@ -186,17 +219,18 @@ def _loader(
     return found
 
 
-def _frozen_scorer(origin: models.Origin, cfg: PPOStage, device: torch.device) -> RewardModelScorer:
+def _frozen_scorer(origin: models.Origin, cfg: PPOStage, place: Place) -> RewardModelScorer:
     """A reward model of its own. One with an adapter merged in computes in float32: bf16 would round away what the adapter learned."""
     dtype = _compute_dtype(cfg) if not models.is_adapter(origin) else None
     model = models.load_scorer(origin, attn_implementation=cfg.attn_implementation)
     if dtype is not None:
         store_linear_weights(model, dtype)
     if cfg.offload_frozen:
-        return scorer_of(origin, _freeze(model), batch_size=cfg.train.micro_batch_size, autocast=dtype, kind=OffloadedScorer, device=device)
-    if dtype is None:
+        return scorer_of(origin, _freeze(model), batch_size=cfg.train.micro_batch_size, autocast=dtype, kind=OffloadedScorer, device=place.device)
+    if place.computes_plainly(cfg) and dtype is None:
         use_onednn(model)
-    return scorer_of(origin, _freeze(model.to(device)), batch_size=cfg.train.micro_batch_size, autocast=dtype, widen=partial(widened, model=model))
+    placed = place.put(_freeze(model), split_trunk)
+    return scorer_of(origin, placed, batch_size=cfg.train.micro_batch_size, autocast=dtype, widen=partial(widened, model=placed))
 
 
 def _compute_dtype(cfg: PPOStage) -> torch.dtype | None:
@@ -220,7 +254,7 @@ class AdapterScorer(RewardModelScorer):
 
 
 def _one_backbone(
-    cfg: PPOStage, origin: models.Origin, reference_origin: models.Origin, policy: Any, tokens: ModelTokens, device: torch.device, parents: list[Parent]
+    cfg: PPOStage, origin: models.Origin, reference_origin: models.Origin, policy: Any, tokens: ModelTokens, place: Place, parents: list[Parent]
 ) -> PPOModels:
     """Adapters: policy, value function and (where it was trained on the same base) reward model on one copy of the weights."""
     from peft import get_peft_model
@@ -228,26 +262,27 @@ def _one_backbone(
     assert cfg.lora is not None
     models.check_lora_targets(policy, cfg.lora, head=False)
     if cfg.quantization is not None:
-        quantized.quantize(policy, device, _compute_dtype(cfg) or torch.float32)
+        quantized.quantize(policy, place.device, _compute_dtype(cfg) or torch.float32)
     torch.manual_seed(cfg.seed)
     peft_model = get_peft_model(policy, models.lora_config(cfg.lora, "CAUSAL_LM"), adapter_name=POLICY)
     value_head, adapters = _add_adapters(peft_model, cfg, [o for o in _reward_origins(cfg) if _is_on(o, origin, tokens)])
     backbone = peft_model.get_base_model()
     store_linear_weights(backbone, models.weights_dtype(cfg.train.precision, frozen=True))
-    peft_model.to(device)
+    if not place.splits:
+        peft_model.to(place.device)
     for name, parameter in backbone.named_parameters():
         parameter.requires_grad_(is_of(name, POLICY) or is_of(name, VALUE))
     _checkpoint_layers(cfg, backbone)
     use_sums(backbone)
     switch = AdapterSwitch(backbone, [POLICY, VALUE])
-    trained = PolicyAndValue(backbone, None, value_head, temperature=cfg.sampling.temperature, switch=switch).to(device)
+    trained = place.put(PolicyAndValue(backbone, None, value_head, temperature=cfg.sampling.temperature, switch=switch))
 
     def load(found: models.Origin) -> RewardModelScorer:
         if found.identity not in adapters:
-            return _frozen_scorer(found, cfg, device)
+            return _frozen_scorer(found, cfg, place)
         name, head = adapters[found.identity]
         return scorer_of(
-            found, backbone, batch_size=cfg.train.micro_batch_size, head=head.to(device), kind=AdapterScorer, switch=switch, adapter=name,
+            found, backbone, batch_size=cfg.train.micro_batch_size, head=head.to(place.device), kind=AdapterScorer, switch=switch, adapter=name,
             autocast=_compute_dtype(cfg), widen=partial(widened, model=backbone),
         )  # fmt: skip
 
@@ -255,7 +290,7 @@ def _one_backbone(
     if reference_origin.identity == origin.identity:
         reference = Reference(backbone, temperature=cfg.sampling.temperature, switch=switch)
     else:
-        reference = _frozen_reference(cfg, reference_origin, tokens, device)
+        reference = _frozen_reference(cfg, reference_origin, tokens, place)
     return PPOModels(trained, reference, scorer, peft_model, origin, parents)
 
 
@@ -275,7 +310,7 @@ def _add_adapters(peft_model: Any, cfg: PPOStage, rewards: list[models.Origin]) 
     in_place = {o.identity: o for o in rewards}
     if not in_place:
         peft_model.add_adapter(VALUE, models.lora_config(cfg.lora, "CAUSAL_LM"))
-        return _fresh_head(peft_model.get_base_model(), cfg, zero=True), {}
+        return _fresh_head(peft_model.get_base_model().get_input_embeddings().weight.shape[1], cfg, zero=True), {}
     first = next(iter(in_place.values()))
     value_head = _value_head(cfg, first, add_reward_adapter(peft_model, first, VALUE))
     names = [REWARD, *(f"{REWARD}_{number}" for number in range(2, len(in_place) + 1))]

@@ -18,7 +18,6 @@ from stages.evaluation.statistics import mean_and_se, win_rate
 from stages.ppo import maths
 from stages.ppo.build import PPOModels
 from stages.ppo.collect import PromptSet, columns_of
-from stages.ppo.forward import hidden_states, token_outputs
 from stages.ppo.rollout import cut, padded
 from stages.ppo.sampling import sample
 from stages.tokens import ModelTokens
@@ -64,8 +63,10 @@ def complete(built: PPOModels, chosen: EvaluationSet, cfg: PPOStage, accelerator
     from accelerate.utils import gather_object
 
     share = math.ceil(len(chosen.groups) / accelerator.num_processes)
-    mine = range(len(chosen.groups))[accelerator.process_index * share :][:share]
-    written = _complete(built, chosen, mine, cfg, accelerator, tokens) if mine else []
+    mine = list(range(len(chosen.groups))[accelerator.process_index * share :][:share])
+    # Where a forward pass is a collective, a process that has fewer goes along with copies that nobody sees.
+    spare = [0] * (share - len(mine)) if built.trained.lockstep else []
+    written = _complete(built, chosen, mine + spare, cfg, accelerator, tokens)[: len(mine)] if mine or spare else []
     return gather_object(written) if accelerator.num_processes > 1 else written
 
 
@@ -74,9 +75,9 @@ def _complete(built: PPOModels, chosen: EvaluationSet, mine: Sequence[int], cfg:
     built.trained.eval()
     numbers = [chosen.groups[i] for i in mine]
     prompt_ids = [chosen.prompts.ids[n] for n in numbers]
-    with accelerator.autocast():
+    with built.trained.for_sampling(), accelerator.autocast():
         samples = sample(
-            built.trained.policy, prompt_ids, sampling=cfg.sampling, eos_ids=tokens.eos_ids, pad_id=tokens.pad_id, seeds=[chosen.noise(i) for i in mine]
+            built.trained.sampler, prompt_ids, sampling=cfg.sampling, eos_ids=tokens.eos_ids, pad_id=tokens.pad_id, seeds=[chosen.noise(i) for i in mine]
         )
     ids, texts = [s.completion_ids for s in samples], [tokens.formatter.completion_text(s.completion_ids) for s in samples]
     prompts = [chosen.prompts.texts[n] for n in numbers]
@@ -105,11 +106,10 @@ def _kl(
     """KL to the reference of each completion, k1 and k3, nats at the sampling temperature, in micro-batches of rows of similar length."""
     tokens = padded(prompt_ids, completion_ids, pad_id, accelerator.device)
     k1, k3 = torch.zeros(len(prompt_ids), dtype=torch.float64), torch.zeros(len(prompt_ids), dtype=torch.float64)
-    policy = built.trained.policy
     for rows in torch.argsort(tokens.attention_mask.sum(dim=1), stable=True).split(cfg.train.micro_batch_size):
         part = cut(tokens, rows)
         with accelerator.autocast():
-            ours = token_outputs(policy, hidden_states(policy.base_model, part), part, temperature=cfg.sampling.temperature).logprobs
+            ours = built.trained.logprobs(part).logprobs
             theirs = built.reference.logprobs(part)
         k1[rows.cpu()] = maths.k1(ours, theirs, part.mask).double().sum(dim=1).cpu()
         k3[rows.cpu()] = maths.k3(ours, theirs, part.mask).double().sum(dim=1).cpu()

@@ -62,3 +62,8 @@ def _sum(bucket: list[Tensor]) -> None:
     torch.distributed.all_reduce(flat)
     for gradient, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
         gradient.copy_(part.view_as(gradient))
+
+
+def clip_norm(parameters: Iterable[nn.Parameter], limit: float | None) -> float:
+    """Scale gradients down to a norm of at most `limit`, where there is one; returns the norm they had."""
+    return float(torch.nn.utils.clip_grad_norm_(parameters, limit if limit is not None else float("inf")))

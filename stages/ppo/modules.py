@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from stages.ppo.forward import TokenOutputs, hidden_states, token_outputs
+from stages.ppo.gradients import clip_norm, sum_gradients
 from stages.ppo.quantized import is_quantized
 from stages.ppo.rollout import Tokens
 
@@ -71,14 +73,20 @@ class PolicyAndValue(nn.Module):
 
     `value_trunk` is a model of its own, or None where the value function reads the policy's trunk: through its own adapter
     when there is an `switch`, else through the policy's hidden states.
+
+    How gradients come about is its own too (`expect`, `backward`, `settle`): here by autograd, summed by us, and through DeepSpeed's
+    engines where ZeRO splits what they take (stages/ppo/zero/). The loop of the update is the same for both.
     """
 
+    lockstep = False  # whether every process must make as many passes as every other
+
     def __init__(
-        self, policy: Any, value_trunk: nn.Module | None, value_head: nn.Linear, *, temperature: float, switch: AdapterSwitch | None = None
+        self, policy: Any, value_trunk: nn.Module | None, value_head: Any, *, temperature: float, switch: AdapterSwitch | None = None
     ) -> None:
         super().__init__()
         self.policy, self.value_trunk, self.value_head = policy, value_trunk, value_head
         self.temperature, self.switch = temperature, switch
+        self.output: tuple[Any] = (policy,)  # what knows the policy's output head; in a tuple, lest it become a second child
 
     @property
     def shares_trunk(self) -> bool:
@@ -89,7 +97,7 @@ class PolicyAndValue(nn.Module):
         """Log-probs and values of a batch of prompts and completions."""
         if self.shares_trunk:
             hidden = hidden_states(self.policy.base_model, tokens)
-            policy = token_outputs(self.policy, hidden, tokens, temperature=self.temperature, entropy=entropy)
+            policy = token_outputs(self.output[0], hidden, tokens, temperature=self.temperature, entropy=entropy)
             return Outputs(policy.logprobs, self._read(hidden), policy.entropy)
         policy = self.logprobs(tokens, entropy)
         with self.value_pass():
@@ -98,7 +106,24 @@ class PolicyAndValue(nn.Module):
     def logprobs(self, tokens: Tokens, entropy: bool = False) -> TokenOutputs:
         """The policy alone."""
         hidden = hidden_states(self.policy.base_model, tokens)
-        return token_outputs(self.policy, hidden, tokens, temperature=self.temperature, entropy=entropy)
+        return token_outputs(self.output[0], hidden, tokens, temperature=self.temperature, entropy=entropy)
+
+    def imitation(self, tokens: Tokens, counts: Tensor) -> Tensor:
+        """Log-probs of the tokens that `counts` [B, T] has True, at temperature 1, [B, T]; no logits are computed for the others."""
+        return token_outputs(self.output[0], hidden_states(self.policy.base_model, tokens), replace(tokens, mask=counts), temperature=1.0).logprobs
+
+    @property
+    def sampler(self) -> Any:
+        """What completions are sampled from, within `for_sampling`: the policy as a transformers model."""
+        return self.policy
+
+    def call(self, inputs: dict[str, Any]) -> Any:
+        """What the policy returns as a transformers model."""
+        return self.policy(**inputs)
+
+    def trunk(self, **inputs: Any) -> Any:
+        """The policy's trunk, with whatever adapter is on."""
+        return self.policy.base_model(**inputs)
 
     def value_pass(self) -> AbstractContextManager[None]:
         """The context in which `values` and its backward pass run: the value adapter is on where there is one."""
@@ -112,6 +137,32 @@ class PolicyAndValue(nn.Module):
         # Never in bf16: values between 4 and 8 would be multiples of 1/32.
         with torch.autocast(hidden.device.type, enabled=False):
             return self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1).float()
+
+    def expect(self, *, policy: int, value: int) -> None:
+        """An optimizer step begins, whose gradients come from so many backward passes of the policy's and of the value function's loss."""
+
+    def backward(self, loss: Tensor, of: str) -> None:
+        """Add a loss's gradients to those there are; one without a single token has none. `of` is "policy" or "value"; a shared trunk's is both."""
+        if loss.requires_grad:
+            loss.backward()
+
+    def settle(self, accelerator: Any, limit: float | None, *, policy_learns: bool) -> dict[str, float]:
+        """Sum the gradients of all processes, clip the norms of the policy's and of the value function's, each for itself, and return them.
+
+        Apart, because the value loss has another scale: in a common norm a surprised value function would stall the policy.
+        """
+        if not policy_learns:
+            for parameter in self.policy_parameters():
+                parameter.grad = None
+        sum_gradients(self.parameters(), accelerator)
+        return {"policy/grad_norm": clip_norm(self.policy_parameters(), limit), "value/grad_norm": clip_norm(self.value_parameters(), limit)}
+
+    def for_sampling(self) -> AbstractContextManager[Any]:
+        """The context in which `sampler` can be called token by token."""
+        return nullcontext()
+
+    def state_to_publish(self, published: Any, *, adapter: bool) -> dict[str, Tensor] | None:
+        """What `save_pretrained` of the published model must be given beside it: nothing where every process holds all of it."""
 
     def policy_parameters(self) -> list[nn.Parameter]:
         """Trained parameters of the policy (and of the value function where they are the same)."""

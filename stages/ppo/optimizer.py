@@ -9,21 +9,29 @@ import torch
 
 from configs.schema import PPOStage, PPOTrain
 from stages.ppo.build import PPOModels
+from stages.ppo.modules import PolicyAndValue
 
 WARMUP_START = 0.1  # of the peak, in the first iteration of a warm-up (Ouyang et al. 2022, appendix C.4)
 
 
 def optimizer_of(cfg: PPOStage, built: PPOModels) -> torch.optim.AdamW:
     """AdamW with the policy's and the value function's parameters in two groups, each with its `peak` learning rate."""
+    return torch.optim.AdamW(groups_of(cfg, built.trained), **adamw_arguments(cfg))
+
+
+def groups_of(cfg: PPOStage, trained: PolicyAndValue) -> list[dict[str, Any]]:
+    """The policy's parameters and the value function's, each with its learning rate."""
     train = cfg.train
     rates = (train.learning_rate, train.value_learning_rate or train.learning_rate)
-    groups = [
-        {"params": parameters, "lr": rate, "peak": rate}
-        for parameters, rate in zip((built.trained.policy_parameters(), built.trained.value_parameters()), rates, strict=True)
-    ]
-    betas = (train.adam_beta1, train.adam_beta2)
+    parameters = (trained.policy_parameters(), trained.value_parameters())
+    return [{"params": found, "lr": rate, "peak": rate} for found, rate in zip(parameters, rates, strict=True)]
+
+
+def adamw_arguments(cfg: PPOStage) -> dict[str, Any]:
+    """What AdamW is made with beside its groups."""
+    train = cfg.train
     # Fused: in place, without copies the size of the weights, and a ninth of the time on a CPU.
-    return torch.optim.AdamW(groups, betas=betas, eps=train.adam_epsilon, weight_decay=train.weight_decay, fused=True)
+    return {"betas": (train.adam_beta1, train.adam_beta2), "eps": train.adam_epsilon, "weight_decay": train.weight_decay, "fused": True}
 
 
 def share_of_peak(iteration: int, train: PPOTrain) -> float:

@@ -7,7 +7,7 @@ times a coefficient, is added to PPO's before the step is taken.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +15,6 @@ import torch
 from configs.schema import PPOStage
 from stages import data
 from stages.nodes.once import once_per_node
-from stages.ppo.forward import hidden_states, token_outputs
 from stages.ppo.modules import PolicyAndValue
 from stages.ppo.order import stream
 from stages.ppo.rollout import padded
@@ -51,9 +50,13 @@ class Mix:
         by_length = sorted(numbers, key=lambda n: len(self.rows[n]["input_ids"]))
         mine = by_length[accelerator.process_index :: accelerator.num_processes]
         loss_sum = torch.zeros((), device=accelerator.device, dtype=torch.float64)
-        for start in range(0, len(mine), micro_batch_size):
-            loss = self._loss(module, accelerator, mine[start : start + micro_batch_size])
-            (self.coef / total * loss).backward()
+        for number in range(passes(len(numbers), accelerator, micro_batch_size)):
+            part = mine[number * micro_batch_size :][:micro_batch_size]
+            if not part and not module.lockstep:
+                break
+            # A process that has none left goes on with one that counts for nothing, where the others wait for its passes.
+            loss = self._loss(module, accelerator, part or by_length[:1]) * bool(part)
+            module.backward(self.coef / total * loss, "policy")
             loss_sum += loss.detach()
         return float(accelerator.reduce(loss_sum, reduction="sum")) / total
 
@@ -66,9 +69,12 @@ class Mix:
         for i, row in enumerate(rows):
             counts[i, : len(row["completion_mask"]) - 1] = torch.tensor(row["completion_mask"][1:], device=counts.device).bool()
         with accelerator.autocast():
-            hidden = hidden_states(module.policy.base_model, tokens)
-            # From here on only the tokens that count: no logits are computed for the others.
-            return -token_outputs(module.policy, hidden, replace(tokens, mask=counts), temperature=1.0).logprobs.sum()
+            return -module.imitation(tokens, counts).sum()
+
+
+def passes(demonstrations: int, accelerator: Any, micro_batch_size: int) -> int:
+    """Micro-batches of the process that has the most of so many demonstrations."""
+    return -(-demonstrations // (accelerator.num_processes * micro_batch_size))
 
 
 def load_mix(cfg: PPOStage, tokens: ModelTokens, policy: Any) -> tuple[Mix | None, dict[str, Any]]:

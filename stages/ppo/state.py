@@ -59,31 +59,48 @@ def save(
         save_file(_flat(optimizer.state_dict()["state"]), staging / "optimizer.safetensors")
         for name, tensors in (extra or {}).items():
             save_file(_on_cpu(tensors), staging / f"{name}.safetensors")
-        (staging / "state.json").write_text(json.dumps(position._asdict()))
 
-    _commit(folder, f"checkpoint-{position.iteration}", write)
+    finish(folder, _staged(folder, f"checkpoint-{position.iteration}", write), position)
+
+
+def finish(folder: Path, staging: Path, position: Position) -> None:
+    """Make what is staged a save (rank 0), once all of it but its position is written, and remove what is older."""
+    (staging / "state.json").write_text(json.dumps(position._asdict()))
+    _commit(staging, folder / f"checkpoint-{position.iteration}")
     for old in saves(folder)[KEPT:]:
         shutil.rmtree(old)
     forget_bests(folder, position.monitor["bests"] if position.monitor else [])
 
 
 def save_best(folder: Path, module: PolicyAndValue, iteration: int) -> None:
-    """Keep the policy as it is (rank 0), for it is the best so far. One of this number that lies there is of an attempt that was cut."""
+    """Keep the policy as it is (rank 0), for it is the best so far."""
+    write_best(folder, _on_cpu(policy_tensors(module)), iteration)
+
+
+def write_best(folder: Path, weights: dict[str, torch.Tensor], iteration: int) -> None:
+    """Keep a policy's weights (rank 0). One of this number that lies there is of an attempt that was cut."""
     from safetensors.torch import save_file
 
-    shutil.rmtree(_best(folder, iteration), ignore_errors=True)
-    _commit(folder, _best(folder, iteration).name, lambda staging: save_file(_on_cpu(policy_tensors(module)), staging / "weights.safetensors"))
+    best = _best(folder, iteration)
+    shutil.rmtree(best, ignore_errors=True)
+    _commit(_staged(folder, best.name, lambda staging: save_file(weights, staging / "weights.safetensors")), best)
 
 
 def load_best(folder: Path, module: PolicyAndValue, iteration: int) -> str | None:
     """Put a kept policy into the module; returns what is wrong with it where that can't be done."""
+    weights, why = read_best(folder, iteration)
+    if weights is not None:
+        _copy(weights, policy_tensors(module))
+    return why
+
+
+def read_best(folder: Path, iteration: int) -> tuple[dict[str, torch.Tensor] | None, str | None]:
+    """A kept policy's weights, or None and what is wrong with it."""
     from safetensors.torch import load_file
 
     kept = _best(folder, iteration)
     why = problem(kept) if kept.is_dir() else "it is not there"
-    if why is None:
-        _copy(load_file(kept / "weights.safetensors"), policy_tensors(module))
-    return why
+    return (load_file(kept / "weights.safetensors"), None) if why is None else (None, why)
 
 
 def forget_bests(folder: Path, current: Sequence[int]) -> None:
@@ -98,7 +115,7 @@ def forget_bests(folder: Path, current: Sequence[int]) -> None:
             shutil.rmtree(best)
 
 
-def attempt(what: str, write: Callable[[], None], folder: Path) -> bool:
+def attempt(what: str, write: Callable[[], Any], folder: Path) -> bool:
     """Write something (rank 0). A full disk or another failing write costs what was to be written, not the run."""
     from safetensors import SafetensorError
 
@@ -121,12 +138,7 @@ def restore(folder: Path, module: nn.Module, optimizer: Any) -> Position:
     from safetensors.torch import load_file
 
     weights, trained = load_file(folder / "weights.safetensors"), trained_tensors(module)
-    other = sorted(n for n in weights.keys() | trained.keys() if n not in weights or n not in trained or weights[n].shape != trained[n].shape)
-    if other:
-        raise UserError(
-            f"{folder} holds other weights than this config trains: {', '.join(other[:3])}{' …' if other[3:] else ''}; what is trained can't change within a run: "
-            f"put lora, value_function and the models back (with allow_changed: [config]) to continue, or delete {folder.parent} to start anew"
-        )
+    check_same(folder, {name: tuple(t.shape) for name, t in weights.items()}, {name: tuple(p.shape) for name, p in trained.items()})
     _copy(weights, trained)
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, tensor in load_file(folder / "optimizer.safetensors").items():
@@ -135,6 +147,20 @@ def restore(folder: Path, module: nn.Module, optimizer: Any) -> Position:
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     return Position(**json.loads((folder / "state.json").read_text()))
+
+
+def check_same(folder: Path, saved: Mapping[str, tuple[int, ...]], trained: Mapping[str, tuple[int, ...]]) -> None:
+    """Compare the shapes of a save's weights with those that are trained.
+
+    Raises:
+        UserError: they differ.
+    """
+    other = sorted(n for n in saved.keys() | trained.keys() if saved.get(n) != trained.get(n))
+    if other:
+        raise UserError(
+            f"{folder} holds other weights than this config trains: {', '.join(other[:3])}{' …' if other[3:] else ''}; what is trained can't change within a run: "
+            f"put lora, value_function and the models back (with allow_changed: [config]) to continue, or delete {folder.parent} to start anew"
+        )
 
 
 def load_extra(folder: Path, name: str) -> dict[str, torch.Tensor] | None:
@@ -149,18 +175,34 @@ def _best(folder: Path, iteration: int) -> Path:
     return folder / f"best-{iteration}"
 
 
-def _commit(folder: Path, name: str, write: Callable[[Path], None]) -> None:
-    """A sealed folder: staged under another name, renamed when it is whole."""
-    staging, final = folder / f".staging-{name}", folder / name
+def _staged(folder: Path, name: str, write: Callable[[Path], None]) -> Path:
+    """A folder with what `write` writes, under another name than its own."""
+    staging = new_staging(folder, name)
+    write(staging)
+    return staging
+
+
+def staging_of(folder: Path, name: str) -> Path:
+    """Where what will be called `name` is written first."""
+    return folder / f".staging-{name}"
+
+
+def new_staging(folder: Path, name: str) -> Path:
+    """An empty folder to write into; what an earlier attempt left is removed."""
+    staging = staging_of(folder, name)
     for left in folder.glob(".staging-*"):
         shutil.rmtree(left)
     staging.mkdir(parents=True)
-    write(staging)
+    return staging
+
+
+def _commit(staging: Path, final: Path) -> None:
+    """Seal what is staged, and rename it now that it is whole."""
     seal(staging)
     if final.exists():
         shutil.rmtree(final)
     staging.rename(final)
-    _sync_folder(folder)
+    _sync_folder(final.parent)
 
 
 def _copy(weights: dict[str, torch.Tensor], into: dict[str, torch.Tensor]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -22,23 +21,26 @@ from stages.ppo.collect import Clock, PromptSet, collect_rollout, experience_of,
 from stages.ppo.ema import PolicyAverage
 from stages.ppo.engines.build import build_engine, check_engine
 from stages.ppo.engines.protocol import Engine
+from stages.ppo.equip import equip
 from stages.ppo.evaluation import EvaluationSet
-from stages.ppo.gradients import start_alike
 from stages.ppo.modules import POLICY
-from stages.ppo.optimizer import optimizer_of, set_learning_rate
+from stages.ppo.optimizer import set_learning_rate
 from stages.ppo.prompts import check_scorers_read, load_evaluation, load_prompts, row_limit
 from stages.ppo.ptx import Mix, load_mix
 from stages.ppo.update import MAX_GAP, SamplerDiffersError, update_policy
 from stages.ppo.watch import Outcome, Watch
+from stages.ppo.zero.engines import Zero, zero_of_machine
 from stages.tokens import ModelTokens, load_tokens
 from stages.training import ready, resume
 from stages.training.publish import publish_checkpoint
 from stages.training.ranks import from_rank_0, rank, say
+from stages.zero.machine import uses_deepspeed
 
 
 def main(cfg: PPOStage) -> None:
     """Train a policy with PPO against a scorer, starting from an SFT checkpoint."""
     accelerator = start(cfg)
+    zero = zero_of_machine(cfg)
     for line in presets.described(cfg):
         say(f"ppo: {line}")
     origin = models.find(cfg.init_from, cfg.registry, stages=("sft", "dpo", "ppo"))
@@ -46,7 +48,7 @@ def main(cfg: PPOStage) -> None:
     tokens = load_tokens(origin, cfg.template)
     for note in tokens.notes:
         say(f"tokenizer: {note}")
-    built = build_models(cfg, origin, tokens, accelerator.device)
+    built = build_models(cfg, origin, tokens, accelerator.device, zero)
     limit = row_limit(cfg, built, tokens)
     prompts, data_info = load_prompts(cfg, tokens.formatter, limit)
     chosen = load_evaluation(cfg, tokens.formatter, limit)
@@ -56,7 +58,7 @@ def main(cfg: PPOStage) -> None:
     identity = resume.identity(
         cfg, data=fingerprints, tokenizer=tokens.key, parents=[p.manifest_hash or p.digest or p.source or "" for p in built.parents]
     )
-    outcome, metrics = train(cfg, accelerator, built, prompts, tokens, identity, mix, chosen)
+    outcome, metrics = train(cfg, accelerator, built, prompts, tokens, identity, mix, chosen, zero)
     publish(cfg, built, tokens, data_info | ({"ptx": mix_info} if mix else {}), outcome, metrics)
 
 
@@ -71,10 +73,13 @@ def start(cfg: PPOStage) -> Any:
     check_engine(cfg)
     # Without `cpu` processes on a machine without GPUs would each believe to be alone.
     accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(), mixed_precision="bf16" if models.uses_bf16(cfg.train.precision) else "no", gradient_accumulation_steps=1
+        cpu=not torch.cuda.is_available(), mixed_precision="bf16" if models.uses_bf16(cfg.train.precision) and not uses_deepspeed() else "no",
+        gradient_accumulation_steps=1,
     )
-    if str(accelerator.distributed_type).endswith(("DEEPSPEED", "FSDP")):
-        raise UserError(f"stage ppo does not run under {accelerator.distributed_type} yet; use a DDP machine file (cpu_ddp, gpu_ddp)")
+    if str(accelerator.distributed_type).endswith("FSDP"):
+        raise UserError("stage ppo does not run under FSDP; use a machine file with DeepSpeed ZeRO (cpu_zero2, zero2, zero3) or DDP (cpu_ddp, gpu_ddp)")
+    if str(accelerator.distributed_type).endswith("DEEPSPEED"):
+        accelerator.autocast = partial(models.autocast, accelerator.device, cfg.train.precision)  # Accelerate leaves it to DeepSpeed, which rounds weights too
     parts = cfg.train.num_minibatches * accelerator.num_processes
     if cfg.train.rollout_batch_size % parts:
         raise UserError(
@@ -90,24 +95,22 @@ def start(cfg: PPOStage) -> Any:
 
 def train(
     cfg: PPOStage, accelerator: Any, built: PPOModels, prompts: PromptSet, tokens: ModelTokens, identity: dict[str, Any],
-    mix: Mix | None = None, chosen: EvaluationSet | None = None,
+    mix: Mix | None = None, chosen: EvaluationSet | None = None, zero: Zero | None = None,
 ) -> tuple[Outcome, dict[str, float]]:  # fmt: skip
     """All iterations, from the newest resumable save if there is one, until the last or until the monitor stops the run.
 
-    Returns what is to be published, which the module then holds on rank 0, and its metrics.
+    Returns what is to be published, which the module then holds, and its metrics.
     """
     output = ready.output_folder(cfg, "ppo")
     folder = output / "resume"
     save_from = resume.choose_save(folder, cfg, identity)
-    optimizer = optimizer_of(cfg, built)
-    position = state.restore(save_from, built.trained, optimizer) if save_from else state.Position(0, cfg.kl_coef)
-    start_alike(built.trained, accelerator)
+    optimizer, position, store = equip(cfg, accelerator, built, folder, save_from, zero)
     average = PolicyAverage(built.trained, cfg.ema_decay, optimizer) if cfg.ema_decay is not None else None
     if average is not None and save_from and (kept := state.load_extra(save_from, "ema")) is not None:
         average.load(kept)  # without one it was switched on in between, and starts as the policy is now
     engine = build_engine(cfg, built, tokens, accelerator)
     logs = report.Logs(output, position.iteration if save_from else None, main=accelerator.is_main_process)
-    watch = Watch(cfg, accelerator, built, tokens, chosen, folder=folder, logs=logs, saved=position.monitor, average=average)
+    watch = Watch(cfg, accelerator, built, tokens, chosen, store=store, logs=logs, saved=position.monitor, average=average)
     watch.begin(position.iteration)
     began, first = time.monotonic(), position.iteration
     while position.iteration < cfg.train.iterations and not watch.stopped:
@@ -120,22 +123,13 @@ def train(
         metrics, started = health.examine(metrics | evaluated, logs.iterations, cfg) if accelerator.is_main_process else (metrics, [])
         logs.add(iteration + 1, metrics)
         say("\n".join([report.line(iteration, cfg, metrics, left), *filter(None, [text]), *(f"warning: {finding}" for finding in started)]))
-        write = partial(state.save, folder, built.trained, optimizer, position, extra={"ema": average.tensors} if average else None)
-        save = partial(state.attempt, f"the save after iteration {position.iteration}", write, folder)
-        save_if_due(cfg, accelerator, position.iteration, save)
+        save = partial(store.save, position, {"ema": average.tensors} if average else {})
+        if position.iteration % cfg.train.save_every == 0 and position.iteration < cfg.train.iterations:  # the last one is published instead
+            save()
         if cfg.health.action == "stop":
-            from_rank_0("health checks", partial(health.stop, started, save))
+            health.stop(from_rank_0("health checks", partial(list, started)), save)
     outcome = watch.conclude(position.iteration)
     return outcome, logs.of(outcome.iteration)
-
-
-def save_if_due(cfg: PPOStage, accelerator: Any, iteration: int, save: Callable[[], bool]) -> None:
-    """Write a resumable save every so many iterations; the last one is published instead."""
-    if iteration % cfg.train.save_every or iteration >= cfg.train.iterations:
-        return
-    if accelerator.is_main_process:
-        save()
-    accelerator.wait_for_everyone()
 
 
 def run_iteration(
@@ -178,7 +172,10 @@ def publish(
     output = ready.output_folder(cfg, "ppo")
     seen = health.counts(report.lines_of(output / "metrics.jsonl"))
     stage_info: dict[str, Any] = {"scorers": built.scorer.name, "run": outcome.record, "health": seen}
-    extra = {"selected_adapters": [POLICY]} if built.base is not None else {}
+    extra: dict[str, Any] = {"selected_adapters": [POLICY]} if built.base is not None else {}
+    whole = built.trained.state_to_publish(built.published, adapter=built.base is not None)
+    if whole is not None:
+        extra["state_dict"] = whole
     if built.base is not None:
         stage_info["adapter"] = models.adapter_facts(built.base) | {"vocabulary": len(tokens.tokenizer)}
     publish_checkpoint(

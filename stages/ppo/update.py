@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +13,8 @@ from torch import Tensor
 from configs.errors import UserError
 from configs.schema import PPOStage
 from stages.ppo import maths
-from stages.ppo.gradients import sum_gradients
 from stages.ppo.modules import PolicyAndValue
-from stages.ppo.ptx import Mix
+from stages.ppo.ptx import Mix, passes
 from stages.ppo.rollout import Experience
 
 MAX_GAP = 1e-3  # nats between the sampler's log-prob of a token and a training forward's: 200 times less than what clips a ratio
@@ -90,18 +90,18 @@ def update_policy(
     for epoch in range(cfg.train.num_ppo_epochs):
         parts = minibatches(len(experience.tokens.mask), cfg.train.num_minibatches, seed=cfg.seed, iteration=iteration, epoch=epoch)
         for number, rows in enumerate(parts, (iteration * cfg.train.num_ppo_epochs + epoch) * len(parts)):
-            totals = _accumulate(module, accelerator, experience, rows, cfg, policy=iteration >= cfg.train.value_warmup_iterations)
+            policy_learns, micro = iteration >= cfg.train.value_warmup_iterations, cfg.train.micro_batch_size
+            demonstrations = mix.chosen(number, len(rows), cfg.seed) if mix is not None and policy_learns else []
+            shares = micro_batches(experience, rows, rank=accelerator.process_index, world=accelerator.num_processes, size=micro)
+            module.expect(policy=len(shares) + passes(len(demonstrations), accelerator, micro), value=len(shares))
+            totals = _accumulate(module, accelerator, experience, rows, shares, cfg, policy=policy_learns or module.lockstep)
             if max_gap < math.inf and epoch == 0 and rows is parts[0] and not largest(totals.gap, accelerator) <= max_gap:
                 optimizer.zero_grad(set_to_none=True)
                 raise SamplerDiffersError
             mixed = {}
-            if mix is not None and iteration >= cfg.train.value_warmup_iterations:
-                mixed["ptx/loss"] = mix.add_gradients(module, accelerator, mix.chosen(number, len(rows), cfg.seed), cfg.train.micro_batch_size)
-            if iteration < cfg.train.value_warmup_iterations:
-                for parameter in module.policy_parameters():
-                    parameter.grad = None
-            sum_gradients(module.parameters(), accelerator)
-            norms = _clip(module, accelerator, cfg.train.max_grad_norm)
+            if mix is not None and demonstrations:
+                mixed["ptx/loss"] = mix.add_gradients(module, accelerator, demonstrations, micro)
+            norms = module.settle(accelerator, cfg.train.max_grad_norm, policy_learns=policy_learns)
             if all(map(math.isfinite, norms.values())):  # gradients are those of all processes, so all decide alike
                 optimizer.step()
                 steps.append(_step_metrics(totals, experience, rows, accelerator) | norms | mixed)
@@ -124,11 +124,10 @@ def largest(value: Tensor, accelerator: Any) -> float:
     return float(accelerator.gather(value.reshape(1)).max())
 
 
-def _accumulate(module: PolicyAndValue, accelerator: Any, experience: Experience, rows: Tensor, cfg: PPOStage, *, policy: bool) -> Totals:
-    """Gradients of this process's share of one minibatch, micro-batch after micro-batch; the policy's only where they are used."""
-    parts = micro_batches(
-        experience, rows, rank=accelerator.process_index, world=accelerator.num_processes, size=cfg.train.micro_batch_size
-    )
+def _accumulate(
+    module: PolicyAndValue, accelerator: Any, experience: Experience, rows: Tensor, shares: Sequence[Tensor], cfg: PPOStage, *, policy: bool
+) -> Totals:
+    """Gradients of this process's `shares` of the minibatch `rows`, micro-batch after micro-batch; the policy's only where they are used."""
     tokens, value_tokens = (mask[rows].sum().clamp(min=1) for mask in (experience.tokens.mask, experience.value_mask))
     totals = Totals.zero(accelerator.device)
 
@@ -146,40 +145,22 @@ def _accumulate(module: PolicyAndValue, accelerator: Any, experience: Experience
         totals.add_value(value)
         return cfg.vf_coef * value.loss / value_tokens
 
-    for part in parts:
+    for part in shares:
         batch = experience.select(part)
         if module.shares_trunk:
             with accelerator.autocast():
                 outputs = module(batch.tokens)
-            _backward(policy_loss(outputs.logprobs, batch) + value_loss(outputs.values, batch))
+            module.backward(policy_loss(outputs.logprobs, batch) + value_loss(outputs.values, batch), "policy")
             continue
         # One graph at a time: the policy's is gone when the value function's is built.
         with accelerator.autocast(), torch.set_grad_enabled(policy):
             logprobs = module.logprobs(batch.tokens).logprobs
-        _backward(policy_loss(logprobs, batch))
+        module.backward(policy_loss(logprobs, batch), "policy")
         with module.value_pass():  # around the backward pass too: layers recomputed in it must find the same adapter
             with accelerator.autocast():
                 values = module.values(batch.tokens)
-            _backward(value_loss(values, batch))
+            module.backward(value_loss(values, batch), "value")
     return totals
-
-
-def _backward(loss: Tensor) -> None:
-    """Add a loss's gradients to those there are; one without a single token has none."""
-    if loss.requires_grad:
-        loss.backward()
-
-
-def _clip(module: PolicyAndValue, accelerator: Any, limit: float | None) -> dict[str, float]:
-    """Clip the norms of the policy's and of the value function's gradients, each for itself, and return them.
-
-    Apart, because the value loss has another scale: in a common norm a surprised value function would stall the policy.
-    """
-    norms = {}
-    for name, parameters in (("policy", module.policy_parameters()), ("value", module.value_parameters())):
-        norm = torch.nn.utils.clip_grad_norm_(parameters, limit if limit is not None else float("inf"))
-        norms[f"{name}/grad_norm"] = float(norm)
-    return norms
 
 
 def _step_metrics(totals: Totals, experience: Experience, rows: Tensor, accelerator: Any) -> dict[str, float]:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any, NamedTuple
-
-import torch
 
 from configs.errors import UserError
 from configs.schema import PPOStage
@@ -15,8 +12,9 @@ from stages.ppo.build import PPOModels
 from stages.ppo.ema import PolicyAverage, averaged
 from stages.ppo.evaluation import EvaluationSet
 from stages.ppo.monitor import KL, Observation, Rules, Scored, State, see, within_budget
+from stages.ppo.store import Store
 from stages.tokens import ModelTokens
-from stages.training.ranks import from_rank_0, say
+from stages.training.ranks import say
 
 
 class Outcome(NamedTuple):
@@ -30,15 +28,15 @@ class Outcome(NamedTuple):
 class Watch:
     """The evaluations of one run. Every process sees the same completions, so every one of them decides alike; rank 0 writes.
 
-    `folder` is where saves lie, `saved` what `record` gave to the save that the run continues from.
+    `store` keeps the best policies, `saved` is what `record` gave to the save that the run continues from.
     """
 
     def __init__(
         self, cfg: PPOStage, accelerator: Any, built: PPOModels, tokens: ModelTokens, chosen: EvaluationSet | None, *,
-        folder: Path, logs: report.Logs, saved: dict[str, Any] | None, average: PolicyAverage | None = None,
+        store: Store, logs: report.Logs, saved: dict[str, Any] | None, average: PolicyAverage | None = None,
     ) -> None:  # fmt: skip
         self.cfg, self.accelerator, self.built, self.tokens, self.chosen = cfg, accelerator, built, tokens, chosen
-        self.folder, self.logs, self.average = folder, logs, average
+        self.store, self.folder, self.logs, self.average = store, store.folder, logs, average
         self.state: State | None = None
         if chosen is not None and cfg.evaluation is not None:
             self.rules, key = rules_of(cfg, chosen), f"{chosen.fingerprint} {cfg.evaluation.model_dump_json()}"
@@ -82,23 +80,18 @@ class Watch:
         if self.rules.name not in metrics:
             raise UserError(f"evaluation.metric: there is no {self.rules.name!r}; there are {', '.join(sorted(metrics))}")
         scored = Scored(iteration, tuple(w.proxy for w in written), tuple(w.heldout for w in written))
-        finite = all(bool(torch.isfinite(p).all()) for p in state.policy_tensors(self.built.trained).values())
+        finite = self.store.is_finite()
         self.state, decision = see(before, Observation(scored, metrics, finite), self.rules)
         self.logs.add_samples(iteration, written)
-        if decision.best and self.accelerator.is_main_process:
-            state.attempt(f"best-{iteration}", lambda: self._keep(iteration), self.folder)
+        if decision.best:
+            self.store.save_best(iteration, self.state.bests)
         self.accelerator.wait_for_everyone()
         if decision.stop and not self.state.bests:
             raise UserError(f"no policy of this run may be published: at iteration {iteration}, {decision.why}; raise stopping.kl_budget or start closer to the reference")
         return metrics, report.evaluation_text(iteration, self.cfg, metrics, written, self.chosen, decision)
 
-    def _keep(self, iteration: int) -> None:
-        assert self.state is not None
-        state.save_best(self.folder, self.built.trained, iteration)
-        state.forget_bests(self.folder, self.state.bests)
-
     def conclude(self, iteration: int) -> Outcome:
-        """Put the policy to publish into the module on rank 0, which writes it: the best one, else the last.
+        """Put the policy to publish into the module: the best one, else the last.
 
         Raises:
             UserError: the last one is above the KL budget and none of the better ones can be read.
@@ -107,7 +100,7 @@ class Watch:
             self.average.put_in_place()
         if self.state is None:
             return Outcome(iteration, None, {"published_iteration": iteration})
-        published = from_rank_0("loading the best policy", lambda: self._load_best(iteration))
+        published = self._load_best(iteration)
         known = [metrics for metrics in self.state.history if metrics["iteration"] == published]
         value = known[0][self.rules.name] if known else None
         record = {
@@ -122,7 +115,7 @@ class Watch:
         """The newest best policy that can be read."""
         assert self.state is not None
         for best in reversed(self.state.bests):
-            why = None if best == iteration else state.load_best(self.folder, self.built.trained, best)
+            why = None if best == iteration else self.store.load_best(best)
             if why is None:
                 return best
             say(f"ppo: the best policy, of iteration {best}, can't be used: {why}; falling back to an older one")

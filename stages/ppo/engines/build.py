@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,9 @@ from configs.schema import VLLM, PPOStage, Sampling
 from stages.ppo.build import PPOModels
 from stages.ppo.engines.protocol import Engine, Policy
 from stages.ppo.forward import hidden_states, token_outputs
+from stages.ppo.modules import PolicyAndValue
 from stages.ppo.rollout import padded
+from stages.ppo.sampling import Sample
 from stages.ppo.support import short_rows
 from stages.tokens import ModelTokens
 
@@ -40,14 +43,32 @@ def build_engine(cfg: PPOStage, built: PPOModels, tokens: ModelTokens, accelerat
     Raises:
         UserError: it can't be made, or samples from something else than the policy.
     """
-    policy = Policy(built.trained.policy, cfg.sampling, tuple(tokens.eos_ids), tokens.pad_id, cfg.seed, accelerator.autocast)
-    engine = _engine(cfg, policy, tokens, accelerator)
+    policy = Policy(built.trained.sampler, cfg.sampling, tuple(tokens.eos_ids), tokens.pad_id, cfg.seed, accelerator.autocast)
+    engine = Whole(_engine(cfg, policy, tokens, accelerator), built.trained)
     engine.sync()
     if cfg.engine.kind != "native":  # the native loop is proven before the models are built
         built.trained.eval()
         short = replace(policy, sampling=_short(cfg.sampling))
-        prove_engine(cfg.engine.kind, engine if cfg.engine.kind == "vllm" else _engine(cfg, short, tokens, accelerator), policy, accelerator.process_index)
+        with built.trained.for_sampling():
+            prove_engine(cfg.engine.kind, engine if cfg.engine.kind == "vllm" else _engine(cfg, short, tokens, accelerator), policy, accelerator.process_index)
     return engine
+
+
+class Whole:
+    """An engine that samples, and takes over weights, while the policy's are at hand."""
+
+    def __init__(self, engine: Engine, trained: PolicyAndValue) -> None:
+        self.engine, self.trained = engine, trained
+
+    def sample(self, prompt_ids: Sequence[Sequence[int]], *, iteration: int, indices: Sequence[int]) -> list[Sample]:
+        """One completion for each prompt; see `Engine`."""
+        with self.trained.for_sampling():
+            return self.engine.sample(prompt_ids, iteration=iteration, indices=indices)
+
+    def sync(self) -> None:
+        """Take over the policy's weights."""
+        with self.trained.for_sampling():
+            self.engine.sync()
 
 
 def _engine(cfg: PPOStage, policy: Policy, tokens: ModelTokens, accelerator: Any) -> Engine:

@@ -1,0 +1,154 @@
+"""Resumable saves of a sharded run: every process calls these, rank 0 writes what is whole.
+
+A save holds the trained weights as the plain one does (stages/ppo/state.py), and the optimizer's state as one file per process: to put those
+together would need every process's memory at once. So it is continued under the same number of processes and the same ZeRO stage.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Container, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from configs.errors import UserError
+from stages.ppo import state as saved
+from stages.ppo.modules import PolicyAndValue
+from stages.ppo.state import Position, policy_tensors, trained_tensors
+from stages.ppo.store import Store
+from stages.training.ranks import from_rank_0, rank, world_size
+from stages.zero.gather import is_split, shape, state, whole
+
+SHARDS = "shards.json"  # in a save: the ZeRO stage and the number of processes
+
+
+class ShardedStore(Store):
+    """The store of a module in engines."""
+
+    def __init__(self, folder: Path, module: PolicyAndValue, optimizer: Any, stage: int) -> None:
+        super().__init__(folder, module, optimizer)
+        self.stage = stage
+
+    def save(self, position: Position, extra: Mapping[str, Mapping[str, Tensor]]) -> bool:
+        """Write a resumable save; whether that worked. A write that fails on any process costs the save, not the run."""
+        from safetensors.torch import save_file
+
+        folder, what, name = self.folder, f"the save after iteration {position.iteration}", f"checkpoint-{position.iteration}"
+        staging = saved.staging_of(folder, name)
+        weights = whole_tensors(self.module, trained_tensors(self.module))
+        ready = from_rank_0(what, lambda: saved.attempt(what, lambda: saved.new_staging(folder, name), folder))
+        shard = self.optimizer.shard()
+        failed = not ready or not saved.attempt(f"rank {rank()}'s part of {what}", lambda: save_file(shard, staging / shard_file(rank())), folder)
+        if _anywhere(failed):
+            from_rank_0(what, lambda: shutil.rmtree(staging, ignore_errors=True))
+            return False
+
+        def write() -> None:
+            save_file(weights, staging / "weights.safetensors")
+            for file, tensors in extra.items():
+                save_file({key: tensor.detach().to("cpu", copy=True) for key, tensor in tensors.items()}, staging / f"{file}.safetensors")
+            (staging / SHARDS).write_text(json.dumps({"stage": self.stage, "processes": world_size()}))
+            saved.finish(folder, staging, position)
+
+        return from_rank_0(what, lambda: saved.attempt(what, write, folder))
+
+    def save_best(self, iteration: int, bests: Sequence[int]) -> None:
+        """Keep the policy as it is, the last of `bests`."""
+        weights = whole_tensors(self.module, policy_tensors(self.module))
+
+        def keep() -> None:
+            saved.write_best(self.folder, weights, iteration)
+            saved.forget_bests(self.folder, bests)
+
+        from_rank_0(f"best-{iteration}", lambda: saved.attempt(f"best-{iteration}", keep, self.folder))
+
+    def load_best(self, iteration: int) -> str | None:
+        """Put a kept policy into the module, for good: the optimizer's own copy of the weights stays as it is."""
+        weights: dict[str, Tensor] | None = None
+
+        def read() -> str | None:
+            nonlocal weights
+            weights, why = saved.read_best(self.folder, iteration)
+            return why
+
+        why = from_rank_0("loading the best policy", read)
+        if why is None:
+            put(weights, policy_tensors(self.module))
+        return why
+
+    def is_finite(self) -> bool:
+        """Whether every number of the policy is finite, in every process's share."""
+        return not _anywhere(any(not bool(torch.isfinite(getattr(p, "ds_tensor", p).detach()).all()) for p in policy_tensors(self.module).values()))
+
+
+def whole_tensors(module: nn.Module, names: Container[str]) -> dict[str, Tensor]:
+    """Copies of a module's whole parameters of these names in main memory; empty on every process but rank 0. A collective."""
+    return state(module, lambda name, _: name in names) or {}
+
+
+@torch.no_grad()
+def put(weights: Mapping[str, Tensor] | None, parameters: Mapping[str, Any]) -> None:
+    """Set parameters to whole tensors that rank 0 has (`weights` elsewhere is not looked at). A collective."""
+    for name, parameter in parameters.items():
+        with whole([parameter], changed=True):
+            if rank() == 0:
+                assert weights is not None
+                parameter.copy_(weights[name])
+            if not is_split(parameter):
+                torch.distributed.broadcast(parameter.detach(), src=0)
+
+
+def shard_file(number: int) -> str:
+    """The file of a process's share of the optimizer's state."""
+    return f"optimizer-{number:05d}.safetensors"
+
+
+def _anywhere(found: bool) -> bool:
+    """Whether something is so on any process. A collective."""
+    every: list[Any] = [None] * world_size()
+    torch.distributed.all_gather_object(every, found)
+    return any(every)
+
+
+def check(folder: Path, stage: int) -> None:
+    """Refuse a verified save that was made under another ZeRO stage or number of processes (`stage` 0: this run is without DeepSpeed).
+
+    Raises:
+        UserError: naming both.
+    """
+    file = folder / SHARDS
+    made = json.loads(file.read_text()) if file.exists() else {"stage": 0, "processes": world_size()}
+    now = {"stage": stage, "processes": world_size()}
+    if made != now and (made["stage"] or stage):
+        words = [f"ZeRO-{x['stage']} on {x['processes']} process(es)" if x["stage"] else "no ZeRO" for x in (made, now)]
+        raise UserError(
+            f"{folder} was saved under {words[0]}, and this run has {words[1]}: the optimizer's state lies in one part for each process and can't be cut anew; "
+            f"continue with the machine file and number of processes that it was made with, or delete {folder.parent} to start anew"
+        )
+
+
+def restore_weights(folder: Path, module: PolicyAndValue) -> Position:
+    """Load a verified save's weights into a module that is not engaged yet. A collective.
+
+    Raises:
+        UserError: it holds other weights than the module trains.
+    """
+    from safetensors.torch import load_file
+
+    weights = load_file(folder / "weights.safetensors") if rank() == 0 else None
+    trained = trained_tensors(module)
+    shapes = {name: tuple(shape(p)) for name, p in trained.items()}
+    from_rank_0("resuming", lambda: saved.check_same(folder, {name: tuple(t.shape) for name, t in (weights or {}).items()}, shapes))
+    put(weights, trained)
+    return Position(**json.loads((folder / "state.json").read_text()))
+
+
+def restore_optimizer(folder: Path, optimizer: Any) -> None:
+    """Load this process's part of a verified save's optimizer state."""
+    from safetensors.torch import load_file
+
+    optimizer.load_shard(load_file(folder / shard_file(rank())))
