@@ -91,8 +91,6 @@ def _ppo(cfg: Any, layout: Layout, sources: Sources, chain: Any, tokens: Any, li
 
 def _reward_models(cfg: Any, sources: Sources, chain: Any) -> tuple[Any, tuple[Any, ...]]:
     """(adapter config of a reward adapter that shares the backbone, configs of reward models that are models of their own)."""
-    from stages import models
-
     own: list[Any] = []
     shared = None
     for name in reward_model_names(cfg.scorers):
@@ -101,8 +99,7 @@ def _reward_models(cfg: Any, sources: Sources, chain: Any) -> tuple[Any, tuple[A
             section = sections(chain)[step]
             lora, start = section.lora, section.init_from
         else:
-            lora = cfg.lora if models.is_adapter(sources.origin(name, cfg.registry)) else None
-            start = name
+            lora, start = sources.adapter(name, cfg.registry), name
         if cfg.lora is not None and lora is not None and shared is None:
             shared = lora  # an adapter on the weights that the policy starts from
         else:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
 from configs.references import is_reference
+from configs.schema import Lora
 
 
 @dataclass
@@ -27,7 +29,9 @@ class Sources:
 
         try:
             return models.find(asked, registry)
-        except UserError:
+        except UserError as error:
+            if asked == self.base:
+                raise UserError(f"{error}; a base that the chain's own preparation makes is there once that has run: align run CHAIN.yaml --only sft") from error
             if not is_reference(asked) or self.base is None:
                 raise
         self._note(f"{asked} is not published yet: planned with the shape of {self.base}")
@@ -45,6 +49,16 @@ class Sources:
         while models.is_adapter(origin):
             origin = models.adapter_base(origin)
         return read_config(origin.folder)
+
+    def adapter(self, asked: str, registry: Path) -> Lora | None:
+        """The shape of a published adapter; None of a whole model."""
+        from stages import models
+
+        origin = self.origin(asked, registry)
+        if not models.is_adapter(origin):
+            return None
+        found = json.loads((Path(origin.folder) / "adapter_config.json").read_text(encoding="utf-8"))
+        return Lora(rank=found["r"], target_modules=found["target_modules"])
 
     def tokens(self, asked: str, registry: Path, template: str) -> Any:
         """The tokenizer with its template; None where there is none beside the config."""
