@@ -225,10 +225,13 @@ def _frozen_scorer(origin: models.Origin, cfg: PPOStage, place: Place) -> Reward
     model = models.load_scorer(origin, attn_implementation=cfg.attn_implementation)
     if dtype is not None:
         store_linear_weights(model, dtype)
-    if cfg.offload_frozen:
-        return scorer_of(origin, _freeze(model), batch_size=cfg.train.micro_batch_size, autocast=dtype, kind=OffloadedScorer, device=place.device)
     if place.computes_plainly(cfg) and dtype is None:
         use_onednn(model)
+    if cfg.offload_frozen:
+        return scorer_of(
+            origin, _freeze(model), batch_size=cfg.train.micro_batch_size, autocast=dtype, kind=OffloadedScorer, device=place.device,
+            widen=partial(widened, model=model),
+        )  # fmt: skip
     placed = place.put(_freeze(model), split_trunk)
     return scorer_of(origin, placed, batch_size=cfg.train.micro_batch_size, autocast=dtype, widen=partial(widened, model=placed))
 
