@@ -59,7 +59,7 @@ def knobs_of(work: Work, layout: Layout, now: Estimate) -> tuple[tuple[str, int]
         tries["train.gradient_checkpointing=true"] = (replace(job, checkpointing=True), layout)
     if job.micro_batch > 1:
         tries[f"train.micro_batch_size={job.micro_batch // 2}"] = (replace(job, micro_batch=job.micro_batch // 2, accumulation=max(2, job.accumulation)), layout)
-    if layout.processes > 1 and layout.zero < 3 and not layout.fsdp:
+    if layout.processes > 1 and layout.zero < 3 and not layout.fsdp and not (job.stage == "ppo" and job.lora):
         tries["machine=zero3"] = (job, replace(layout, machine="zero3", zero=3, ddp=False))
     if layout.zero and not layout.offload_optimizer:
         name = "zero3_offload" if layout.zero == 3 else "zero2_offload"
@@ -68,6 +68,8 @@ def knobs_of(work: Work, layout: Layout, now: Estimate) -> tuple[tuple[str, int]
         tries["offload_frozen=true"] = (replace(job, offload_frozen=True), layout)
     if job.stage == "ppo" and job.generate_batch > 1 and now.where.startswith("rollout"):
         tries[f"sampling.generate_batch_size={job.generate_batch // 2}"] = (replace(job, generate_batch=job.generate_batch // 2), layout)
+    if job.stage == "ppo" and job.gathers_once and layout.zero == 3 and now.where.startswith("rollout"):
+        tries["engine.gather=layer"] = (replace(job, gathers_once=False), layout)
     saved = {name: now.peak.total - estimate(changed, work.cfg, place).peak.total for name, (changed, place) in tries.items()}
     return tuple(sorted(((name, size) for name, size in saved.items() if size > 0), key=lambda pair: -pair[1]))
 
