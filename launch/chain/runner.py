@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -177,9 +178,10 @@ class Runner:
         before = {checkpoint.id for checkpoint in self._made(decision)} if step.kind == "stage" else set()
         if step.kind == "stage":
             self.team.start(step.name, file, decision.config, decision.key or "")
-        outcome = run_child(
-            command.argv, env, log, prefix=step.name, to_stderr=self.as_json, on_line=self.progress.line, on_start=self.lock.record_child
-        )  # fmt: skip
+        with self.team.watching() if step.kind == "stage" else nullcontext():
+            outcome = run_child(
+                command.argv, env, log, prefix=step.name, to_stderr=self.as_json, on_line=self.progress.line, on_start=self.lock.record_child
+            )  # fmt: skip
         if step.kind == "stage":
             self.team.ended(step.name)
         made = self._made(decision) if step.kind == "stage" else []

@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,25 @@ class Leader:
                 say(connection, order)
             except OSError as error:
                 raise UserError(f"node {number} of {self.nodes.count} has gone ({error}); look at its log and start the chain again on all nodes") from error
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """While a stage runs: stop it when another node is gone."""
+        done = threading.Event()
+        watch = threading.Thread(target=self._watch, args=(done,), daemon=True)
+        watch.start()
+        try:
+            yield
+        finally:
+            done.set()
+            watch.join()
+
+    def _watch(self, done: threading.Event) -> None:
+        while self.connections and not done.wait(0.5):
+            gone = [number for number, connection in self.connections.items() if has_gone(connection)]
+            if gone and not done.is_set():
+                stop(f"node(s) {', '.join(map(str, gone))} of {self.nodes.count} have gone")
+                return
 
     def ended(self, stage: str) -> None:
         """Wait until every other node's processes of the stage have ended, and tell of those that did not end well."""
@@ -110,8 +129,22 @@ class Follower:
     def _watch(self, done: threading.Event) -> None:
         """While a stage runs: stop it when node 0 is gone, whose processes it would wait for."""
         while not done.wait(0.5):
-            with contextlib.suppress(BlockingIOError):
-                if not self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
-                    print(f"error: node {self.nodes.rank}: node 0 has gone; stopping", file=sys.stderr, flush=True)
-                    os.kill(os.getpid(), signal.SIGTERM)  # run_child passes it on
-                    return
+            if has_gone(self.connection):
+                stop(f"node {self.nodes.rank}: node 0 has gone")
+                return
+
+
+def has_gone(connection: socket.socket) -> bool:
+    """Whether the other side has closed, or is found to be unreachable (keep-alive, reset); what it has said stays to be heard."""
+    try:
+        return not connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
+def stop(why: str) -> None:
+    """Stop the stage that runs here, whose processes would wait for those of a node that has gone."""
+    print(f"error: {why}; stopping", file=sys.stderr, flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)  # run_child passes it on

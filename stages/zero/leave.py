@@ -1,4 +1,4 @@
-"""How a process of a distributed run ends: the group is shut down in order, then the process is gone at once.
+"""How a process of a distributed run ends: the group is shut down in order where all have come to the end, then the process is gone at once.
 
 Left to itself, Python tears the process down while DeepSpeed still holds gloo's groups and their threads run: about one two-process run
 in twenty then aborts ("terminate called without an active exception", exit code -6) although all its work is done.
@@ -18,16 +18,17 @@ from stages.training.ranks import wait_for_everyone
 
 
 def leave(error: BaseException | None = None) -> None:
-    """Leave the process group, where there is one, and then end this process with the exit code that Python would give it for `error`
-    (what ended the run, if anything did). Without a group this returns, and Python ends the process as ever.
+    """End this process with the exit code that Python would give it for `error` (what ended the run, if anything did); after no error, all
+    leave the process group together first. Without a group this returns, and Python ends the process as ever.
     """
     distributed = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_available() or not distributed.is_initialized():
         return
+    code = exit_code(error)  # says first what went wrong
     if error is None:
-        wait_for_everyone()  # nobody leaves while another may still ask it for something; after an error others may never come here
-    distributed.destroy_process_group()
-    end(exit_code(error))
+        wait_for_everyone()  # nobody leaves while another may still ask it for something
+        distributed.destroy_process_group()  # with NCCL all must come: after an error others may not, and this process would hang
+    end(code)
 
 
 def exit_code(error: BaseException | None) -> int:
@@ -44,9 +45,7 @@ def exit_code(error: BaseException | None) -> int:
 
 def end(code: int) -> NoReturn:
     """End the process as Python does, threads and exit handlers first (trackers send what they hold), but without unloading libraries."""
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and not thread.daemon:
-            thread.join()
+    threading._shutdown()  # type: ignore[attr-defined]  # ends idle executors, then joins: a plain join of their threads would never return
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):  # the reader has gone

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -15,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 
 from configs.errors import UserError
-from launch.chain.team import Follower, Leader
+from launch.chain.team import Follower, Leader, has_gone
 from launch.command import Command
 from launch.meeting import hear, say
 from launch.nodes import Nodes
@@ -131,6 +133,42 @@ def test_a_follower_whose_leader_dies_stops_its_stage(tmp_path):
     output = process.communicate(timeout=30)[0]
     assert time.monotonic() - began < 15
     assert "error: node 1: node 0 has gone; stopping" in output
+
+
+@pytest.fixture
+def reset():
+    """A connection whose other side was lost, not closed: reading from it is an error."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        first = socket.create_connection(listener.getsockname())
+        second, _ = listener.accept()
+    first.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    first.close()
+    with second:
+        yield second
+
+
+def test_a_connection_that_is_lost_is_noticed_as_one_that_is_closed(pair, reset):
+    assert has_gone(reset)
+    assert not has_gone(pair[0])
+    say(pair[1], {"ended": 0})
+    pair[1].close()
+    assert not has_gone(pair[0])  # it has said something first
+    assert hear(pair[0]) == {"ended": 0}
+    assert has_gone(pair[0])
+
+
+def test_a_leader_stops_its_stage_when_another_node_is_lost(pair, reset, capsys):
+    told = []
+    before = signal.signal(signal.SIGTERM, lambda *_: told.append("stopped"))
+    try:
+        with Leader(Nodes(3, 0, "n0", 1, 5), {1: pair[0], 2: reset}).watching():
+            until = time.monotonic() + 10
+            while not told and time.monotonic() < until:
+                time.sleep(0.05)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert told == ["stopped"]
+    assert "error: node(s) 2 of 3 have gone; stopping" in capsys.readouterr().err
 
 
 def test_lines_are_read_one_by_one(pair):

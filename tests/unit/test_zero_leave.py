@@ -49,3 +49,20 @@ def test_without_a_group_python_ends_the_process_as_ever():
     program = "import sys\nfrom stages.zero.leave import leave\nleave(None)\nassert 'torch.distributed' not in sys.modules\nprint('on')"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout == "on\n"
+
+
+@pytest.mark.parametrize("body", ["pass", "raise RuntimeError('broken')"])
+def test_an_executor_that_nobody_shut_down_does_not_keep_the_process(tmp_path, body):
+    """Its threads are no daemons and wait for work until Python tells them to end."""
+    idle = "from concurrent.futures import ThreadPoolExecutor; pool = ThreadPoolExecutor(1); pool.submit(int).result(); "
+    done = subprocess.run([sys.executable, "-c", PROGRAM.format(body=idle + body), str(tmp_path / "store")], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == (0 if body == "pass" else 1)
+    assert done.stdout.endswith("thread done\nhandler ran\n")
+
+
+def test_what_went_wrong_is_told_before_and_without_waiting_for_the_others(tmp_path):
+    """With NCCL, destroying the group waits for all ranks, and those that wait in a collective never come."""
+    stuck = "dist.destroy_process_group = lambda: time.sleep(300)\n    raise RuntimeError('broken')"
+    done = subprocess.run([sys.executable, "-c", PROGRAM.format(body=stuck), str(tmp_path / "store")], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "RuntimeError: broken" in done.stderr
