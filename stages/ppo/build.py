@@ -276,7 +276,8 @@ def _one_backbone(
     for name, parameter in backbone.named_parameters():
         parameter.requires_grad_(is_of(name, POLICY) or is_of(name, VALUE))
     _checkpoint_layers(cfg, backbone)
-    use_sums(backbone)
+    if place.zero is None:  # a sum reads the base's weight past the hooks by which ZeRO-3 gathers it, where one process has tokens enough and another has not
+        use_sums(backbone)
     switch = AdapterSwitch(backbone, [POLICY, VALUE])
     trained = place.put(PolicyAndValue(backbone, None, value_head, temperature=cfg.sampling.temperature, switch=switch))
 

@@ -18,6 +18,7 @@ import torch
 
 from stages.ppo import state
 from stages.zero.leave import leave
+from tests.launch.zero_mortal import environment
 from tests.stage import ppo_runs
 
 
@@ -54,13 +55,13 @@ def arm(point: str, number: int) -> None:
         state._sync_folder = at_call(number, state._sync_folder)
 
 
-def run_in_processes(values: dict[str, Any], world: int, death: tuple[str, int] | None = None) -> list[int]:
-    """Run PPO in `world` new processes; how each ended: 0, an exit code, or minus the signal that killed it."""
+def run_in_processes(values: dict[str, Any], world: int, death: tuple[str, int] | None = None, zero_stage: int = 0) -> list[int]:
+    """Run PPO in `world` new processes, under DeepSpeed where there is a `zero_stage`; how each ended: 0, an exit code, or minus the signal that killed it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     sys.stdout.flush()
-    children = [_fork(values, rank, world, port, death) for rank in range(world)]
+    children = [_fork(values, rank, world, port, death, zero_stage) for rank in range(world)]
     first, status = os.wait()
     ended = {first: os.waitstatus_to_exitcode(status)}
     for child in children:
@@ -72,7 +73,7 @@ def run_in_processes(values: dict[str, Any], world: int, death: tuple[str, int] 
     return [ended[child] for child in children]
 
 
-def _fork(values: dict[str, Any], rank: int, world: int, port: int, death: tuple[str, int] | None) -> int:
+def _fork(values: dict[str, Any], rank: int, world: int, port: int, death: tuple[str, int] | None, zero_stage: int) -> int:
     child = os.fork()
     if child:
         return child
@@ -84,6 +85,8 @@ def _fork(values: dict[str, Any], rank: int, world: int, port: int, death: tuple
         if world > 1:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+        if zero_stage:
+            os.environ |= environment(zero_stage, rank, port)
         if death is not None:
             arm(*death)
         ppo_runs.run_alone(values)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
+import deepspeed  # noqa: F401 - imported before the forks, once
 import pytest
 import torch
 
@@ -58,6 +59,23 @@ def test_trap_14_killed_at_every_point_a_run_ends_as_the_uninterrupted_one_to_th
     assert metrics(killed) == metrics(whole)
     assert [line["iteration"] for line in metrics(whole)] == [1, 2, 3, 4, 5]
     assert len({line["objective/kl_coef"] for line in metrics(whole)}) == 5, "the controller moves, so that it has something to lose"
+    straight, resumed = (weights(checkpoint) for checkpoint in Registry(whole["registry"]).list("ppo", whole["name"]))
+    assert straight.keys() == resumed.keys()
+    assert all(torch.equal(resumed[name], straight[name]) for name in straight)
+
+
+@pytest.mark.parametrize(("mode", "zero"), [("full", 3), ("lora", 2)])
+def test_killed_under_zero_a_run_ends_as_the_uninterrupted_one_to_the_bit(place, mode, zero):
+    """Each process saves its own share of the optimizer. AdamW steps twice for an optimizer step: once for the policy's group, once for the value function's."""
+    whole, killed = (settings(place, f"zero-{mode}-{label}", TRAIN, adaptive_kl={"target": 1.0, "horizon": 100}, **MODES[mode]) for label in ("whole", "killed"))
+    killed["name"] = whole["name"]
+    assert run_in_processes(whole, 2, zero_stage=zero) == [0, 0]
+    for death, complete, saved in [(("step", 2 * 8 + 3), 2, ["checkpoint-2"]), (("seal", 1), 4, ["checkpoint-2"]), (("renamed", 1), 4, ["checkpoint-2", "checkpoint-4"])]:
+        assert -signal.SIGKILL in run_in_processes(killed, 2, death, zero_stage=zero)
+        assert len(metrics(killed)) == complete
+        assert sorted(p.name for p in (Path(killed["output"]) / "resume").glob("checkpoint-*")) == saved
+    assert run_in_processes(killed, 2, zero_stage=zero) == [0, 0]
+    assert metrics(killed) == metrics(whole)
     straight, resumed = (weights(checkpoint) for checkpoint in Registry(whole["registry"]).list("ppo", whole["name"]))
     assert straight.keys() == resumed.keys()
     assert all(torch.equal(resumed[name], straight[name]) for name in straight)

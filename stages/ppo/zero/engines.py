@@ -10,7 +10,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,14 +34,6 @@ class Zero:
     def splits_weights(self) -> bool:
         """Whether no process holds a whole model (stage 3)."""
         return self.stage == 3
-
-    def for_two_passes(self) -> Zero:
-        """For an engine whose backward passes each reach some of its parameters: stage 2 is run as stage 1.
-
-        Stage 2 (DeepSpeed 0.19.8) then gave the value function's adapter other gradients than one process has, by 4 %. It would save only
-        what adapters' gradients take.
-        """
-        return replace(self, stage=1, settings={**self.settings, "stage": 1}) if self.stage == 2 else self
 
     def config(self, *, training: bool) -> dict[str, Any]:
         """A DeepSpeed config. Gradients are accumulated, clipped and judged by us, so DeepSpeed is told of a single micro-batch and no norm."""
@@ -89,7 +81,6 @@ def _check(cfg: PPOStage, zero: Zero) -> None:
         "use value_function: copy": offload != "none" and shared,
         "offload_optimizer_device nvme: PPO keeps the optimizer in memory; use cpu or none": offload == "nvme",
         "ema_decay at ZeRO-3: the average would need the whole policy on every process; use a ZeRO-2 machine file": zero.stage == 3 and cfg.ema_decay is not None,
-        "lora at ZeRO-3: one backbone that is split gathered different adapters on different processes; use a ZeRO-2 machine file": zero.stage == 3 and cfg.lora is not None,
         "quantization at ZeRO-3: packed weights can't be split; use a ZeRO-2 machine file": zero.stage == 3 and cfg.quantization is not None,
         "offload_frozen at ZeRO-3: frozen models are split over the processes already; set it to false, or offload_param_device: cpu in the machine "
         "file": zero.stage == 3 and cfg.offload_frozen,

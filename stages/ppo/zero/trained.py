@@ -135,7 +135,6 @@ class ShardedPolicyAndValue(PolicyAndValue):
 
 def engage(plain: PolicyAndValue, cfg: PPOStage, zero: Zero, arithmetic: Callable[[], AbstractContextManager[Any]]) -> tuple[ShardedPolicyAndValue, ShardedOptimizer]:
     """Put the trained module, as its weights are now, into engines, and make their optimizer. A collective."""
-    zero = zero.for_two_passes() if plain.switch is not None else zero
     sharded = ShardedPolicyAndValue(plain, zero)
     reader = Unhooked(plain.policy) if zero.splits_weights else None
     policy_group, value_group = (group | {"of": of} for group, of in zip(groups_of(cfg, plain), ("policy", "value"), strict=True))
