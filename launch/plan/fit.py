@@ -41,10 +41,8 @@ def _fit_stage(stage: str, cfg: Any, chain: Any, sources: Sources, gpus: int, de
     """The first machine file that fits, with its faster settings."""
     processes = gpus * nodes
     share = _share(stage, cfg, processes)
-    names: tuple[str, ...] = (GPU_ORDER if device.gpu else CPU_ORDER) if processes > 1 else (("gpu",) if device.gpu else ("cpu",))
+    names = (GPU_ORDER if device.gpu else CPU_ORDER) if processes > 1 else (("gpu",) if device.gpu else ("cpu",))
     best: Planned | None = None
-    if stage == "ppo" and cfg.lora is not None:
-        names = tuple(name for name in names if "zero3" not in name)  # the stage refuses adapters there
     for name in names:
         layout = layout_for(cfg, name, gpus, device, nodes)
         fits = []

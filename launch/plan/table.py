@@ -72,8 +72,6 @@ def assumed(plans: Sequence[Planned]) -> list[str]:
     """What a plan takes for granted of how a stage runs."""
     found = []
     for p in plans:
-        if p.work.stage == "ppo" and p.layout.zero == 3 and p.work.job.lora:
-            found.append("ppo: the stage refuses `lora:` at ZeRO-3 so far; these are the bytes it would take")
         if p.work.stage == "ppo" and (p.layout.zero == 3 or p.layout.fsdp) and not p.work.job.gathers_once:
             held = p.estimate.peak.parts.get("parameters", 0) * p.layout.split
             found.append(f"ppo: weights that are split are read layer by layer in rollouts; a rollout that holds all of the policy at once needs up to {gib(held)} more")

@@ -20,9 +20,6 @@ from typing import Any
 
 from tests.bench import plan_cases as cases
 
-LEFT_OUT = {("ppo:lora", "zero3"): "the stage refuses adapters at ZeRO-3"}
-"""(case, layout) -> why it is not measured."""
-
 
 def main() -> None:
     """Measure and predict every case, print a table, write a list of JSON records."""
@@ -39,14 +36,11 @@ def main() -> None:
             folder = Path(place)
             _python("from tests.bench.plan_cases import prepare; from pathlib import Path; import sys; prepare(Path(sys.argv[1]), sys.argv[2])", place, world)
             for layout in options.layout or cases.LAYOUTS:
-                chosen = [case for case in wanted if (case, layout) not in LEFT_OUT]
-                records += compare(folder, world, layout, chosen)
+                records += compare(folder, world, layout, wanted)
                 options.out.parent.mkdir(parents=True, exist_ok=True)
                 options.out.write_text(json.dumps(records, indent=1) + "\n")
     errors = [record["error"] for record in records]
     print(f"{len(records)} cases: median error {statistics.median(errors):.1%}, worst {max(errors):.1%}")
-    for (case, layout), why in LEFT_OUT.items():
-        print(f"not measured: {case}/{layout}: {why}")
 
 
 def compare(folder: Path, world: str, layout: str, chosen: list[str]) -> list[dict[str, Any]]:
