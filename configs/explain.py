@@ -6,6 +6,7 @@ import difflib
 import re
 import types
 import typing
+from collections.abc import Container
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
@@ -62,9 +63,10 @@ def explain(key: str) -> str:
     A key that stands in several places is explained for each. UserError with suggestions for an unknown one.
     """
     wanted = [part for part in key.strip().split(".") if not part.isdecimal()]
-    if wanted[:1] == ["chain"] and len(wanted) > 2 and wanted[1] in STAGES:
-        wanted = wanted[1:]  # a chain's section is explained as the stage it is
     entries = [entry for kind in MODELS for entry in _entries(kind)]
+    own = any(wanted == [entry.kind, *entry.path.split(".")] for entry in entries)
+    if wanted[:1] == ["chain"] and len(wanted) > 2 and wanted[1] in STAGES and not own:
+        wanted = wanted[1:]  # a chain's section is explained as the stage it is
     if len(wanted) == 1 and wanted[0] in MODELS:
         return _list_of_keys(wanted[0])
     found = [entry for entry in entries if wanted == [entry.kind, *entry.path.split(".")]]
@@ -92,17 +94,17 @@ def _unknown(key: str, wanted: list[str], entries: list[Entry]) -> str:
 
 
 def _entries(kind: str) -> list[Entry]:
-    """Every key of a kind; the stages' sections of a chain are explained under the stage's own kind."""
+    """Every key of a kind; of the stages' sections of a chain only what a stage alone does not have, the rest under the stage's own kind."""
     entries: list[Entry] = []
 
-    def walk(model: type[BaseModel], before: str) -> None:
+    def walk(model: type[BaseModel], before: str, known: Container[str] = ()) -> None:
         for name, field in model.model_fields.items():
+            if name in known:
+                continue
             key = field.alias or name
             entries.append(Entry(kind, before + key, model, field))
-            if kind == "chain" and key in STAGES:
-                continue
             for section in models_in(field.annotation):
-                walk(section, f"{before}{key}.")
+                walk(section, f"{before}{key}.", MODELS[key].model_fields if kind == "chain" and key in STAGES else ())
 
     walk(MODELS[kind], "")
     return entries
@@ -225,6 +227,6 @@ def json_schema(kind: str) -> dict[str, Any]:
     schema = model_of(kind).model_json_schema(by_alias=True)
     if kind == "chain":
         for stage in STAGES:
-            definition = schema["$defs"][MODELS[stage].__name__]
+            definition = schema["$defs"][models_in(MODELS[kind].model_fields[stage].annotation)[0].__name__]
             definition["required"] = [key for key in definition.get("required", []) if key not in FILLED]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

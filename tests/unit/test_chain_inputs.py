@@ -25,7 +25,7 @@ def _chain(**sections):
 
 def test_steps_come_in_order_with_prepare_steps_before_their_stage():
     prepare = {"pairs": SimpleNamespace(before="reward"), "base": SimpleNamespace(before="sft")}
-    chain = _chain(sft=1, reward=1, ppo=1, eval=1, prepare=prepare)
+    chain = _chain(sft=1, reward=SimpleNamespace(ensemble=None, member=lambda number: number), ppo=1, eval=1, prepare=prepare)
     assert [step.name for step in steps_of(chain)] == ["base", "sft", "pairs", "reward", "ppo", "eval"]
     assert [step.name for step in steps_of(chain, only="sft")] == ["base", "sft"]
     assert [(s.name, s.mode) for s in steps_of(chain, start="reward")] == [

@@ -71,6 +71,13 @@ def test_every_key_can_be_explained_and_has_a_meaning(kind):
         assert all(len(line.split(maxsplit=1)) == 2 for line in text.splitlines() if line.strip().startswith("meaning")), text
 
 
+def test_what_only_a_chain_s_section_has_is_explained():
+    assert explain("reward.ensemble.members") == explain("chain.reward.ensemble.members")
+    assert "used by  chain" in explain("reward.ensemble")
+    assert "reward.ensemble.members" in explain("chain")
+    assert explain("chain.reward.seed") == explain("reward.seed")
+
+
 def test_an_unknown_key_is_refused_with_the_near_ones():
     with pytest.raises(UserError, match=r"'kl_cof'\. Did you mean 'kl_coef'"):
         explain("kl_cof")
@@ -90,6 +97,7 @@ def test_the_schema_of_a_chain_does_not_ask_for_what_the_chain_fills_in():
     assert schema["required"] == ["name", "base"]
     assert schema["$defs"]["SFTStage"]["required"] == ["data"]
     assert schema["$defs"]["PPOStage"]["required"] == ["prompts"]
+    assert schema["$defs"]["ChainReward"]["required"] == ["data"]
     assert schema["additionalProperties"] is False
     assert "with" in schema["$defs"]["Prepare"]["properties"]
 
