@@ -58,11 +58,13 @@ def check_settings(train: Train, *, bf16: bool, processes: int) -> None:
     """Make sure that a machine file (or the DeepSpeed JSON that it names) leaves to the stage what the stage's config decides.
 
     Raises:
-        UserError: it states a batch size, accumulation, clipping or precision, and another one.
+        UserError: it states a batch size, accumulation, clipping or precision, and another one; or zero_stage 0.
     """
     found = plugin()
     if found is None:
         return
+    if not found.hf_ds_config.get_value("zero_optimization.stage", 0):  # DeepSpeed knows no gradient norm then, which is watched for what is not finite
+        raise UserError("the machine file says DeepSpeed with zero_stage 0, which splits nothing: take zero_stage 1, 2 or 3, or a file without DeepSpeed (gpu_ddp, cpu_ddp)")
     # key -> what the stage decides, the field it is decided by, what that field says
     ours = {
         "train_batch_size": (train.batch_size, "train.batch_size", train.batch_size),

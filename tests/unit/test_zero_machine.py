@@ -105,3 +105,10 @@ def test_accumulation_of_a_machine_file_is_refused(zero3, monkeypatch):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     with pytest.raises(UserError, match="sets gradient accumulation to 4; remove it"):
         entry.refuse_foreign_accumulation()
+
+
+def test_deepspeed_without_zero_is_refused_before_training(zero3, monkeypatch):
+    """Its engine has no gradient norm: the first step ended in a traceback."""
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "0")
+    with pytest.raises(UserError, match=r"zero_stage 0, which splits nothing.*zero_stage 1, 2 or 3"):
+        machine.check_settings(Train(precision="fp32"), bf16=False, processes=1)
