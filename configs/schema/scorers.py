@@ -46,6 +46,13 @@ class EnsembleScorer(_Weighted, Combination):
             raise ValueError(f"checkpoints names a reward model twice: {', '.join(self.checkpoints)}; give each once")
         return self
 
+    @model_validator(mode="after")
+    def _lowered(self) -> EnsembleScorer:
+        if self.weight < 0 and (self.combine == "minimum" or self.spread_coef):
+            how = "combine: minimum" if self.combine == "minimum" else f"spread_coef {self.spread_coef:g}"
+            raise ValueError(f"weight {self.weight:g} turns {how} around: where the members disagree the reward would rise; use combine: mean and spread_coef: 0")
+        return self
+
 
 class LengthScorer(_Weighted):
     """0 at the target length, falling linearly to -1 at 0 or at twice the target, never lower."""

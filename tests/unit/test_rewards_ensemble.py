@@ -130,3 +130,12 @@ def test_only_the_names_of_training_steps_are_taken_from_node_0():
     assert all(map(trains, sections(chain(members=12))))
     assert [stage_of(name) for name in ("sft", "reward-12")] == ["sft", "reward"]
     assert not any(map(trains, ("eval", "reward-", "reward-2/../x", "-2", "", None)))
+
+
+@pytest.mark.parametrize("how", [{"combine": "minimum"}, {"spread_coef": 0.5}])
+def test_a_negative_weight_is_not_taken_with_what_lowers_scores_where_members_disagree(how):
+    """-1 * (mean - 0.5 * spread) pays for disagreement."""
+    spec = {"kind": "ensemble", "checkpoints": ["reward/a", "reward/b"], "weight": -1.0}
+    with pytest.raises(ValueError, match=r"weight -1 turns .* around"):
+        TypeAdapter(ScorerSpec).validate_python(spec | how)
+    assert TypeAdapter(ScorerSpec).validate_python(spec).weight == -1.0
