@@ -193,6 +193,15 @@ def test_a_step_that_ends_well_or_badly_ends_the_job_so(job):
     assert job(1)[::2] == (1, [])
 
 
+def test_a_nodes_caches_lie_in_a_folder_that_nobody_else_can_have_made(job, here):
+    """Compiled code is loaded from there: under a name that can be guessed, in /tmp, another user of the node could have put his own."""
+    for times in (1, 2):
+        assert job(0)[0] == 0
+        made = [path for path in here.rglob("local-0/align-*") if (path / "tmp").is_dir()]
+        assert len(made) == times
+        assert {path.stat().st_mode & 0o777 for path in made} == {0o700}
+
+
 def test_a_step_that_asks_for_it_is_requeued_but_not_for_ever(job):
     assert job(REQUEUE)[::2] == (REQUEUE, [1000])
     code, log, requeued = job(REQUEUE, restarts=50)
