@@ -67,11 +67,13 @@ def stages_of(args: argparse.Namespace) -> list[tuple[str, Any, str]]:
         return [(stage, load_text(json.dumps({"name": "any", "init_from": "MODEL"} | rows | asked), stage), EXAMPLE)]
     overrides = [*args.overrides, *(f"{key}={value}" for key, value in asked.items())]
     kind = guess_kind(args.config)
-    cfg = load(Path(args.config), kind, overrides)
     if kind == "chain":
+        from launch.chain.asked import machine_overrides
         from launch.chain.steps import sections
 
+        cfg = load(Path(args.config), kind, machine_overrides(args.config, args.overrides, args.machine, args.processes))
         return [(name, section, f"{section.output}/config.yaml") for name, section in sections(cfg).items()]
+    cfg = load(Path(args.config), kind, overrides)
     if kind not in STAGES:
         raise UserError(f"{args.config}: a config of {kind}, which runs in one process without a machine file; give a stage's or a chain's config")
     return [(kind, cfg, args.config)]

@@ -30,9 +30,10 @@ def add_parser(verbs: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check the chain, run its steps, print what came out. Returns the exit code of the step that failed, else 0."""
+    from launch.chain.asked import machine_overrides
     from launch.chain.runner import run_chain
     from launch.nodes import nodes_of
 
     nodes = nodes_of(args, {}, ships=True)
-    overrides = [*args.overrides, *(f"{key}={value}" for key, value in (("machine", args.machine), ("processes", args.processes)) if value is not None)]
+    overrides = machine_overrides(args.chain, args.overrides, args.machine, args.processes)
     return run_chain(args.chain, overrides, only=args.only, start=args.start, dry_run=args.dry_run, as_json=args.json, nodes=nodes)

@@ -52,6 +52,7 @@ def run_stage(args: argparse.Namespace) -> int:
     """Check the config, save it resolved in the output folder, run the stage, pass its exit code on."""
     from configs.load import save
     from configs.presets import described
+    from launch.batches import check_batches
     from launch.command import check_gpus, load_machine, stage_command
     from launch.nodes import nodes_of
 
@@ -61,6 +62,7 @@ def run_stage(args: argparse.Namespace) -> int:
     nodes = nodes_of(args, machine.settings, machine.ships)
     config_file = cfg.output / ("plan.yaml" if args.dry_run else "config.yaml")  # a dry run leaves a real run's config alone
     command = stage_command(f"stages.{stage}", config_file, machine, cfg.processes, nodes)
+    check_batches({stage: cfg}, command.processes, prefixed=False)
     record = {"stage": stage, "name": cfg.name, "output": str(cfg.output), "config": str(config_file), "command": command.typed}
     if not args.dry_run:
         check_gpus(machine, command.processes // nodes.count)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
+from launch.batches import check_batches
 
 STAGES = ("sft", "reward", "dpo", "ppo", "eval")
 
@@ -91,7 +92,7 @@ def prepare(
     for stage in stages:  # whatever a section says of its own machine
         places += [f"{stage}.machine={json.dumps(str(paths['machine']))}", f"{stage}.processes={processes}"] if stage != "eval" else []
     chain = load(chain_file, "chain", [*overrides, *places])
-    check_batches(chain, processes)
+    check_batches({stage: getattr(chain, stage) for stage in stages if stage != "eval"}, processes)
     name, settings = machine_settings(machine, nodes, gpus_per_node)
     return Job(chain, nodes, gpus_per_node, settings, name, folder, workdir, stages)
 
@@ -119,25 +120,6 @@ def machine_settings(machine: str | None, nodes: int, gpus_per_node: int) -> tup
     if nodes > 1 and "deepspeed_config" in found:  # DeepSpeed's own way between nodes is pdsh, which needs ssh
         settings["deepspeed_config"] = {**found["deepspeed_config"], "deepspeed_multinode_launcher": "standard"}
     return name, settings
-
-
-def check_batches(chain: Any, processes: int) -> None:
-    """Raise UserError where a batch does not divide by micro-batch and processes: a stage would say so after hours in a queue."""
-    problems = []
-    for stage in ("sft", "reward", "dpo"):
-        train = getattr(getattr(chain, stage), "train", None)
-        if train is not None and train.batch_size % (each := train.micro_batch_size * processes):
-            problems.append(
-                f"{stage}.train.batch_size {train.batch_size} is not a multiple of {each} = {processes} processes x "
-                f"{stage}.train.micro_batch_size {train.micro_batch_size}; change one, such as {stage}.train.batch_size={each}"
-            )
-    if chain.ppo is not None and chain.ppo.train.rollout_batch_size % (each := chain.ppo.train.num_minibatches * processes):
-        problems.append(
-            f"ppo.train.rollout_batch_size {chain.ppo.train.rollout_batch_size} is not a multiple of {each} = {processes} processes x "
-            f"ppo.train.num_minibatches {chain.ppo.train.num_minibatches}; change one, such as ppo.train.rollout_batch_size={each}"
-        )
-    if problems:
-        raise UserError("\n".join(problems))
 
 
 def write_files(files: dict[Path, str], *, force: bool) -> None:

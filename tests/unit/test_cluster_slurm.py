@@ -131,7 +131,7 @@ def test_the_same_call_writes_the_same_and_other_files_are_kept(here, capsys):
 @pytest.mark.parametrize(
     ("size", "options", "said"),
     [
-        ((5, 4), [], "sft.train.batch_size 32 is not a multiple of 40 = 20 processes x sft.train.micro_batch_size 2"),
+        ((5, 4), [], "sft.train.batch_size 32 is not a multiple of 40 = 20 process(es) x sft.train.micro_batch_size 2"),
         ((1, 3), ["sft.train.batch_size=6", "reward.train.batch_size=6"], "ppo.train.rollout_batch_size 64 is not a multiple of 6"),
         ((0, 4), [], "--nodes 0: expected 1 or more"),
         ((2, 4), ["--machine", "cpu_ddp"], "--machine cpu_ddp: runs on GPUs, but"),

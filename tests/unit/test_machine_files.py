@@ -138,7 +138,7 @@ def write_config(folder: Path) -> str:
 
 def test_a_stage_over_nodes_is_printed_as_one_accelerate_command(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    words = ["--machine", "zero3", "--processes", "8", "--nodes", "4", "--node-rank", "2", "--main-address", "n0", "--print-command"]
+    words = ["--machine", "zero3", "--processes", "8", "--nodes", "4", "--node-rank", "2", "--main-address", "n0", "--print-command", "train.micro_batch_size=4"]
     assert main(["sft", "--config", write_config(tmp_path), *words]) == 0
     assert capsys.readouterr().out == (
         "accelerate launch --config_file configs/accelerate/zero3_nodes.yaml --num_processes 8 --num_machines 4 --machine_rank 2 "

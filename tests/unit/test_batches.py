@@ -1,0 +1,65 @@
+"""Batches that processes cannot share are refused before anything starts, with a change that mends them; --machine reaches every section."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from configs.errors import UserError
+from configs.load import dump, load
+from launch.batches import check_batches
+from launch.cli import main
+
+SFT = {"name": "one", "init_from": "MODEL", "data": "rows.jsonl", "train": {"batch_size": 32, "micro_batch_size": 32}}
+CHAIN = {"name": "c", "base": "MODEL", "sft": {"data": "rows.jsonl"}, "reward": {"data": "pairs.jsonl"}}
+
+
+def stage(**train) -> SimpleNamespace:
+    return SimpleNamespace(train=SimpleNamespace(**train))
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "processes", "change"),
+    [
+        (32, 32, 2, "micro_batch_size=16"),
+        (48, 8, 4, "micro_batch_size=6"),  # 12 rows of each process: the largest divisor of 12 up to 8
+        (32, 32, 24, "batch_size=768"),  # 24 processes share no 32 rows, whatever the micro-batch
+    ],
+)
+def test_what_is_advised_mends_the_batch_and_keeps_it_where_it_can(batch, micro, processes, change):
+    with pytest.raises(UserError, match=rf"such as sft\.train\.{change}$"):
+        check_batches({"sft": stage(batch_size=batch, micro_batch_size=micro)}, processes)
+    key, value = change.split("=")
+    check_batches({"sft": stage(**({"batch_size": batch, "micro_batch_size": micro} | {key: int(value)}))}, processes)
+
+
+def test_a_rollout_is_advised_a_size_that_minibatches_and_processes_divide():
+    with pytest.raises(UserError, match=r"^train\.rollout_batch_size 64 is not a multiple of 6 = .* such as train\.rollout_batch_size=66$"):
+        check_batches({"ppo": stage(rollout_batch_size=64, num_minibatches=2)}, 3, prefixed=False)
+
+
+def test_a_stage_refuses_such_a_batch_in_a_dry_run(tmp_path: Path, capsys):
+    """Processes started and data were read before a stage said so."""
+    file = tmp_path / "sft.yaml"
+    file.write_text(yaml.safe_dump(SFT | {"output": str(tmp_path / "out")}))
+    assert main(["sft", "--config", str(file), "--machine", "cpu_ddp", "--dry-run"]) == 2
+    assert "train.batch_size 32 is not a multiple of 64 = 2 process(es)" in capsys.readouterr().err
+    assert main(["sft", "--config", str(file), "--machine", "cpu_ddp", "--dry-run", "train.micro_batch_size=16"]) == 0
+
+
+def test_the_machine_of_the_command_line_reaches_the_sections_of_a_resolved_chain(tmp_path: Path, capsys):
+    """OUTPUT/chain.yaml has machine: auto in every section, which hid --machine without a word."""
+    from launch.chain.asked import machine_overrides
+
+    written, resolved = tmp_path / "chain.yaml", tmp_path / "resolved.yaml"
+    written.write_text(yaml.safe_dump(CHAIN | {"output": str(tmp_path / "out")}))
+    resolved.write_text(dump(load(written, "chain")))
+    for file in (written, resolved):
+        chain = load(file, "chain", machine_overrides(file, [], "cpu_zero2", 4))
+        assert [(part.machine, part.processes) for part in (chain, chain.sft, chain.reward)] == [("cpu_zero2", 4)] * 3
+        assert chain.dpo is None
+        assert main(["launch", "show", str(file), "--machine", "cpu_zero2"]) == 0
+        assert capsys.readouterr().out.count("--config_file configs/accelerate/cpu_zero2.yaml") == 2
