@@ -19,9 +19,10 @@ def machine_overrides(chain_file: str | Path, overrides: Sequence[str], machine:
     """
     from configs.load import load
 
-    asked = {key: value for key, value in (("machine", machine), ("processes", processes)) if value is not None}
+    asked = {key: json.dumps(value) for key, value in (("machine", machine), ("processes", processes)) if value is not None}
     if not asked:
         return list(overrides)
-    chain = load(chain_file, "chain", list(overrides))
-    places = ["", *(f"{stage}." for stage in STAGES if getattr(chain, stage) is not None)]
-    return [*overrides, *(f"{place}{key}={json.dumps(value)}" for place in places for key, value in asked.items())]
+    whole = [*overrides, *(f"{key}={value}" for key, value in asked.items())]
+    chain = load(chain_file, "chain", whole)  # a value that is refused is told once, not for every section
+    present = [stage for stage in STAGES if getattr(chain, stage) is not None]
+    return [*whole, *(f"{stage}.{key}={value}" for stage in present for key, value in asked.items())]

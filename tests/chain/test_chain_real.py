@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -90,11 +91,11 @@ def test_a_stage_under_two_processes_tells_a_user_error_once(chain, capfd):
     config = chain.parent / "sft.yaml"
     config.write_text(
         f"name: odd\nregistry: {chain.parent}/odd\noutput: {chain.parent}/odd-out\ninit_from: {chain.parent}/base\ntemplate: plain\nmax_length: 64\n"
-        f"data: {chain.parent}/demos.jsonl\ntrain: {{batch_size: 15, micro_batch_size: 8}}\n"
+        f"data: {chain.parent}/demos.jsonl\ntrain: {{batch_size: 16000, micro_batch_size: 8}}\n"
     )
     assert main(["sft", "--config", str(config), "--machine", "cpu_ddp"]) == 2
     err = capfd.readouterr().err
-    assert err.startswith("error: train.batch_size 15 is not a multiple of 16")
+    assert re.match(r"error: there are \d+ training rows, fewer than one batch \(train\.batch_size 16000\)", err)
     assert "Traceback" not in err
     assert err.count("error:") == 1
     assert not (chain.parent / "odd" / "checkpoints").exists() or not any((chain.parent / "odd" / "checkpoints").iterdir())
