@@ -22,7 +22,7 @@ def add_parser(verbs: argparse._SubParsersAction) -> None:
     show = actions.add_parser(
         "show",
         help="which machine file a config gets and why, the command, and every machine file that ships",
-        epilog="Starts nothing and writes nothing. Machine files lie in configs/accelerate and work with accelerate launch --config_file as they are.",
+        epilog="Starts nothing and writes nothing. Without CONFIG or STAGE, lists every machine file. Machine files lie in configs/accelerate and work with accelerate launch --config_file as they are.",
     )
     show.add_argument("config", nargs="?", metavar="CONFIG|STAGE", help="a stage's or a chain's YAML file, or sft, reward, dpo, ppo for any config")
     show.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a key of the file")
@@ -46,6 +46,9 @@ def show_machines(args: argparse.Namespace) -> int:
     for row in chosen:
         print(f"{row['stage']}: {row['machine']} ({row['file']})")
         print("".join(f"  - {line}\n" for line in row["why"]) + f"  {row['command']}\n")
+    if args.config is not None:  # the answer, not buried under all that could have been
+        print("all machine files: align launch show")
+        return 0
     width = max(map(len, files))
     print("machine files (for several nodes: NAME_nodes, which --nodes takes by itself):")
     for name, (what, when) in files.items():

@@ -62,4 +62,7 @@ def test_the_machine_of_the_command_line_reaches_the_sections_of_a_resolved_chai
         assert [(part.machine, part.processes) for part in (chain, chain.sft, chain.reward)] == [("cpu_zero2", 4)] * 3
         assert chain.dpo is None
         assert main(["launch", "show", str(file), "--machine", "cpu_zero2"]) == 0
-        assert capsys.readouterr().out.count("--config_file configs/accelerate/cpu_zero2.yaml") == 2
+        out = capsys.readouterr().out
+        assert out.count("--config_file configs/accelerate/cpu_zero2.yaml") == 2
+        assert out.endswith("\n\nall machine files: align launch show\n")  # and none of their descriptions
+        assert "zero3_offload" not in out
