@@ -21,6 +21,7 @@ from configs.schema import StageConfig, TRLStage
 from stages.training.evaluation import stopped_early
 from stages.training.progress import not_finite
 from stages.training.ranks import rank, say, wait_for_everyone, world_size
+from stages.zero.machine import zero_stage
 
 SEAL = "sealed.json"  # in a save: {relative path: [bytes, blake3]}
 IDENTITY = "identity.json"  # beside the saves: what they were made from
@@ -115,6 +116,9 @@ def changed(before: dict[str, Any], now: dict[str, Any], allowed: list[str]) -> 
             out += [f"config: {name} was {old.get(name)!r}, is {value!r}" for name, value in now[key].items() if old.get(name) != value]
         else:
             out.append(f"{key} was {before.get(key)}, is {now[key]}")
+    zero = [identity.get("zero_stage", 0) for identity in (before, now)]
+    if zero[0] != zero[1]:  # never allowed: a save's shards are laid out for one stage
+        out.append(f"zero_stage was {zero[0]}, is {zero[1]} (the machine file's; 0: no DeepSpeed), and a save is continued under its own only")
     return out
 
 
@@ -164,9 +168,9 @@ def train(trainer: Any, cfg: TRLStage, now: dict[str, Any]) -> None:
     """Train, from the newest sound save of an interrupted run where there is one; `now` is the run's `identity`.
 
     Raises:
-        UserError: the saves were made from other inputs, or the loss is not finite.
+        UserError: the saves were made from other inputs or under another ZeRO stage, or the loss is not finite.
     """
-    save = choose_save(Path(trainer.args.output_dir), cfg, now)
+    save = choose_save(Path(trainer.args.output_dir), cfg, now | {"zero_stage": zero_stage()})
     steps = steps_to_train(save, trainer.args.max_steps, cfg.train.early_stopping_patience)
     if steps < trainer.args.max_steps:  # the Trainer looks at max_steps after a step only; without rows left it takes none
         trainer.args.max_steps = steps

@@ -46,6 +46,17 @@ def test_killed_and_run_again_ends_as_if_nothing_had_happened(place, capfd, monk
 
 
 @pytest.mark.usefixtures("one_thread")
+def test_a_save_is_not_continued_under_another_zero_stage(place, capfd, monkeypatch):
+    """Its shards are laid out otherwise: DeepSpeed ended in a traceback."""
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    values = settings(place, "sft", TRAIN, name="moved", output=str(place / "moved"))
+    assert -signal.SIGKILL in run_in_two("sft", values, 2, dies_at=4)
+    assert run_in_two("sft", values, 3) != [0, 0]
+    assert "zero_stage was 2, is 3 (the machine file's" in capfd.readouterr().err
+    assert (place / "moved" / "resume" / "checkpoint-2" / "sealed.json").exists()
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_a_gradient_that_is_not_finite_stops_zero_3_with_the_saves_of_before(place, capfd, monkeypatch):
     """DeepSpeed keeps gradients to itself and has taken the step when the Trainer asks; the step's weights go into no save."""
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
