@@ -54,7 +54,7 @@ def _clamped(job: Job, layout: Layout, phases: dict[str, Peak]) -> Estimate:
     out = {}
     for name, peak in phases.items():
         whole = peak.parts.get(GATHERED, 0)
-        at_once = whole if job.gathers_once and name.startswith("rollout") else gathered(layout, whole, job.layers, width)
+        at_once = whole if job.gathers_once and name.startswith("rollout") else gathered(layout, whole, job.layers, width, keeps=job.stage != "ppo")
         parts = {**peak.parts, GATHERED: at_once} if whole else peak.parts
         out[name] = Peak(sum(parts.values()), parts, peak.operation)
     return Estimate(out)

@@ -126,13 +126,16 @@ class _Sending:
             self.held = False
 
 
-def gathered(layout: Layout, whole: int, layers: int, width: int) -> int:
+def gathered(layout: Layout, whole: int, layers: int, width: int, *, keeps: bool = True) -> int:
     """Bytes of weights that are whole at once where `whole` bytes are split: all of a small model, of a large one as much as DeepSpeed lets live.
 
     A weight stays whole between its uses in the forward and the backward pass while fewer than `stage3_max_reuse_distance` numbers lie
-    between them, so the last gigabyte or two of a large model's layers are whole at the turn.
+    between them, so the last gigabyte or two of a large model's layers are whole at the turn. `keeps`: false where the stage has DeepSpeed
+    let every weight go after each use and fetch none ahead, as PPO's engines do.
     """
     layer = whole // max(layers, 1)
+    if not keeps:
+        return min(whole, layer)
     if layout.fsdp:
         return min(whole, 2 * layer)
     live = min(layout.numbers("stage3_max_live_parameters"), layout.numbers("stage3_max_reuse_distance")) * width

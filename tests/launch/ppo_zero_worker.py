@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from stages.ppo import train
+from stages.ppo.modules import POLICY, is_of
+from stages.ppo.zero import trained
 from stages.ppo.zero.steps import Stepped
 from stages.training.ranks import rank
 from stages.zero.leave import leave
@@ -45,26 +47,32 @@ def held(model: Any) -> list[int]:
 def work(folder: Path, label: str, chosen: list[str]) -> None:
     """Every case, or those chosen; each process writes what it held of each model, and how often it sampled on for the others."""
     facts: dict[str, dict[str, Any]] = {}
-    equip, begin = train.equip, Stepped.__init__
+    equip, begin, whole = train.equip, Stepped.__init__, trained.whole
     stepped: list[Stepped] = []
 
     def noted(cfg: Any, accelerator: Any, built: Any, *rest: Any) -> Any:
         equipped = equip(cfg, accelerator, built, *rest)
         scorers = [part.scorer.model for part in built.scorer.parts.values() if hasattr(part.scorer, "model")]
-        facts[case] = {"trained": held(built.trained), "reference": held(built.reference.model), "scorers": [held(model) for model in scorers]}
+        policy = [p for n, p in built.trained.policy.named_parameters() if ".lora_" not in n or is_of(n, POLICY)]
+        facts[case] = {"trained": held(built.trained), "reference": held(built.reference.model), "scorers": [held(model) for model in scorers],
+                       "policy": sum(getattr(p, "ds_numel", p.numel()) for p in policy), "gathered": []}  # fmt: skip
         return equipped
+
+    def gathered(parameters: Any, **keywords: Any) -> Any:
+        facts[case]["gathered"].append(sum(p.ds_numel for p in parameters))  # type: ignore[attr-defined]
+        return whole(parameters, **keywords)
 
     def counted(self: Stepped, *arguments: Any) -> None:
         begin(self, *arguments)
         stepped.append(self)
 
-    train.equip, Stepped.__init__ = noted, counted  # type: ignore[assignment, method-assign]
+    train.equip, Stepped.__init__, trained.whole = noted, counted, gathered  # type: ignore[assignment, method-assign]
     for case, values in cases(folder, label).items():
         if not chosen or case in chosen:
             run_alone(values)
     facts["idle"] = {"steps": sum(one.idle_steps for one in stepped)}
     (folder / f"facts-{label}-{rank()}.json").write_text(json.dumps(facts))
-    train.equip, Stepped.__init__ = equip, begin  # type: ignore[method-assign]
+    train.equip, Stepped.__init__, trained.whole = equip, begin, whole  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -86,6 +86,16 @@ def test_what_each_process_holds_of_trained_and_frozen_models(place, stage):
             assert part < 0.52 * whole if stage == 3 else part == whole
 
 
+def test_trap_18_a_rollout_gathers_the_policy_once_and_nothing_else(place, stage):
+    """Three rollouts; with adapters four evaluations as well. Not the value function's weights, nor another adapter's; layer by layer, nothing."""
+    for rank in (0, 1):
+        facts = json.loads((place / f"facts-two{stage}-{rank}.json").read_text())
+        assert facts["full"]["gathered"] == ([facts["full"]["policy"]] * 3 if stage == 3 else [])
+        assert facts["lora"]["gathered"] == ([facts["lora"]["policy"]] * 7 if stage == 3 else [])
+        assert facts["lora"]["policy"] < facts["lora"]["trained"][1]
+        assert stage < 3 or facts["layer"]["gathered"] == []
+
+
 def test_a_process_whose_completions_are_done_samples_on_for_the_others(place, stage):
     """Layer by layer every token is a collective: processes have to wait for one another, and do."""
     idle = [json.loads((place / f"facts-two{stage}-{rank}.json").read_text())["idle"]["steps"] for rank in (0, 1)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ import torch
 from configs.errors import UserError
 from configs.schema import PPOStage
 from stages import models
-from stages.ppo import train as ppo_train
 from stages.ppo.collect import experience_of
 from stages.ppo.train import main
 from stages.registry import Registry
@@ -291,14 +289,6 @@ def test_bad_input_a_batch_that_cannot_be_shared_out(place):
     with pytest.raises(SystemExit) as left:
         command(main, "ppo", ["--config", str(config)])
     assert left.value.code == 2
-
-
-@pytest.mark.parametrize("kind", ["DEEPSPEED", "FSDP"])
-def test_trap_18_what_would_gather_weights_token_by_token_is_refused(place, kind, monkeypatch):
-    accelerator = SimpleNamespace(num_processes=2, distributed_type=f"DistributedType.{kind}")
-    monkeypatch.setattr("accelerate.Accelerator", lambda **_: accelerator)
-    with pytest.raises(UserError, match="use a DDP machine file"):
-        ppo_train.start(PPOStage.model_validate(settings(place)))
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ trap 14 resume                                test_trap_14_a_run_killed_by_the_k
 trap 15 clipping under DeepSpeed alone        test_row_16_trap_15_the_gradient_norm_is_clipped_without_deepspeed
 trap 16 prompts fewer than the batch          test_trap_16_any_set_fills_any_batch_and_each_prompt_is_seen_once_per_epoch, test_trap_16_prompts_fewer_than_the_batch
 trap 17 greedy, generation config             test_trap_17_samples_follow_the_softmax_at_the_temperature_and_are_not_greedy, test_trap_17_a_generation_config_neither_counts_nor_changes, test_trap_17_generation_config_of_the_start_is_not_what_samples_nor_what_is_saved
-trap 18 ZeRO-3 generation                     test_trap_18_what_would_gather_weights_token_by_token_is_refused
+trap 18 ZeRO-3 generation                     test_trap_18_a_rollout_gathers_the_policy_once_and_nothing_else
 trap 19 templates that end after EOS          test_trap_19_the_score_is_read_at_the_eos_that_a_rollout_ends_with
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -44,7 +45,7 @@ def build_engine(cfg: PPOStage, built: PPOModels, tokens: ModelTokens, accelerat
         UserError: it can't be made, or samples from something else than the policy.
     """
     policy = Policy(built.trained.sampler, cfg.sampling, tuple(tokens.eos_ids), tokens.pad_id, cfg.seed, accelerator.autocast)
-    engine = Whole(_engine(cfg, policy, tokens, accelerator), built.trained)
+    engine = Whole(_engine(cfg, policy, tokens, accelerator), built.trained, copies=cfg.engine.kind == "vllm")
     engine.sync()
     if cfg.engine.kind != "native":  # the native loop is proven before the models are built
         built.trained.eval()
@@ -55,10 +56,10 @@ def build_engine(cfg: PPOStage, built: PPOModels, tokens: ModelTokens, accelerat
 
 
 class Whole:
-    """An engine that samples, and takes over weights, while the policy's are at hand."""
+    """An engine that samples while the policy's weights are at hand, and takes them over where it `copies` them."""
 
-    def __init__(self, engine: Engine, trained: PolicyAndValue) -> None:
-        self.engine, self.trained = engine, trained
+    def __init__(self, engine: Engine, trained: PolicyAndValue, *, copies: bool) -> None:
+        self.engine, self.trained, self.copies = engine, trained, copies
 
     def sample(self, prompt_ids: Sequence[Sequence[int]], *, iteration: int, indices: Sequence[int]) -> list[Sample]:
         """One completion for each prompt; see `Engine`."""
@@ -66,8 +67,8 @@ class Whole:
             return self.engine.sample(prompt_ids, iteration=iteration, indices=indices)
 
     def sync(self) -> None:
-        """Take over the policy's weights."""
-        with self.trained.for_sampling():
+        """Take over the policy's weights. An engine without weights of its own needs none gathered for that."""
+        with self.trained.for_sampling() if self.copies else nullcontext():
             self.engine.sync()
 
 
