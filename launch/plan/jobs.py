@@ -8,6 +8,7 @@ from typing import Any
 
 from configs.errors import UserError
 from configs.schema.scorers import reward_models as reward_model_names
+from launch.batches import check_batches
 from launch.chain.steps import made_by, sections
 from launch.plan.job import SCORES, Job
 from launch.plan.layout import Layout
@@ -43,16 +44,12 @@ def work_of(stage: str, cfg: Any, layout: Layout, sources: Sources, chain: Any =
         "config": config, "lora": cfg.lora, "bf16": _bf16(cfg, layout), "pure_bf16": layout.zero > 0, "checkpointing": _checkpointing(cfg),
         "attn_implementation": _attention(cfg), "gpu": layout.device.gpu, "vocabulary": len(tokens.tokenizer) if tokens else None,
     }  # fmt: skip
+    check_batches({stage: cfg}, layout.processes)
     if stage == "ppo":
         return _ppo(cfg, layout, sources, chain, tokens, limit, shared)
     rows = rows_of(stage, cfg, tokens, limit)
     train = cfg.train
     per_forward = layout.processes * train.micro_batch_size
-    if train.batch_size % per_forward:
-        raise UserError(
-            f"{stage}.train.batch_size {train.batch_size} is not a multiple of {per_forward} = {layout.processes} process(es) x "
-            f"micro_batch_size {train.micro_batch_size}; --fit chooses sizes that divide, or set {stage}.train.micro_batch_size={max(1, math.gcd(train.batch_size, layout.processes) and train.batch_size // layout.processes)}"
-        )
     own = stage == "dpo" and (cfg.lora is None or (cfg.reference is not None and cfg.reference != cfg.init_from))
     packed = stage == "sft" and cfg.packing
     job = Job(
@@ -69,11 +66,6 @@ def _ppo(cfg: Any, layout: Layout, sources: Sources, chain: Any, tokens: Any, li
     if limit <= new:
         raise UserError(f"ppo.sampling.max_new_tokens {new} leaves no room for a prompt within max_length {limit}; raise ppo.max_length or lower it")
     rows = rows_of("ppo", cfg, tokens, limit - new)
-    if train.rollout_batch_size % (train.num_minibatches * layout.processes):
-        raise UserError(
-            f"ppo.train.rollout_batch_size {train.rollout_batch_size} is not a multiple of num_minibatches {train.num_minibatches} x {layout.processes} "
-            f"process(es); set ppo.train.rollout_batch_size={train.num_minibatches * layout.processes * max(1, round(train.rollout_batch_size / train.num_minibatches / layout.processes))}"
-        )
     share = train.rollout_batch_size // layout.processes
     per_step = share // train.num_minibatches
     reward_lora, reward_models = _reward_models(cfg, sources, chain)
