@@ -8,12 +8,13 @@ STAMP := $(VENV)/.installed
 QUIET := OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint setup bench-ppo bench-memory bench-plan
+.PHONY: help demo test lint setup reliability bench-ppo bench-memory bench-plan
 
 help:
 	@echo 'make demo   align a small model in a small world and print the table (CPU, offline, minutes)'
 	@echo 'make test   lint, types and every test'
 	@echo 'make lint   ruff and mypy only'
+	@echo 'make reliability   kills, power cuts, full disks, flipped bits and more; writes RELIABILITY.md (CPU, under half an hour)'
 	@echo 'make bench-ppo   PPO against TRL 1.12, which it installs into runs/bench (an hour on one idle core; ARGS="--quick" shows that it runs)'
 	@echo 'make bench-plan   what align plan predicts against what stages allocate (CPU, about half an hour)'
 	@echo 'make bench-memory   peak memory of PPO beside LoRA SFT (CPU, about half an hour)'
@@ -46,6 +47,10 @@ lint: $(STAMP)
 test: lint
 	$(QUIET) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit
 	$(QUIET) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/stage tests/launch tests/chain
+
+# Rewrites RELIABILITY.md after every case; ARGS="--quick", ARGS="--only AREA" and ARGS="--seed N" are for trying things out.
+reliability: $(STAMP)
+	$(QUIET) OMP_NUM_THREADS=1 $(BIN)/python -m tests.reliability $(ARGS)
 
 # The peer lives in a folder of its own: the project itself uses a later trl, which has no PPO.
 PEER := runs/bench/trl-1.12
