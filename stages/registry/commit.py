@@ -1,8 +1,9 @@
 """The commit protocol: a checkpoint becomes visible by one rename, whole and durable, or not at all.
 
-room check → unique id → staging folder → the caller writes → files hashed and fsynced → folders fsynced → version
-number claimed → manifest (with its own hash) last → one rename → fsync of the parent → acknowledged. A process that is
-killed anywhere leaves at most a `.tmp-<id>` folder, which nobody reads, and a number that nobody uses.
+room check → unique id → staging folder → the caller writes → files hashed → those that an older checkpoint holds shared
+with it → files made read-only and fsynced → folders fsynced → version number claimed → manifest (with its own hash) last →
+one rename → fsync of the parent → acknowledged. A process that is killed anywhere leaves at most a `.tmp-<id>` folder,
+which nobody reads, and a number that nobody uses.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from configs.errors import UserError
 from stages.registry.integrity import walk
 from stages.registry.manifest import MANIFEST, MODEL
 from stages.registry.sealing import hash_file, seal
-from stages.registry.storage import fsync_dir, storage_error, write_exclusive
+from stages.registry.sharing import Holders, share
+from stages.registry.storage import fsync_dir, fsync_file, protect, storage_error, write_exclusive
 
 PICKLES = (
     ".bin",
@@ -37,11 +39,12 @@ def commit(
     write: Callable[[Path], None],
     check: Callable[[Path], None],
     manifest: Callable[[dict[str, Any]], dict[str, Any]],
+    holders: Holders | None = None,
 ) -> Path:
     """Publish one checkpoint under folder/<checkpoint_id>; returns that path.
 
     `write(model_dir)` fills the model folder, `check(model_dir)` may refuse it, `manifest(files)` claims the version
-    and returns the manifest's content. Whatever any of them raises, the staging folder is removed.
+    and returns the manifest's content; `holders` finds older files to share. Whatever any of them raises, the staging folder is removed.
     Raises UserError for a full disk, missing permission, an empty folder, links and pickles in it.
     """
     staging, final = folder / f".tmp-{checkpoint_id}", folder / checkpoint_id
@@ -52,7 +55,12 @@ def commit(
         write(model_dir)
         _refuse_strange(model_dir, what)
         check(model_dir)
-        files = {name: _seal_file(staging / name) for name, _ in walk(staging)}
+        files: dict[str, dict[str, Any]] = {name: {"size": status.st_size, "blake3": hash_file(staging / name)} for name, status in walk(staging)}
+        if holders is not None:
+            share(staging, files, holders)
+        for name in files:
+            protect(staging / name)
+            fsync_file(staging / name)
         for below, _, _ in os.walk(staging, topdown=False):
             fsync_dir(Path(below))
         write_exclusive(staging / MANIFEST, seal(manifest(files)))
@@ -92,14 +100,3 @@ def _refuse_strange(model_dir: Path, what: str) -> None:
                 f"{what}: {name} may be a pickle, which can run code when it is opened. Save weights as safetensors "
                 "(model.save_pretrained) and leave training_args.bin out"
             )
-
-
-def _seal_file(path: Path) -> dict[str, Any]:
-    """Size (bytes) and hash of a file, made durable first."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-        size = os.fstat(handle).st_size
-    finally:
-        os.close(handle)
-    return {"size": size, "blake3": hash_file(path)}

@@ -38,6 +38,7 @@ from stages.registry.names import (
 )
 from stages.registry.provenance import provenance
 from stages.registry.sealing import plain
+from stages.registry.sharing import find_in, holding
 from stages.registry.storage import check_room, durable_mkdir, storage_error
 
 # Registry has a method called `list`, which hides the type inside the class
@@ -93,10 +94,16 @@ class Registry:
             write,
             check_finite if check_weights else _accept,
             manifest,
+            find_in(self._relatives(stage, name, parents), lambda size, digest: holding(self.list(), size, digest)),
         )
         published = read_checkpoint(path)
         assert isinstance(published, Checkpoint), published
         return published
+
+    def _relatives(self, stage: str, name: str, parents: Sequence[Parent]) -> Sequence[Checkpoint]:
+        """Where files that a new checkpoint holds too are looked for first: its parents, then the newest versions of its name."""
+        made_from = [self._load(parent.id) for parent in parents if parent.id]
+        return [*(item for item in made_from if isinstance(item, Checkpoint)), *reversed(self.list(stage, name)[-3:])]
 
     def check_publishable(self, family: str) -> None:
         """Find out before hours of training that stage/name could not be published. Raises UserError."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import re
 import shutil
+import stat
 from pathlib import Path
 
 from configs.errors import UserError
@@ -22,6 +24,12 @@ _ADVICE = {
     errno.EROFS: "the file system is read-only: choose another registry folder",
     errno.EIO: "the disk reported an input/output error: check the disk, or choose another registry folder",
 }
+
+
+_FICLONE = 0x40049409  # ioctl of Linux: the target shares the source's blocks until one of the two is written (btrfs, XFS, bcachefs, NFS 4.2)
+_CANNOT_SHARE = (  # not a fault of the disk: this pair of files, or this file system, can't share; a copy does as well
+    errno.EMLINK, errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY, errno.EINVAL, errno.ETXTBSY, errno.ENOENT,
+)  # fmt: skip
 
 
 def fsync_dir(folder: Path) -> None:
@@ -53,6 +61,59 @@ def write_exclusive(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+
+
+def fsync_file(path: Path) -> None:
+    """Make a file's content and mode durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def protect(path: Path) -> None:
+    """Take away every right to write a file. Raises OSError, where it belongs to somebody else."""
+    mode = stat.S_IMODE(os.lstat(path).st_mode)
+    if mode & 0o222:
+        os.chmod(path, mode & ~0o222)
+
+
+def reflink(source: Path, target: Path) -> bool:
+    """Make `target`, which must not exist, a file that shares the blocks of `source`; False where the file system can't."""
+    try:
+        original = open(source, "rb")  # noqa: SIM115 - closed by the `with` below; only this failure is the source's
+    except OSError:  # removed meanwhile, or not ours to read
+        return False
+    with original:
+        handle = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        try:
+            fcntl.ioctl(handle, _FICLONE, original.fileno())
+            return True
+        except OSError as error:
+            os.unlink(target)
+            if error.errno not in _CANNOT_SHARE:
+                raise
+            return False
+        finally:
+            os.close(handle)
+
+
+def hardlink(source: Path, target: Path) -> bool:
+    """Make `target`, which must not exist, a second name of `source`; False where the file system or the system's rules forbid it."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+        return True
+    except OSError as error:
+        if error.errno not in _CANNOT_SHARE:
+            raise
+        return False
+
+
+def replace(source: Path, target: Path) -> None:
+    """Let `source` take the place of `target`, at once."""
+    os.replace(source, target)
+    source.unlink(missing_ok=True)  # of two names of one file, rename(2) leaves both
 
 
 def storage_error(error: BaseException, doing: str) -> UserError | None:

@@ -137,12 +137,17 @@ def run_child_here(argv: Any, env: Any, log_file: Path, **_: Any) -> Outcome:
 
 
 def flip(file: Path) -> None:
-    """Change one bit in the middle of a file, and nothing else."""
+    """Change one bit in the middle of a file, and nothing else: not the same file of another checkpoint, which may be a second name of it."""
     content = bytearray(file.read_bytes())
     content[len(content) * 2 // 3] ^= 0x10
-    file.write_bytes(content)
+    _put(file, content)
 
 
 def truncate(file: Path) -> None:
     """Keep the first half of a file."""
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    _put(file, file.read_bytes()[: file.stat().st_size // 2])
+
+
+def _put(file: Path, content: bytes) -> None:
+    file.with_name(".new").write_bytes(content)
+    file.with_name(".new").replace(file)

@@ -35,10 +35,11 @@ def publish(registry: Registry, family: str = "sft/demo", value: float = 1.0, pa
 
 
 def flip_bit(path: Path, position: int) -> None:
-    """Change one bit of one byte."""
+    """Change one bit of one byte of this file alone: another checkpoint may hold the same file under another name, and it is read-only."""
     content = bytearray(path.read_bytes())
     content[position] ^= 1
-    path.write_bytes(content)
+    path.with_name(".flipped").write_bytes(content)
+    path.with_name(".flipped").replace(path)
 
 
 def run_together(script: str, count: int, folder: Path) -> list[str]:

@@ -1,6 +1,5 @@
 """Damage of every kind is found, and a damaged checkpoint is never used or silently passed over."""
 
-import os
 import shutil
 
 import pytest
@@ -39,7 +38,10 @@ def test_a_flipped_bit_anywhere_in_the_manifest_is_found_by_the_quick_check(regi
 
 
 def _truncate(path):
-    os.truncate(path / "model/model.safetensors", 50)
+    file = path / "model/model.safetensors"
+    head = file.read_bytes()[:50]
+    file.unlink()  # the sound checkpoint holds the same file under its own name
+    file.write_bytes(head)
 
 
 def _delete(path):

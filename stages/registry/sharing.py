@@ -1,0 +1,93 @@
+"""Identical files are stored once: a new file that an older checkpoint holds already becomes a reflink of it, else a hard link, else stays a copy.
+
+A reflink (btrfs, XFS, NFS 4.2) shares blocks and nothing else. A hard link is the same file under two names: written in place, it would
+change in both checkpoints. That is why published files are read-only: an editor, `open(…, "w")` or a stray save is refused, and tools that
+replace a file (write beside it, then rename) change one checkpoint only. It does not stop root, nor who changes the mode first, nor a bad
+block: the deep check finds those in both. Deleting one checkpoint takes one name away and leaves the other whole.
+
+Nothing here is visible: it happens in the staging folder, before the manifest is written. What was linked is hashed through its new name,
+so that the content of a damaged checkpoint is never taken over.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from stages.registry.manifest import Checkpoint
+from stages.registry.sealing import hash_bytes, hash_file
+from stages.registry.storage import hardlink, protect, reflink, replace
+
+Holders = Callable[[int, str], Iterable[tuple[Path, str]]]  # (bytes, BLAKE3) -> (checkpoint's folder, file in it) that should hold just that
+_TRIES = 4  # candidates looked at per file: each is read whole
+
+
+def share(staging: Path, files: dict[str, dict[str, Any]], holders: Holders) -> None:
+    """Replace files of a staging folder by ones that older checkpoints hold.
+
+    files: relative path -> {"size", "blake3"} of what lies there; a reflink is noted as "reflink_of": id/path, since nothing else tells
+    it from a copy (a hard link shows in the inode). Raises OSError for faults of the disk only.
+    """
+    can_reflink = True
+    for name, entry in files.items():
+        if not entry["size"]:
+            continue
+        draft = (staging / name).with_name(f".shared-{hash_bytes(name.encode())[:16]}")
+        for owner, held in islice(holders(entry["size"], entry["blake3"]), _TRIES):
+            source = owner / held
+            if not _usable(source, entry["size"]):
+                continue
+            reflinked = can_reflink and reflink(source, draft)
+            can_reflink = reflinked
+            if not reflinked and not hardlink(source, draft):
+                continue
+            if not _sound(draft, entry["blake3"]):
+                draft.unlink()
+                continue
+            replace(draft, staging / name)
+            if reflinked:
+                entry["reflink_of"] = f"{owner.name}/{held}"
+            break
+
+
+def find_in(near: Sequence[Checkpoint], far: Holders) -> Holders:
+    """Looks among the checkpoints of `near` in their order, then wherever `far` looks; each file comes once."""
+    known: dict[tuple[int, str], list[tuple[Path, str]]] = {}
+    for checkpoint in near:
+        for name, entry in checkpoint.manifest["files"].items():
+            known.setdefault((entry["size"], entry["blake3"]), []).append((checkpoint.path, name))
+
+    def holders(size: int, digest: str) -> Iterator[tuple[Path, str]]:
+        yield from (first := dict.fromkeys(known.get((size, digest), ())))
+        yield from (found for found in far(size, digest) if found not in first)
+
+    return holders
+
+
+def holding(checkpoints: Iterable[Checkpoint], size: int, digest: str) -> Iterator[tuple[Path, str]]:
+    """The files of these size and BLAKE3 among what `checkpoints` say they hold."""
+    for checkpoint in checkpoints:
+        for name, entry in checkpoint.manifest["files"].items():
+            if (entry["size"], entry["blake3"]) == (size, digest):
+                yield checkpoint.path, name
+
+
+def _usable(source: Path, size: int) -> bool:
+    try:
+        status = os.lstat(source)
+        return stat.S_ISREG(status.st_mode) and status.st_size == size and os.access(source, os.R_OK)
+    except OSError:  # removed or damaged since its manifest was read
+        return False
+
+
+def _sound(draft: Path, digest: str) -> bool:
+    """Whether the linked file holds what it should and can be protected; a source that can't be read is no fault of this checkpoint."""
+    try:
+        protect(draft)
+        return hash_file(draft) == digest
+    except OSError:
+        return False
