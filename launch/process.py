@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -25,18 +25,21 @@ PR_SET_PDEATHSIG = 1
 # What torch's elastic agent (or Python, on Ctrl-C) writes once a worker has failed: about itself, not about the user's mistake.
 AGENT_REPORT = re.compile(rb"^(Traceback \(most recent|[WE]\d{4} \d\d:|\[rank\d+\]|error: )")
 WORKER_EXIT = re.compile(rb"exitcode\s*:\s*(\d+)\b")
+STOPPED = b"stopped because it was told to ("  # how a stage says that it has saved and left (stages/training/stop.py)
 WORKER_DIED = re.compile(rb"failed \(exitcode: -\d+\)")  # the first worker that failed was ended by a signal
 
 
 @dataclass
 class Outcome:
-    """How a child ended: its exit code as a shell counts it (128 + signal), wall seconds, whether we were told to stop meanwhile, and
-    whether a signal ended it or the worker of its that failed first (SIGABRT: libraries that were unloaded in the wrong order)."""
+    """How a child ended: its exit code as a shell counts it (128 + signal), wall seconds, whether we were told to stop meanwhile,
+    whether a signal ended it or the worker of its that failed first (SIGABRT: libraries that were unloaded in the wrong order), and whether
+    what told us was a time limit or a preemption (SIGUSR1, SIGTERM), which says that nothing else is to be begun either."""
 
     code: int
     seconds: float
     interrupted: bool = False
     died: bool = False
+    told: bool = False
 
 
 @dataclass
@@ -51,6 +54,7 @@ class _Stream:
     said_error: bool = False
     worker_exits: set[int] = field(default_factory=set)
     worker_died: bool = False
+    said_stopped: bool = False
     muted: bool = False
     _broken: bool = field(default=False, repr=False)
 
@@ -61,7 +65,8 @@ class _Stream:
             self.log.flush()
             self.worker_exits.update(int(code) for code in WORKER_EXIT.findall(line))
             self.worker_died |= bool(WORKER_DIED.search(line))
-            self.muted = self.muted or (bool(AGENT_REPORT.match(line)) and (self.said_error or self.stopping()))
+            self.said_stopped |= STOPPED in line
+            self.muted = self.muted or (bool(AGENT_REPORT.match(line)) and (self.said_error or self.said_stopped or self.stopping()))
             self.said_error |= line.startswith(b"error: ")
             if not self.muted:
                 self._show(line)
@@ -108,10 +113,12 @@ def run_child(
 ) -> Outcome:
     """Run `argv` in its own process group until it ends; SIGINT, SIGTERM, SIGHUP and SIGUSR1 that reach us go to the group.
 
-    A second SIGINT or SIGTERM, or `grace` seconds after the first, kills the group. Output is appended to `log_file`.
-    Returns the outcome: the child's own exit code (a stage that saves on SIGTERM says so with its code), 128 + n where signal n
-    ended it, 130 after SIGINT, and where a worker under `accelerate launch` ended with a user error or REQUEUE, that worker's code.
-    SIGUSR1 warns of a time limit: a child that ended after it without an error of the user's is to be run again, REQUEUE.
+    A second SIGINT, or `grace` seconds after the first of them but SIGUSR1, kills the group; each other signal is passed on once, for a
+    child that is saving needs to be told no more. Output is appended to `log_file`.
+    Returns the outcome: the child's own exit code, 128 + n where signal n ended it, 130 after SIGINT, and where a worker under `accelerate
+    launch` ended with a user error or REQUEUE, that worker's code. A child that was told to stop, and ended by that or through a launcher
+    that has no code for it, is to be run again: REQUEUE. After SIGUSR1, which warns of a time limit, that is so however it ended but well or with an error
+    of the user's.
     """
     log_file.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
@@ -134,17 +141,48 @@ def run_child(
         kill_group(child.pid)  # a worker that outlived its leader would hold the pipe, the port and the memory
         reader.join(timeout=10)
         code = code if code >= 0 else 128 - code
-    if signal.SIGINT in signals.received:
-        code = 128 + signal.SIGINT
-    elif code == 1 and stream.said_error and USER_ERROR in stream.worker_exits:
-        code = USER_ERROR
-    elif (code == 1 and REQUEUE in stream.worker_exits) or (code not in (0, USER_ERROR) and USR1 in signals.received):
-        code = REQUEUE
-    elif code == 1 and signal.SIGTERM in signals.received:
-        code = 128 + signal.SIGTERM  # the elastic agent's own way to end after SIGTERM
+    code = code_of(code, stream, signals.received)
     interrupted = any(number != USR1 for number in signals.received)
     died = code > 128 or (code == 1 and stream.worker_died and not stream.said_error)
-    return Outcome(code, time.monotonic() - started, interrupted, died)
+    told = any(number in (signal.SIGTERM, USR1) for number in signals.received)
+    return Outcome(code, time.monotonic() - started, interrupted, died, told)
+
+
+def code_of(code: int, stream: _Stream, received: Sequence[int]) -> int:
+    """What a child's exit code means, with what it printed and the signals that were passed on to it: see `run_child`."""
+    if signal.SIGINT in received:
+        return 128 + signal.SIGINT
+    if code == 1 and stream.said_error and USER_ERROR in stream.worker_exits:
+        return USER_ERROR
+    asked = REQUEUE in stream.worker_exits or stream.said_stopped
+    if code == 1 and (asked or signal.SIGTERM in received):  # the elastic agent's own way to end, after a worker's code or a signal to itself
+        return REQUEUE
+    if (code == 128 + signal.SIGTERM and signal.SIGTERM in received) or (code not in (0, USER_ERROR) and USR1 in received):
+        return REQUEUE
+    return code
+
+
+@contextlib.contextmanager
+def leaving_when_told() -> Iterator[None]:
+    """While no child runs, SIGTERM and SIGUSR1 end this process with REQUEUE, as they end a child; to be entered in the main thread."""
+
+    def leave(*_: object) -> None:
+        raise SystemExit(REQUEUE)
+
+    numbers = [number for number in (signal.SIGTERM, USR1) if number is not None]
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, leave) for number in numbers} if main else {}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def kill_running() -> None:
+    """SIGKILL the children that run: those that were told to stop and wait for processes that are gone."""
+    for signals in list(_running):
+        signals.kill()
 
 
 def kill_group(group: int) -> None:
@@ -164,11 +202,13 @@ class _Signals:
         self._timer: threading.Timer | None = None
 
     def __enter__(self) -> _Signals:
+        _running.append(self)
         if threading.current_thread() is threading.main_thread():
             self._old = {number: signal.signal(number, self._forward) for number in FORWARDED}
         return self
 
     def __exit__(self, *_: object) -> None:
+        _running.remove(self)
         if self._timer is not None:
             self._timer.cancel()
         for number, handler in self._old.items():
@@ -180,13 +220,20 @@ class _Signals:
             self._send(number)
 
     def _forward(self, number: int, _frame: FrameType | None) -> None:
-        again = number in (signal.SIGINT, signal.SIGTERM) and any(n in self.received for n in (signal.SIGINT, signal.SIGTERM))
+        again = number in self.received
         self.received.append(number)
-        self._send(signal.SIGKILL if again else number)
+        if not again:
+            self._send(number)
+        elif number == signal.SIGINT:
+            self.kill()
         if self._timer is None and number != USR1:
-            self._timer = threading.Timer(self.grace, self._send, [signal.SIGKILL])
+            self._timer = threading.Timer(self.grace, self.kill)
             self._timer.daemon = True
             self._timer.start()
+
+    def kill(self) -> None:
+        """End the child and all below it."""
+        self._send(signal.SIGKILL)
 
     def _send(self, number: int) -> None:
         if self._group is None:
@@ -195,6 +242,9 @@ class _Signals:
             kill_descendants(self._group)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._group, number)
+
+
+_running: list[_Signals] = []
 
 
 def kill_descendants(pid: int) -> None:

@@ -76,7 +76,8 @@ def run_stage(args: argparse.Namespace) -> int:
 
 
 def _start(command: Any, record: dict[str, Any], cfg: Any, as_json: bool, nodes: Nodes) -> int:
-    from launch.process import run_child
+    from configs.exit_codes import REQUEUE
+    from launch.process import leaving_when_told, run_child
 
     print(command.typed, file=sys.stderr if as_json else sys.stdout, flush=True)
     stage = record["stage"]
@@ -85,14 +86,15 @@ def _start(command: Any, record: dict[str, Any], cfg: Any, as_json: bool, nodes:
     if nodes.count > 1:
         _meet(nodes, command, record, cfg)
     env = command.environment(**({"ALIGN_RENDEZVOUS_TIMEOUT": str(nodes.timeout)} if nodes.count > 1 else {}))
-    outcome = run_child(command.argv, env, log_file, prefix=stage, to_stderr=as_json)
+    with leaving_when_told():
+        outcome = run_child(command.argv, env, log_file, prefix=stage, to_stderr=as_json)
     after = _newest(cfg, stage) if outcome.code == 0 or outcome.died else None
     published = after if after != before else None
     code = outcome.code
     if published and outcome.died and not outcome.interrupted:
         print(died_after_publishing(stage, published, log_file), file=sys.stderr)
         code = 0
-    if nodes.count > 1 and code not in (0, 2) and not outcome.interrupted:
+    if nodes.count > 1 and code not in (0, 2, REQUEUE) and not outcome.interrupted:
         print(f"error: {stage} ended with exit code {code} on node {nodes.rank} of {nodes.count}; its log: {log_file}; another node may have failed first, see the logs beside it", file=sys.stderr)
     if as_json:
         print(json.dumps({**record, "log": str(log_file), "exit_code": code, "seconds": round(outcome.seconds, 1), "checkpoint": published}))

@@ -23,7 +23,7 @@ from launch.chain.team import Follower, Leader
 from launch.command import Command, load_machine, python_command, stage_command
 from launch.meeting import connect, versions
 from launch.nodes import Nodes
-from launch.process import run_child
+from launch.process import leaving_when_told, run_child
 from launch.stage_cli import died_after_publishing
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def run_chain(
     if dry_run:
         show_plan(chain, plan, command_for, as_json)
         return 0
-    with ChainLock(chain.output) as lock:
+    with ChainLock(chain.output) as lock, leaving_when_told():
         again = " ".join(["align run", chain_file, *overrides])
         team = Leader(nodes, connect(nodes, about(chain) if nodes.count > 1 else {}))
         code = 1
@@ -64,6 +64,9 @@ def run_chain(
             code = Runner(chain, plan, command_for, lock, as_json, again, team).run()
         except UserError:
             code = 2
+            raise
+        except SystemExit:  # told to stop between two steps
+            code = REQUEUE
             raise
         finally:
             team.close(code)
@@ -143,7 +146,7 @@ class Runner:
         self, chain: Any, plan: list[Decision], command_for: CommandFor, lock: ChainLock, as_json: bool, again: str, team: Leader | None = None
     ) -> None:
         self.chain, self.plan, self.command_for, self.lock, self.again = chain, plan, command_for, lock, again
-        self.as_json = as_json
+        self.as_json, self.told = as_json, False
         self.team = team or Leader(Nodes(), {})
         self.decider = Decider(chain)
         self.progress = Progress(chain.output / "chain.json", plan, sys.stderr if as_json else sys.stdout)
@@ -162,6 +165,9 @@ class Runner:
             code = self._run_step(decision)
             if code:
                 return code
+            if self.told and number + 1 < len(self.plan):
+                print(f"{decision.step.name} is done, and nothing else is begun, for the chain was told to stop; to continue: {self.again}", file=sys.stderr)
+                return REQUEUE
         return self._finish()
 
     def _run_step(self, decision: Decision) -> int:
@@ -184,11 +190,12 @@ class Runner:
             )  # fmt: skip
         if step.kind == "stage":
             self.team.ended(step.name)
+        self.told = outcome.told
         made = self._made(decision) if step.kind == "stage" else []
         new = [checkpoint for checkpoint in made if checkpoint.id not in before]
         if outcome.died and new and not outcome.interrupted:
             print(died_after_publishing(step.name, new[-1].ref, log), file=sys.stderr)
-        elif outcome.code or outcome.interrupted:
+        elif outcome.code or (outcome.interrupted and not outcome.told):
             return self._failed(step, outcome.code or 130, outcome.interrupted, log)
         checkpoint = self._published(decision, made, log) if step.kind == "stage" else None
         self.decider.done(step, checkpoint)

@@ -21,8 +21,9 @@ from launch.chain.steps import stage_of, trains
 from launch.command import Command, load_machine, stage_command
 from launch.meeting import hear, say
 from launch.nodes import Nodes
-from launch.process import run_child
+from launch.process import kill_running, run_child
 
+GONE_SECONDS = 10.0  # that a stage gets to end by itself once a node is gone
 CommandOf = Callable[[str, Path, str, int | None], Command]
 
 
@@ -145,6 +146,9 @@ def has_gone(connection: socket.socket) -> bool:
 
 
 def stop(why: str) -> None:
-    """Stop the stage that runs here, whose processes would wait for those of a node that has gone."""
+    """Stop the stage that runs here, whose processes would wait for those of a node that has gone: they cannot agree on a step to save after."""
     print(f"error: {why}; stopping", file=sys.stderr, flush=True)
     os.kill(os.getpid(), signal.SIGTERM)  # run_child passes it on
+    last = threading.Timer(GONE_SECONDS, kill_running)
+    last.daemon = True
+    last.start()

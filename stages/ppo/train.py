@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -27,6 +28,7 @@ from stages.ppo.modules import POLICY
 from stages.ppo.optimizer import set_learning_rate
 from stages.ppo.prompts import check_scorers_read, load_evaluation, load_prompts, row_limit
 from stages.ppo.ptx import Mix, load_mix
+from stages.ppo.told import Told
 from stages.ppo.update import MAX_GAP, SamplerDiffersError, update_policy
 from stages.ppo.watch import Outcome, Watch
 from stages.ppo.zero.engines import Zero, zero_of_machine
@@ -113,10 +115,14 @@ def train(
     watch = Watch(cfg, accelerator, built, tokens, chosen, store=store, logs=logs, saved=position.monitor, average=average)
     watch.begin(position.iteration)
     began, first = time.monotonic(), position.iteration
+    told = Told(position.iteration, cfg.train.iterations)
     while position.iteration < cfg.train.iterations and not watch.stopped:
         iteration = position.iteration
+        told.begin(iteration)
         set_learning_rate(optimizer, cfg, iteration)
-        metrics, kl_coef = run_iteration(cfg, accelerator, built, engine, optimizer, prompts, tokens, iteration, position.kl_coef, mix)
+        save = partial(store.save, position, {"ema": average.tensors} if average else {})
+        collected = partial(told.between_phases, iteration, save)
+        metrics, kl_coef = run_iteration(cfg, accelerator, built, engine, optimizer, prompts, tokens, iteration, position.kl_coef, mix, collected)
         left = (time.monotonic() - began) / (iteration + 1 - first) * (cfg.train.iterations - iteration - 1)
         evaluated, text = watch.look(iteration + 1)
         position = state.Position(iteration + 1, kl_coef, watch.record())
@@ -124,24 +130,25 @@ def train(
         logs.add(iteration + 1, metrics)
         say("\n".join([report.line(iteration, cfg, metrics, left), *filter(None, [text]), *(f"warning: {finding}" for finding in started)]))
         save = partial(store.save, position, {"ema": average.tensors} if average else {})
-        if position.iteration % cfg.train.save_every == 0 and position.iteration < cfg.train.iterations:  # the last one is published instead
-            save()
         if cfg.health.action == "stop":
             health.stop(from_rank_0("health checks", partial(list, started)), save)
+        told.end(position.iteration, save, due=position.iteration % cfg.train.save_every == 0 and position.iteration < cfg.train.iterations)
+    told.finish()
     outcome = watch.conclude(position.iteration)
     return outcome, logs.of(outcome.iteration)
 
 
 def run_iteration(
     cfg: PPOStage, accelerator: Any, built: PPOModels, engine: Engine, optimizer: Any, prompts: PromptSet, tokens: ModelTokens, iteration: int,
-    kl_coef: float, mix: Mix | None = None,
+    kl_coef: float, mix: Mix | None = None, collected: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, float], float]:  # fmt: skip
-    """One iteration in the paper's order. Returns its metrics and the KL coefficient of the next one."""
+    """One iteration in the paper's order. Returns its metrics and the KL coefficient of the next one. `collected` is called once the rollout is."""
     clock, scorer = Clock(), built.scorer
     rollout = collect_rollout(
         built.trained, built.reference, scorer, prompts, cfg, accelerator, engine=engine, iteration=iteration, tokens=tokens,
         clock=clock,
     )  # fmt: skip
+    collected()
     experience, rewards = experience_of(rollout, cfg, kl_coef=kl_coef, mean=scorer.mean, std=scorer.std)
     started = time.monotonic()
     if cfg.train.gradient_checkpointing:

@@ -17,6 +17,7 @@ from stages.training.plan import Plan, row_order
 from stages.training.progress import NAMES, Progress
 from stages.training.ranks import say
 from stages.training.resume import SealSaves
+from stages.training.stop_trainer import StopWhenTold
 
 Rows = list[dict[str, Any]]
 
@@ -75,7 +76,7 @@ def build(
     callbacks = [Progress(stage, plan, folder / "metrics.jsonl"), StopAtNonFinite(trainer), SealSaves(trainer)]
     if cfg.train.early_stopping_patience:
         callbacks.append(StopEarly(cfg.train.early_stopping_patience, say))
-    for callback in callbacks:
+    for callback in [*callbacks, StopWhenTold()]:
         trainer.add_callback(callback)
     return trainer
 

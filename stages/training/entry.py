@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from configs.errors import UserError
+from stages.training import stop
 from stages.training.ranks import from_rank_0, rank, say
 from stages.zero.leave import leave
 
@@ -23,7 +24,7 @@ GRACE_SECONDS = 10.0  # for rank 0 to print its message before the launcher ends
 
 
 def run(main: Callable[[Any], None], kind: str, argv: Sequence[str] | None = None) -> None:
-    """Parse `--config FILE [key=value ...]`, run `main`, and leave with code 0 or, after a UserError, 2.
+    """Parse `--config FILE [key=value ...]`, run `main`, and leave with code 0, after a UserError 2, or told to stop 85 (stages/training/stop.py).
 
     A UserError is printed by rank 0 alone. Other ranks wait a little first: an early exit of theirs would make the
     launcher end rank 0 before it has printed. A rank that fails alone prints for itself.
@@ -32,6 +33,7 @@ def run(main: Callable[[Any], None], kind: str, argv: Sequence[str] | None = Non
     parser.add_argument("--config", required=True, metavar="FILE", help="the stage's YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the file's, such as train.epochs=2")
     arguments = parser.parse_args(argv)
+    stop.listen()
     end_with_the_launcher()
     try:
         from configs.load import load
@@ -50,6 +52,7 @@ def run(main: Callable[[Any], None], kind: str, argv: Sequence[str] | None = Non
         print(f"error: {error}" if rank() == 0 else f"error: [rank {rank()}] {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     finally:
+        stop.mode(stop.Mode.LEAVING)
         leave(sys.exc_info()[1])
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from configs.errors import UserError
+from configs.exit_codes import REQUEUE
 from launch.chain.lock import start_time
 from tests.chain.fakes import World
 
@@ -264,7 +265,7 @@ def test_an_interrupted_stage_whose_config_changed_starts_anew_and_the_old_state
     assert (world.out / "previous" / "reward" / "resume").read_text() == "40"
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, REQUEUE)])
 def test_signals_end_the_stage_and_the_chain(world, number, code):
     world.behave(reward="hang")
     run, stage = _start(world)
