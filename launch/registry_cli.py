@@ -1,4 +1,4 @@
-"""`align registry list|show|verify|lineage|alias`: what was published, whether it is whole, and where it came from.
+"""`align registry …`: what was published, whether it is whole, where it came from, and what may go.
 
 Exit codes: 0 fine; 1 `verify` found problems; 2 something the user can mend. Nothing heavy is imported before a command runs.
 """
@@ -9,10 +9,13 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.errors import UserError
+from launch.registry import collect
+from launch.registry.output import print_json, size, table
 
 if TYPE_CHECKING:
     from stages.registry import Checkpoint, Registry
@@ -22,7 +25,7 @@ FORMS = "sft/demo, sft/demo@3, sft/demo@latest, sft/demo@best:METRIC, sft/demo@A
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add `registry` and its commands to the parser of `align`."""
-    parser = subparsers.add_parser("registry", help="list, show, verify and name checkpoints", description=__doc__.splitlines()[0])
+    parser = subparsers.add_parser("registry", help="list, verify, name, collect, import and export checkpoints", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands", required=True)
 
     command = _command(commands, "list", run_list, "list the checkpoints")
@@ -43,6 +46,34 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     command.add_argument("alias", nargs="?", metavar="ALIAS", help="such as production; without REF its history is shown")
     command.add_argument("ref", nargs="?", metavar="REF", help="point the alias here (checked deeply first)")
     command.add_argument("--expect", metavar="REF", help="only if it points there now ('' = only if it does not exist yet)")
+    command.add_argument("--rollback", action="store_true", help="point it at where it pointed before its newest move; once more for the one before")
+    command.add_argument("--history", action="store_true", help="show where it pointed, oldest first (also what ALIAS alone does)")
+
+    _add_collection(commands)
+
+
+def _add_collection(commands: Any) -> None:
+    command = _command(commands, "gc", collect.run_gc, "show which checkpoints no rule keeps, or with --apply move them to the trash")
+    command.add_argument("family", nargs="?", metavar="STAGE[/NAME]", help="only this stage, or only this name (default: all)")
+    command.add_argument("--keep", type=int, default=3, metavar="K", help="newest sound checkpoints of each name that stay (default: 3)")
+    command.add_argument("--best", action="append", default=[], metavar="METRIC", help="the best by this metric stays too; may be repeated")
+    command.add_argument("--grace", type=duration, default=timedelta(days=7), metavar="TIME", help="how long the trash is kept: 7d (default), 12h, 30m or 0")
+    command.add_argument("--apply", action="store_true", help="do it; without this only the plan is shown")
+
+    command = _command(commands, "restore", collect.run_restore, "bring a checkpoint back from the trash")
+    command.add_argument("ref", nargs="?", metavar="ID", help="its id, or STAGE/NAME@VERSION; what the trash holds is listed when left out")
+
+
+def duration(text: str) -> timedelta:
+    """7d, 12h, 30m, 45s or 0 as a time span."""
+    units = {"d": "days", "h": "hours", "m": "minutes", "s": "seconds"}
+    number, unit = (text[:-1], text[-1]) if text[-1:] in units else (text, "")
+    try:
+        if float(number) >= 0 and (unit or float(number) == 0):
+            return timedelta(**{units[unit or "s"]: float(number)})
+    except (ValueError, OverflowError):
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is no time; write a number and d, h, m or s, such as 7d or 12h")
 
 
 def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], int], line: str) -> argparse.ArgumentParser:
@@ -67,11 +98,11 @@ def run_list(args: argparse.Namespace) -> int:
     names = _aliases(registry, found)
     if args.json:
         rows = [{**_summary(item), "aliases": names.get(item.id, [])} for item in found]
-        _print_json({"checkpoints": rows, "damaged": {key: str(item) for key, item in damaged.items()}})
+        print_json({"checkpoints": rows, "damaged": {key: str(item) for key, item in damaged.items()}})
     elif found:
         head = ("REF", "CREATED", "SIZE", "ALIASES", "MADE FROM", "ID")
         body = [
-            (item.ref, item.manifest["created"], _size(item.size), ", ".join(names.get(item.id, [])), _made_from(item), item.id)
+            (item.ref, item.manifest["created"], size(item.size), ", ".join(names.get(item.id, [])), _made_from(item), item.id)
             for item in found
         ]  # fmt: skip
         print("\n".join(table([head, *body])))
@@ -89,7 +120,7 @@ def run_show(args: argparse.Namespace) -> int:
     aliases = _aliases(registry, [checkpoint]).get(checkpoint.id, [])
     results = registry.evaluations(checkpoint)
     if args.json:
-        _print_json({**checkpoint.manifest, "path": str(checkpoint.path), "aliases": aliases, "evaluations": results})
+        print_json({**checkpoint.manifest, "path": str(checkpoint.path), "aliases": aliases, "evaluations": results})
         return 0
     facts = checkpoint.manifest
     code = facts["code"]
@@ -99,7 +130,7 @@ def run_show(args: argparse.Namespace) -> int:
         ("id", checkpoint.id),
         ("created", facts["created"]),
         ("model", str(checkpoint.model_dir)),
-        ("size", f"{_size(checkpoint.size)} in {len(facts['files'])} files"),
+        ("size", f"{size(checkpoint.size)} in {len(facts['files'])} files"),
         ("made from", _made_from(checkpoint)),
         ("code", f"align-stack {code['version']}{sha}, python {facts['python']}"),
         ("libraries", ", ".join(f"{key} {item}" for key, item in facts["libraries"].items())),
@@ -122,7 +153,7 @@ def run_verify(args: argparse.Namespace) -> int:
     problems = {label: registry.verify(ref, args.deep) for label, ref in asked.items()}
     if args.json:
         rows = {label: [vars(problem) for problem in found] for label, found in problems.items()}
-        _print_json({"deep": args.deep, "sound": not any(problems.values()), "checkpoints": rows})
+        print_json({"deep": args.deep, "sound": not any(problems.values()), "checkpoints": rows})
     else:
         for label, found in problems.items():
             print(f"{label}: {'damaged' if found else 'sound'} ({'contents' if args.deep else 'manifest, files and sizes'} checked)")
@@ -137,7 +168,7 @@ def run_lineage(args: argparse.Namespace) -> int:
     """The tree of parents."""
     tree = _open(args).lineage(args.ref)
     if args.json:
-        _print_json(tree.to_json())
+        print_json(tree.to_json())
     else:
         print(tree.render())
     return 0
@@ -146,13 +177,23 @@ def run_lineage(args: argparse.Namespace) -> int:
 def run_alias(args: argparse.Namespace) -> int:
     """The aliases of a name, the history of one, or a move of one."""
     registry = _open(args)
+    if args.rollback:
+        _check_rollback(args)
+        checkpoint = registry.rollback_alias(args.family, args.alias)
+        moved = {"alias": f"{args.family}@{args.alias}", "ref": checkpoint.ref, "id": checkpoint.id}
+        print_json(moved) if args.json else print(f"{moved['alias']} points at {checkpoint.ref} ({checkpoint.id}) again")
+        return 0
     if args.ref is not None:
         checkpoint = registry.set_alias(args.family, args.alias, args.ref, args.expect)
         moved = {"alias": f"{args.family}@{args.alias}", "ref": checkpoint.ref, "id": checkpoint.id}
-        _print_json(moved) if args.json else print(f"{moved['alias']} points at {checkpoint.ref} ({checkpoint.id})")
+        print_json(moved) if args.json else print(f"{moved['alias']} points at {checkpoint.ref} ({checkpoint.id})")
         return 0
+    if args.history and args.alias is None:
+        raise UserError("--history needs an alias: align registry alias STAGE/NAME ALIAS --history")
     if args.expect is not None:
         raise UserError("--expect goes with a move; name the checkpoint too: align registry alias STAGE/NAME ALIAS REF --expect REF")
+    rows: list[tuple[str, ...]]
+    head: tuple[str, ...]
     if args.alias is None:
         now = {alias: registry.alias_history(args.family, alias)[-1] for alias in registry.aliases(args.family)}
         rows = [(f"{args.family}@{alias}", entry["ref"], entry["created"], entry["id"]) for alias, entry in now.items()]
@@ -161,19 +202,21 @@ def run_alias(args: argparse.Namespace) -> int:
         value = registry.alias_history(args.family, args.alias)
         if not value:
             raise UserError(f"{args.family} has no alias {args.alias!r} in {args.registry}; see: align registry alias {args.family}")
-        rows = [(str(entry["number"]), entry["ref"], entry["created"], entry["id"]) for entry in value]
-        head, nothing = ("MOVE", "TO", "AT", "ID"), ""
+        rows = [
+            (str(entry["number"]), entry["ref"], entry["created"], entry["id"], f"rollback of {entry['undoes']}" if "undoes" in entry else "")
+            for entry in value
+        ]  # fmt: skip
+        head, nothing = ("MOVE", "TO", "AT", "ID", ""), ""
     if args.json:
-        _print_json(value)
+        print_json(value)
     else:
         print("\n".join(table([head, *rows])) if rows else nothing)
     return 0
 
 
-def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of text as lines with aligned columns."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+def _check_rollback(args: argparse.Namespace) -> None:
+    if args.alias is None or args.ref is not None or args.expect is not None:
+        raise UserError("--rollback takes a name and an alias and nothing else: align registry alias STAGE/NAME ALIAS --rollback")
 
 
 def _aliases(registry: Registry, checkpoints: Sequence[Checkpoint]) -> dict[str, list[str]]:
@@ -199,17 +242,5 @@ def _made_from(checkpoint: Checkpoint) -> str:
     return ", ".join(dict.fromkeys(parent.get("ref") or parent.get("source") or "?" for parent in parents)) or "-"
 
 
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} GiB"
-
-
 def _short(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, ensure_ascii=False, indent=2))

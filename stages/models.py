@@ -19,6 +19,7 @@ from configs.schema import Lora
 from stages.compat import never_split
 from stages.dropout import without_dropout
 from stages.registry import Checkpoint, Parent, Registry
+from stages.registry.leases import Held
 from stages.zero import gather
 
 if TYPE_CHECKING:
@@ -46,6 +47,14 @@ class Origin:
     def ancestors(self) -> Sequence[Checkpoint]:
         """The published checkpoints that this is and descends from, itself first; none for a model from outside."""
         return self.registry.ancestors(self.checkpoint) if self.checkpoint and self.registry else []
+
+    def lease(self, purpose: str) -> Held | None:
+        """Keep gc from moving a published checkpoint while this process runs, or until the lease is given back.
+
+        Raises:
+            UserError: it was removed since it was found.
+        """
+        return self.registry.lease(self.checkpoint, purpose) if self.checkpoint and self.registry else None
 
     def parent(self, role: str) -> Parent:
         """The lineage entry of this origin."""

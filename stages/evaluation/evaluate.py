@@ -38,6 +38,7 @@ def evaluate(cfg: EvalConfig, say: Callable[[str], None] = lambda line: None) ->
     origins = {label: models.find(asked, cfg.registry, stages=POLICIES) for label, asked in cfg.checkpoints.items()}
     check_split(origins.values(), cfg)
     chosen = choose_prompts(cfg)
+    held = [origin.lease("align eval measures it") for origin in (*origins.values(), *scorer_origins(cfg))]
     models.verify(*origins.values(), *scorer_origins(cfg))
     _check_files(cfg)
     readers = {label: load_reader(label, origin, cfg.template) for label, origin in origins.items()}
@@ -56,6 +57,8 @@ def evaluate(cfg: EvalConfig, say: Callable[[str], None] = lambda line: None) ->
     if cfg.output is not None:
         write(cfg.output, result, measured, prompts)
     _record(result, origins)
+    for lease in filter(None, held):
+        lease.give_back()  # after an error, when the process ends
     return result
 
 

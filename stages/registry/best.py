@@ -61,6 +61,17 @@ def pick(family: str, metric: str, evaluations: Mapping[int, list[dict[str, Any]
     return max(values, key=lambda version: (sign * values[version], version))
 
 
+def best_of_each_set(metric: str, evaluations: Mapping[int, list[dict[str, Any]]]) -> dict[str, int]:
+    """Evaluation set -> the best version on it, by each version's newest result there. Numbers from different sets are not compared."""
+    values: dict[str, dict[int, float]] = {}
+    for version, results in evaluations.items():
+        for result in results:
+            if (value := metric_value(result, metric)) is not None:
+                values.setdefault(result["eval_set"], {})[version] = value
+    sign = -1 if lower_is_better(metric) else 1
+    return {name: max(found, key=lambda version: (sign * found[version], version)) for name, found in values.items()}
+
+
 def _names(result: Mapping[str, Any]) -> list[str]:
     place = result.get("metrics") if isinstance(result.get("metrics"), Mapping) else result
     assert place is not None

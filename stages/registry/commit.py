@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
+from stages.registry.holder import staging_name
 from stages.registry.integrity import walk
 from stages.registry.manifest import MANIFEST, MODEL
 from stages.registry.sealing import hash_file, seal
@@ -47,7 +48,7 @@ def commit(
     and returns the manifest's content; `holders` finds older files to share. Whatever any of them raises, the staging folder is removed.
     Raises UserError for a full disk, missing permission, an empty folder, links and pickles in it.
     """
-    staging, final = folder / f".tmp-{checkpoint_id}", folder / checkpoint_id
+    staging, final = folder / staging_name(checkpoint_id), folder / checkpoint_id
     try:
         os.mkdir(staging)
         model_dir = staging / MODEL

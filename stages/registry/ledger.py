@@ -9,12 +9,12 @@ from __future__ import annotations
 import errno
 import os
 import re
-import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
+from stages.registry.holder import draft_name
 from stages.registry.sealing import seal, unseal
 from stages.registry.storage import durable_mkdir, fsync_dir, write_exclusive
 
@@ -59,7 +59,7 @@ def append(folder: Path, body: Callable[[int], dict[str, Any]], floor: int = 0) 
 
 def link_new(path: Path, content: bytes) -> bool:
     """Create `path` whole and durable unless it exists; False when it does."""
-    draft = path.parent / f".tmp-{secrets.token_hex(8)}"
+    draft = path.parent / draft_name()
     try:
         write_exclusive(draft, content)
         os.link(draft, path)

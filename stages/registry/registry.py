@@ -5,7 +5,8 @@ ROOT/checkpoints/<id>/{manifest.json, model/}                  immutable; resume
 ROOT/versions/<stage>/<name>/<number>.json                     which checkpoint claimed which version number
 ROOT/aliases/<stage>/<name>/<alias>/<number>.json              the highest number is where the alias points
 ROOT/evaluations/<id>/<number>.json                            results, oldest first
-ROOT/trash/ ROOT/leases/                                       reserved
+ROOT/trash/<id>/ ROOT/trash/records/<id>/<number>.json         what gc moved away, and when
+ROOT/leases/<id>/<lease id>.json                               which running jobs use a checkpoint
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from configs.errors import UserError
-from stages.registry import ledger
+from stages.registry import aliases, leases, ledger, trash
 from stages.registry.best import pick
 from stages.registry.commit import commit
 from stages.registry.contract import check_finite, check_stage
@@ -27,14 +28,12 @@ from stages.registry.manifest import Checkpoint, Parent
 from stages.registry.names import (
     FORMS,
     Reference,
-    check_alias,
     check_name,
     did_you_mean,
     is_id,
     new_id,
     now,
     parse,
-    split_family,
 )
 from stages.registry.provenance import provenance
 from stages.registry.sealing import plain
@@ -98,6 +97,9 @@ class Registry:
         )
         published = read_checkpoint(path)
         assert isinstance(published, Checkpoint), published
+        for parent in parents:  # gc, which moves first and looks for children then, may not have seen this one
+            if parent.id is not None:
+                self._recall(parent.id, f"{published.ref} was made from it")
         return published
 
     def _relatives(self, stage: str, name: str, parents: Sequence[Parent]) -> Sequence[Checkpoint]:
@@ -228,7 +230,9 @@ class Registry:
         if asked.kind == "alias":
             return self._alias_target(asked, versions)
         if int(asked.value) not in versions:
-            raise UserError(f"{asked.family} has no version {asked.value} in {self.root}; it has {_some(versions)}")
+            waits = trash.find(self.root, f"{asked.family}@{asked.value}")
+            hint = f"; it lies in the trash: align registry restore {asked.family}@{asked.value} --registry {self.root}" if waits else ""
+            raise UserError(f"{asked.family} has no version {asked.value} in {self.root}{hint}; it has {_some(versions)}")
         return versions[int(asked.value)]
 
     def _families(self) -> Names:
@@ -250,67 +254,81 @@ class Registry:
         expect: move it only from there: the reference it must point at now, or "" when it must not exist yet.
         Raises UserError, also when another process moved it meanwhile.
         """
-        stage, name = split_family(family)
-        check_alias(alias)
-        target = self.resolve(ref)
-        if (target.stage, target.name) != (stage, name):
-            raise UserError(f"{family}@{alias} can only point at a version of {family}; {ref} is {target.ref}")
-        if problems := self.verify(target.id, deep=True):
-            raise UserError(f"{target.ref} is damaged, {family}@{alias} was not moved: {problems[0]}")
-        wanted = self._locate(expect) if expect else expect
-        folder = self.root / "aliases" / stage / name / alias
+        return aliases.move(self, family, alias, ref, expect)
 
-        def entry(number: int) -> dict[str, Any]:
-            here = ledger.read(folder, number - 1)["id"] if number > 1 else ""
-            if wanted is not None and wanted != here:
-                raise UserError(
-                    f"{family}@{alias} was not moved: it points at {self._name(here)}, expected {expect or 'no alias yet'}"
-                )
-            facts = {"alias": alias, "id": target.id, "ref": target.ref, "manifest_hash": target.manifest_hash}
-            return {**facts, "previous": here, "created": now()}
+    def rollback_alias(self, family: str, alias: str) -> Checkpoint:
+        """Point an alias at where it pointed before its newest move that was not rolled back; the rollback is kept in the history too.
 
-        try:
-            ledger.append(folder, entry)
-        except OSError as error:
-            if told := storage_error(error, f"moving {family}@{alias}"):
-                raise told from error
-            raise
-        return target
+        Raises UserError: there is nothing before, it is damaged or gone, another process moved the alias meanwhile.
+        """
+        return aliases.rollback(self, family, alias)
 
-    def alias_history(self, family: str, alias: str) -> Records:
-        """Where an alias pointed, oldest first: {"number", "id", "ref", "created", "previous", …}."""
-        stage, name = split_family(family)
-        folder = self.root / "aliases" / stage / name / check_alias(alias)
-        return [{"number": number, **ledger.read(folder, number)} for number in ledger.numbers(folder)]
+    def id_of(self, ref: str) -> str:
+        """The id a reference means; unlike `resolve` this checks nothing. Raises UserError."""
+        return self._locate(ref)
 
-    def aliases(self, family: str) -> dict[str, str]:
-        """Alias -> id of the checkpoint it points at."""
-        stage, name = split_family(family)
-        folder = self.root / "aliases" / stage / name
-        names = sorted(os.listdir(folder)) if folder.is_dir() else []
-        heads = {alias: ledger.numbers(folder / alias) for alias in names}
-        return {alias: ledger.read(folder / alias, there[-1])["id"] for alias, there in heads.items() if there}
-
-    def _name(self, checkpoint_id: str) -> str:
+    def ref_of(self, checkpoint_id: str) -> str:
+        """sft/demo@3 for an id; the id where it is not there; "nothing" for ""."""
         item = self._load(checkpoint_id) if checkpoint_id else None
         return item.ref if isinstance(item, Checkpoint) else checkpoint_id or "nothing"
 
+    def rollback_target(self, family: str, alias: str) -> str | None:
+        """The id that a rollback would point at; None when there is none."""
+        return aliases.rollback_target(self, family, alias)
+
+    def alias_history(self, family: str, alias: str) -> Records:
+        """Where an alias pointed, oldest first: {"number", "id", "ref", "created", "previous", …}; "undoes" in a rollback."""
+        return aliases.history(self, family, alias)
+
+    def aliases(self, family: str) -> dict[str, str]:
+        """Alias -> id of the checkpoint it points at."""
+        return aliases.targets(self, family)
+
     def _alias_target(self, asked: Reference, versions: Mapping[int, str]) -> str:
-        aliases = self.aliases(asked.family)
-        if asked.value not in aliases:
-            known = sorted(aliases)
+        found = self.aliases(asked.family)
+        if asked.value not in found:
+            known = sorted(found)
             there = f"aliases {', '.join(known)}; " if known else "no alias; "
             to_set = f" To set it: align registry alias {asked.family} {asked.value} REF"
             raise UserError(
                 f"{asked.family} has no alias {asked.value!r} in {self.root}; it has {there}{_some(versions)}."
                 f"{did_you_mean(asked.value, [*known, 'latest', 'best']) or to_set}"
             )
-        if aliases[asked.value] not in versions.values():
+        if found[asked.value] not in versions.values() and not self._recall(found[asked.value], f"{asked.family}@{asked.value} points at it"):
             raise UserError(
-                f"{asked.family}@{asked.value} points at {aliases[asked.value]}, which is not in {self.root} any more. "
+                f"{asked.family}@{asked.value} points at {found[asked.value]}, which is not in {self.root} any more. "
                 f"Move it: align registry alias {asked.family} {asked.value} REF; it has {_some(versions)}"
             )
-        return aliases[asked.value]
+        return found[asked.value]
+
+    # ---- what gc moves, and what keeps it from moving
+
+    def lease(self, checkpoint: Checkpoint, purpose: str) -> leases.Held | None:
+        """Hold a checkpoint until the lease is given back or this process ends; None, and a warning, in a registry that can't be written.
+
+        Raises UserError when the checkpoint was purged meanwhile.
+        """
+        held = leases.take_if_possible(self.root, [checkpoint.id], purpose)
+        if not self._recall(checkpoint.id, f"in use: {purpose}"):
+            raise UserError(f"{checkpoint.ref} ({checkpoint.id}) was removed from {self.root} meanwhile; name another version")
+        return held
+
+    def restore(self, ref: str) -> Checkpoint:
+        """Bring a checkpoint back from the trash, named by its id or as stage/name@version. Raises UserError."""
+        checkpoint_id = trash.find(self.root, ref) or ref
+        if not (is_id(checkpoint_id) and self._recall(checkpoint_id, "restored")):
+            there = ", ".join(item.ref for item in trash.trashed(self.root))
+            raise UserError(f"{ref} is not in the trash of {self.root}; {f'it holds {there}' if there else 'it is empty'}")
+        return self.resolve(checkpoint_id)
+
+    def _recall(self, checkpoint_id: str, why: str) -> bool:
+        """Bring a checkpoint back if gc has moved it; whether it is in its place."""
+        try:
+            return trash.bring_back(self.root, checkpoint_id, why)
+        except OSError as error:
+            if told := storage_error(error, f"bringing {checkpoint_id} back from the trash"):
+                raise told from error
+            raise
 
     # ---- evaluations
 

@@ -139,3 +139,11 @@ def check_room(folder: Path, need: int) -> None:
             f"{(need + ROOM_RESERVE) / 2**20:.0f} MiB. Free some room or choose another registry folder. "
             "Nothing was published."
         )
+
+
+def durable_move(source: Path, target: Path) -> None:
+    """Rename a folder whose new name must be free; both parents are synced, so that a power cut leaves it at one of the two. Raises OSError."""
+    os.rename(source, target)
+    fsync_dir(target.parent)
+    if source.parent != target.parent:
+        fsync_dir(source.parent)

@@ -46,6 +46,8 @@ def check(cfg: StageConfig, stage: str, *origins: models.Origin) -> None:
     def on_rank_0() -> None:
         check_writable(output_folder(cfg, stage))
         Registry(cfg.registry).check_publishable(f"{stage}/{cfg.name}")
+        for origin in {origin.identity: origin for origin in origins}.values():
+            origin.lease(f"{stage}/{cfg.name} trains from it")  # given back when this process ends
         split = Splitter(cfg.split).facts()
         for origin in origins if "split" not in cfg.allow_changed else ():
             contract.check_split(origin.ancestors(), split, "allow it with allow_changed: [split] if these prompts are new to it")

@@ -1,0 +1,167 @@
+"""Trash: where gc moves checkpoints, from which anybody brings them back, and which is emptied after a time of grace.
+
+ROOT/trash/<id>/                         a checkpoint as it was published
+ROOT/trash/records/<id>/<number>.json    what happened to it: trashed (why), restored, purged; its time of grace begins with the record
+
+Who moves a checkpoint here looks afterwards whether something refers to it; who makes something refer to a checkpoint (an alias, a
+lease, a child) looks afterwards whether it is still in its place. So of two that act at once, at least one sees the other and moves it back.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Container, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from configs.errors import UserError
+from stages.registry import ledger
+from stages.registry.holder import draft_name, is_leftover
+from stages.registry.integrity import read_checkpoint
+from stages.registry.manifest import Checkpoint
+from stages.registry.names import is_id, now
+from stages.registry.storage import durable_mkdir, durable_move
+
+RECORDS = "records"
+PURGED = ".purged-"  # before the id: what is being deleted
+
+
+@dataclass(frozen=True)
+class Trashed:
+    """A checkpoint in the trash. `since`: when its newest record says so; None when no record does (gc then writes one)."""
+
+    id: str
+    ref: str
+    size: int | None  # bytes; None where the manifest can't be read
+    since: datetime | None
+    why: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "since": self.since.isoformat(timespec="seconds") if self.since else None}
+
+
+def trashed(root: Path) -> list[Trashed]:
+    """What lies in the trash, oldest id first."""
+    return [_trashed(root, name) for name in _names(root / "trash") if is_id(name)]
+
+
+def _trashed(root: Path, checkpoint_id: str) -> Trashed:
+    item = read_checkpoint(root / "trash" / checkpoint_id)
+    last = last_event(root, checkpoint_id)
+    valid = last.get("event") == "trashed"
+    since = datetime.fromisoformat(str(last["created"])).astimezone(UTC) if valid else None
+    ref = item.ref if isinstance(item, Checkpoint) else str(last.get("ref", checkpoint_id))
+    return Trashed(checkpoint_id, ref, item.size if isinstance(item, Checkpoint) else None, since, str(last.get("why", "")) if valid else "")
+
+
+def last_event(root: Path, checkpoint_id: str) -> dict[str, Any]:
+    """The newest record of a checkpoint, {} when it has none or the record can't be read."""
+    folder = root / "trash" / RECORDS / checkpoint_id
+    numbers = ledger.numbers(folder)
+    try:
+        return ledger.read(folder, numbers[-1]) if numbers else {}
+    except UserError:
+        return {}
+
+
+def record(root: Path, checkpoint_id: str, event: str, ref: str, why: str = "") -> None:
+    """Write down what happens to a checkpoint. Raises OSError."""
+    body = {"id": checkpoint_id, "event": event, "ref": ref, "why": why, "created": now()}
+    ledger.append(root / "trash" / RECORDS / checkpoint_id, lambda number: body)
+
+
+def put(root: Path, checkpoint_id: str, ref: str, why: str) -> bool:
+    """Record, then move a checkpoint to the trash; False when another process has moved it. Raises OSError."""
+    record(root, checkpoint_id, "trashed", ref, why)
+    return _move(root / "checkpoints" / checkpoint_id, root / "trash" / checkpoint_id)
+
+
+def bring_back(root: Path, checkpoint_id: str, why: str) -> bool:
+    """Move a checkpoint from the trash to its place; whether it is in its place now, whoever moved it. Raises OSError."""
+    place, waiting = root / "checkpoints" / checkpoint_id, root / "trash" / checkpoint_id
+    if not waiting.is_dir():
+        return place.is_dir()
+    item = read_checkpoint(waiting)
+    if _move(waiting, place):
+        record(root, checkpoint_id, "restored", item.ref if isinstance(item, Checkpoint) else checkpoint_id, why)
+    return place.is_dir()
+
+
+def find(root: Path, ref: str) -> str | None:
+    """The id of what lies in the trash under an id or a reference such as sft/demo@3."""
+    if is_id(ref):
+        return ref if (root / "trash" / ref).is_dir() else None
+    return next((item.id for item in trashed(root) if item.ref == ref), None)
+
+
+def purge(root: Path, checkpoint_ids: Iterable[str], wanted: Callable[[], Container[str]]) -> list[str]:
+    """Delete checkpoints of the trash for good; ids of those deleted. What something refers to after all is back in its place instead.
+
+    wanted() gives the ids that something refers to: asked when they have left the trash, before the first file goes. Raises OSError.
+    """
+    leaving = [item for item in checkpoint_ids if _move(root / "trash" / item, root / "trash" / f"{PURGED}{item}")]
+    kept = wanted() if leaving else ()
+    for item in leaving:
+        aside = root / "trash" / f"{PURGED}{item}"
+        if item in kept:
+            _move(aside, root / "trash" / item)
+            bring_back(root, item, "something refers to it")
+        else:
+            record(root, item, "purged", str(last_event(root, item).get("ref", item)))
+            shutil.rmtree(aside, ignore_errors=True)
+    return [item for item in leaving if item not in kept]
+
+
+def finish_purges(root: Path, wanted: Container[str]) -> None:
+    """Complete what a killed purge has left: deleted where it was recorded as purged, else put back into the trash."""
+    for name in _names(root / "trash"):
+        checkpoint_id = name.removeprefix(PURGED)
+        if not name.startswith(PURGED) or not is_id(checkpoint_id):
+            continue
+        if last_event(root, checkpoint_id).get("event") == "purged" and checkpoint_id not in wanted:
+            shutil.rmtree(root / "trash" / name, ignore_errors=True)
+        elif _move(root / "trash" / name, root / "trash" / checkpoint_id) and checkpoint_id in wanted:
+            bring_back(root, checkpoint_id, "something refers to it")
+
+
+def leftovers(root: Path, older_than: timedelta, at: datetime) -> tuple[list[Path], list[Path]]:
+    """What killed writers left anywhere in the registry: what may be removed, and what is kept because its writer may live."""
+    gone: list[Path] = []
+    kept: list[Path] = []
+    for folder, below, files in os.walk(root):
+        drafts = [name for name in (*below, *files) if name.startswith(".tmp-")]
+        for name in sorted(drafts):
+            (gone if is_leftover(name, older_than, at) else kept).append(Path(folder) / name)
+        inside = {root / "checkpoints": [], root / "trash": [RECORDS]}.get(Path(folder), below)  # published folders are not looked into
+        below[:] = [name for name in inside if name in below and not name.startswith(".tmp-")]
+    return gone, kept
+
+
+def remove(paths: Iterable[Path]) -> None:
+    """Delete leftovers. A folder is renamed first: a writer that should live after all fails cleanly instead of publishing half of it."""
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            aside = path.with_name(draft_name())
+            if _move(path, aside):
+                shutil.rmtree(aside, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _move(source: Path, target: Path) -> bool:
+    durable_mkdir(target.parent)
+    try:
+        durable_move(source, target)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except FileNotFoundError:
+        return []

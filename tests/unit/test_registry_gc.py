@@ -1,0 +1,430 @@
+"""Garbage collection: what stays and why, the trash and the way back, and what happens beside it."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from configs.errors import UserError
+from launch.cli import main
+from stages.registry import Parent, Registry, gc, leases, ledger, trash
+from stages.registry.gc import Rules
+from stages.registry.holder import staging_name
+from stages.registry.names import new_id
+from tests.unit.registry_samples import ROOT, flip_bit, publish
+
+LATER = datetime.now(UTC) + timedelta(days=8)
+
+
+@pytest.fixture
+def registry(tmp_path, monkeypatch):
+    monkeypatch.setattr("stages.registry.provenance._git", lambda *args: None)
+    return Registry(tmp_path / "registry")
+
+
+def versions(registry, family="sft/demo"):
+    return [item.version for item in registry.list(*family.split("/"))]
+
+
+def collect(registry, rules=None, at=None):
+    return gc.apply(registry, gc.make_plan(registry, rules or Rules(keep=1), deep=True, at=at))
+
+
+def test_the_newest_k_of_each_name_stay_and_the_others_can_be_brought_back(registry):
+    for family in ("sft/demo", "sft/other"):
+        for _ in range(4):
+            publish(registry, family)
+    plan = gc.make_plan(registry, Rules(keep=2))
+    assert versions(registry) == [1, 2, 3, 4]  # a plan changes nothing
+    assert [item.ref for item in plan.going] == ["sft/demo@1", "sft/demo@2", "sft/other@1", "sft/other@2"]
+    done = gc.apply(registry, plan)
+    assert (versions(registry), versions(registry, "sft/other"), done.saved) == ([3, 4], [3, 4], [])
+    with pytest.raises(UserError, match=r"has no version 1 .*it lies in the trash: align registry restore sft/demo@1"):
+        registry.resolve("sft/demo@1")
+    back = registry.restore("sft/demo@1")
+    assert registry.verify(back.id, deep=True) == []
+    assert registry.restore(trash.find(registry.root, "sft/other@2")).ref == "sft/other@2"
+    assert versions(registry) == [1, 3, 4]
+    assert gc.make_plan(registry, Rules(keep=2)).going == []  # restored a moment ago
+    assert [item.version for item in gc.make_plan(registry, Rules(keep=2), at=LATER).going] == [1, 2]
+    assert publish(registry).version == 5  # a number is never given twice
+
+
+def test_aliases_rollback_targets_leases_and_all_that_they_were_made_from_stay(registry):
+    base = publish(registry, "sft/base")
+    for _ in range(3):
+        publish(registry, "sft/base")
+    for number in range(6):
+        publish(registry, parents=[Parent.of(base, "init_from")] if number == 1 else [])
+    registry.set_alias("sft/demo", "production", "sft/demo@1")
+    registry.set_alias("sft/demo", "production", "sft/demo@2")
+    held = registry.lease(registry.resolve("sft/demo@3"), "eval")
+    plan = gc.make_plan(registry, Rules(keep=1))
+    why = {item.ref: plan.why[item.id] for item in plan.kept}
+    assert why["sft/demo@1"] == "a rollback of sft/demo@production would need it"
+    assert why["sft/demo@2"] == "sft/demo@production points at it"
+    assert why["sft/demo@3"].startswith("in use: process ")
+    assert why["sft/demo@6"] == "one of the newest 1"
+    assert why["sft/base@1"] == "sft/demo@2 was made from it"
+    assert [item.ref for item in plan.going] == ["sft/base@2", "sft/base@3", "sft/demo@4", "sft/demo@5"]
+    held.give_back()
+    assert "sft/demo@3" in [item.ref for item in gc.make_plan(registry, Rules(keep=1)).going]
+    assert os.listdir(registry.root / "leases") == []
+
+
+def test_the_best_by_a_named_metric_stays_on_every_evaluation_set(registry):
+    for eval_set, score, loss in (("a", 1.0, 0.1), ("a", 3.0, 0.2), ("b", 9.0, 0.3), ("b", 2.0, 0.4), ("a", 0.0, 0.5)):
+        registry.add_evaluation(publish(registry), {"eval_set": eval_set, "metrics": {"score": score, "loss": loss}})
+    assert [item.version for item in gc.make_plan(registry, Rules(keep=1, best=("score",))).kept] == [2, 3, 5]
+    assert [item.version for item in gc.make_plan(registry, Rules(keep=1, best=("loss",))).kept] == [1, 3, 5]
+    with pytest.raises(UserError, match="best scroe: no checkpoint was evaluated for it"):
+        gc.make_plan(registry, Rules(best=("scroe",)))
+
+
+def test_best_means_the_same_after_gc_where_its_metric_was_named_and_never_a_trashed_one(registry):
+    for score in (3.0, 1.0, 2.0):
+        registry.add_evaluation(publish(registry), {"eval_set": "a", "score": score})
+    collect(registry, Rules(keep=1, best=("score",)))
+    assert registry.resolve("sft/demo@best:score").version == 1
+    registry.restore("sft/demo@2")
+    collect(registry, Rules(keep=1), at=LATER)
+    assert registry.resolve("sft/demo@best:score").version == 3
+    registry.restore("sft/demo@1")
+    assert registry.resolve("sft/demo@best:score").version == 1  # its results were kept
+
+
+def test_the_last_one_that_verifies_is_never_moved(registry):
+    for _ in range(4):
+        publish(registry)
+    for version in (3, 4):  # the same size: only reading it shows
+        flip_bit(registry.resolve(f"sft/demo@{version}").model_dir / "config.json", 3)
+    plan = gc.make_plan(registry, Rules(keep=2), deep=True)
+    assert {item.version: plan.why[item.id] for item in plan.kept} == {
+        2: "the newest that verifies", 3: "one of the newest 2", 4: "one of the newest 2",
+    }  # fmt: skip
+    gc.apply(registry, plan)
+    for version in (2, 3, 4):
+        flip_bit(registry.root / "checkpoints" / registry.id_of(f"sft/demo@{version}") / "model" / "config.json", 5)
+    assert gc.make_plan(registry, Rules(keep=1), deep=True).going == []  # nothing verifies: nothing goes
+
+
+def test_damaged_ones_neither_count_nor_go(registry):
+    for _ in range(5):
+        publish(registry)
+    os.unlink(registry.resolve("sft/demo@5").model_dir / "config.json")
+    os.unlink(registry.resolve("sft/demo@1").path / "manifest.json")
+    plan = gc.make_plan(registry, Rules(keep=2))
+    assert {item.version: plan.why[item.id] for item in plan.kept} == {
+        5: "damaged, and newer than the sound ones", 4: "one of the newest 2", 3: "one of the newest 2",
+    }  # fmt: skip
+    assert ([item.version for item in plan.going], len(plan.damaged)) == ([2], 1)
+
+
+def test_a_damaged_alias_stops_gc_before_it_moves_anything(registry):
+    for _ in range(3):
+        publish(registry)
+    registry.set_alias("sft/demo", "production", "sft/demo@1")
+    flip_bit(ledger.entry_path(registry.root / "aliases/sft/demo/production", 1), 20)
+    with pytest.raises(UserError, match=r"production/00000001\.json"):
+        gc.make_plan(registry, Rules(keep=1))
+
+
+def test_the_trash_is_emptied_after_the_grace_and_not_before(registry):
+    for _ in range(3):
+        publish(registry)
+    collect(registry)
+    assert (versions(registry), len(trash.trashed(registry.root))) == ([3], 2)
+    assert collect(registry).purged == []
+    one = trash.find(registry.root, "sft/demo@1")
+    done = collect(registry, at=LATER)
+    assert sorted(item.ref for item in done.purged) == ["sft/demo@1", "sft/demo@2"]
+    assert sorted(os.listdir(registry.root / "trash")) == ["records"]
+    assert trash.last_event(registry.root, one)["event"] == "purged"
+    with pytest.raises(UserError, match=r"is not in the trash of .*; it is empty"):
+        registry.restore(one)
+
+
+def test_without_a_record_the_grace_begins_anew(registry):
+    publish(registry)
+    publish(registry)
+    collect(registry)
+    shutil.rmtree(registry.root / "trash" / "records")
+    assert collect(registry, at=LATER).purged == []
+    assert trash.trashed(registry.root)[0].since is not None
+
+
+@pytest.mark.parametrize("refer", ["alias", "lease", "child"])
+def test_what_is_referred_to_while_gc_moves_it_ends_in_its_place(registry, monkeypatch, refer):
+    first = publish(registry)
+    publish(registry)
+    real, held = trash.put, []
+
+    def meanwhile(root, checkpoint_id, ref, why):
+        """The other process has looked at the checkpoint before gc moves it, and refers to it before gc looks again."""
+        monkeypatch.setattr(trash, "put", real)
+        if refer == "alias":
+            ledger.append(registry.root / "aliases/sft/demo/production", lambda n: {"id": checkpoint_id, "ref": ref, "created": "2026-01-01T00:00:00Z"})
+        elif refer == "lease":
+            held.append(leases.take(registry.root, [checkpoint_id], "ppo"))
+        else:
+            publish(registry, "reward/demo", parents=[Parent.of(first, "init_from")])
+        return real(root, checkpoint_id, ref, why)
+
+    monkeypatch.setattr(trash, "put", meanwhile)
+    done = collect(registry)
+    assert (done.saved, done.trashed, versions(registry)) == ([first.id], [], [1, 2])
+    for lease in held:
+        lease.give_back()
+
+
+@pytest.mark.parametrize("refer", ["alias", "lease", "child"])
+def test_who_refers_to_what_gc_has_just_moved_brings_it_back(registry, monkeypatch, refer):
+    first = publish(registry)
+    publish(registry)
+    plan = gc.make_plan(registry, Rules(keep=1))
+    if refer == "alias":
+        real = ledger.append
+        monkeypatch.setattr(ledger, "append", lambda folder, *rest: [monkeypatch.undo(), gc.apply(registry, plan), real(folder, *rest)][2])
+        registry.set_alias("sft/demo", "production", "sft/demo@1")
+    else:
+        gc.apply(registry, plan)
+        assert versions(registry) == [2]
+        held = registry.lease(first, "ppo") if refer == "lease" else publish(registry, "reward/demo", parents=[Parent.of(first, "init_from")])
+    assert versions(registry) == [1, 2]
+    assert registry.verify(first.id, deep=True) == []
+    if refer == "lease":
+        held.give_back()
+
+
+def test_an_alias_whose_mover_was_killed_before_it_looked_still_leads_to_its_checkpoint(registry):
+    first = publish(registry)
+    publish(registry)
+    collect(registry)
+    ledger.append(registry.root / "aliases/sft/demo/production", lambda n: {"id": first.id, "ref": first.ref, "created": "2026-01-01T00:00:00Z"})
+    assert [item.id for item in gc.make_plan(registry, Rules(keep=1), at=LATER).returning] == [first.id]
+    assert registry.resolve("sft/demo@production").id == first.id
+    assert versions(registry) == [1, 2]
+
+
+def test_a_purge_looks_once_more_before_the_first_file_goes(registry, monkeypatch):
+    first = publish(registry)
+    publish(registry)
+    collect(registry)
+    plan = gc.make_plan(registry, Rules(keep=1), at=LATER)
+    assert [item.id for item in plan.overdue] == [first.id]
+    real = trash._move
+
+    def meanwhile(source, target):
+        if target.name.startswith(trash.PURGED):
+            ledger.append(registry.root / "aliases/sft/demo/production", lambda n: {"id": first.id, "ref": first.ref, "created": "2026-01-01T00:00:00Z"})
+        return real(source, target)
+
+    monkeypatch.setattr(trash, "_move", meanwhile)
+    assert gc.apply(registry, plan).purged == []
+    assert registry.verify("sft/demo@production", deep=True) == []
+
+
+def test_a_killed_purge_is_completed_or_undone(registry):
+    recorded, not_recorded, _ = (publish(registry) for _ in range(3))
+    collect(registry)
+    for item in (recorded, not_recorded):
+        os.rename(registry.root / "trash" / item.id, registry.root / "trash" / f"{trash.PURGED}{item.id}")
+    trash.record(registry.root, recorded.id, "purged", recorded.ref)
+    collect(registry)
+    assert sorted(os.listdir(registry.root / "trash")) == [not_recorded.id, "records"]
+
+
+def test_leftovers_go_when_their_writer_is_dead_or_they_are_old(registry):
+    publish(registry)
+    folder = registry.root / "checkpoints"
+    code = "import sys; from stages.registry.holder import staging_name; print(staging_name(sys.argv[1]))"
+    dead = subprocess.run([sys.executable, "-c", code, new_id()], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    alive, old_but_alive = staging_name(new_id()), staging_name("20200101t000000-0123456789ab")
+    foreign, old = f".tmp-{new_id()}.000000000000.1.1.1", ".tmp-20200101t000000-0123456789ab.000000000000.1.1.1"
+    for name in (dead, alive, old_but_alive, foreign, old):
+        (folder / name / "model").mkdir(parents=True)
+    (registry.root / "versions/sft/demo" / ".tmp-20200101t000000-0123456789ab").write_text("{")
+    (registry.root / "versions/sft/demo" / ".tmp-1").write_text("{")  # tells nothing: kept
+    collect(registry)
+    assert sorted(name for name in os.listdir(folder) if name.startswith(".tmp-")) == sorted([alive, old_but_alive, foreign])
+    assert [name for name in os.listdir(registry.root / "versions/sft/demo") if name.startswith(".tmp-")] == [".tmp-1"]
+
+
+def hold_elsewhere(registry, checkpoint, then="time.sleep(60)"):
+    """A process that holds a lease; returned once it does."""
+    code = f"""
+import sys, time, os, signal
+from stages.registry import Registry
+registry = Registry({str(registry.root)!r})
+held = registry.lease(registry.resolve({checkpoint.ref!r}), "ppo/demo")
+print("held", flush=True)
+{then}
+"""
+    child = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert child.stdout.readline() == "held\n"
+    return child
+
+
+def test_a_lease_lapses_with_its_holder_and_not_before(registry):
+    first = publish(registry)
+    publish(registry)
+    child = hold_elsewhere(registry, first)
+    (lease,) = leases.leases(registry.root)
+    assert (lease.checkpoint_id, lease.holder.pid, lease.lapsed(datetime.now(UTC))) == (first.id, child.pid, False)
+    assert gc.make_plan(registry, Rules(keep=1)).why[first.id] == f"in use: process {child.pid} on {lease.holder.host}, ppo/demo"
+    os.kill(child.pid, signal.SIGKILL)
+    while not lease.lapsed(datetime.now(UTC)):  # a zombie holds nothing either
+        time.sleep(0.01)
+    child.wait()
+    assert lease.lapsed(datetime.now(UTC))
+    done = collect(registry)
+    assert ([item.id for item in done.trashed], list((registry.root / "leases" / first.id).iterdir())) == ([first.id], [])
+
+
+def test_a_process_that_ends_gives_its_leases_back(registry):
+    child = hold_elsewhere(registry, publish(registry), then="")
+    assert child.wait() == 0
+    assert leases.leases(registry.root) == []
+
+
+def test_a_lease_from_another_machine_lapses_by_its_own_words_only(registry):
+    checkpoint = publish(registry)
+    held = leases.take(registry.root, [checkpoint.id], "ppo")
+    file = held.files[0]
+    body = leases.unseal(file.read_bytes())
+    body.pop("hash")
+    body["holder"] |= {"boot": "000000000000", "pid": 2**30}  # another kernel: nothing can be proved
+    file.write_bytes(leases.seal(body))
+    os.utime(file, (0, 0))
+    (lease,) = leases.leases(registry.root)
+    now = datetime.now(UTC)
+    assert not lease.lapsed(now)
+    assert not lease.lapsed(now + leases.LASTS)
+    assert lease.lapsed(now + leases.LASTS + leases.CLOCKS_DIFFER + timedelta(seconds=5))
+    body["holder"] = leases.this_process().to_json() | {"start": 1}  # this PID, used again by another process
+    file.write_bytes(leases.seal(body))
+    assert leases.leases(registry.root)[0].lapsed(now)
+    file.write_text("{")
+    (broken,) = leases.leases(registry.root)
+    assert not broken.lapsed(now + timedelta(days=9))  # who holds it can't be known
+    held.give_back()
+
+
+def test_a_lease_is_renewed_until_it_is_given_back(registry, monkeypatch):
+    checkpoint = publish(registry)
+    monkeypatch.setattr(leases, "RENEWED", timedelta(seconds=0.02))
+    held = leases.take(registry.root, [checkpoint.id], "ppo")
+    first = leases.leases(registry.root)[0].expires
+    held.files[0].unlink()  # removed by somebody, or by gc after this process was stopped for hours
+    deadline = time.monotonic() + 20
+    while not leases.leases(registry.root) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert leases.leases(registry.root)[0].expires >= first
+    held.give_back()
+    time.sleep(0.2)
+    assert leases.leases(registry.root) == []
+
+
+def test_a_registry_that_may_only_be_read_costs_a_warning_and_no_more(registry, monkeypatch, capsys):
+    checkpoint = publish(registry)
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(leases, "_write", refuse)
+    with leases.hold(registry.root, [checkpoint.id], "eval"):
+        pass
+    assert "warning: no lease could be written" in capsys.readouterr().err
+
+
+@pytest.fixture
+def align(registry, capsys):
+    def run(*words):
+        code = main(["registry", words[0], "--registry", str(registry.root), *words[1:]])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+def test_the_command_shows_a_plan_and_does_it_when_told(align, registry):
+    for _ in range(5):
+        publish(registry)
+    code, out, _ = align("gc")
+    assert (code, versions(registry)) == (0, [1, 2, 3, 4, 5])
+    assert "3 kept, 2 would go to the trash" in out
+    assert "nothing was changed; to do it: align " in out
+    code, out, _ = align("gc", "--apply", "--json")
+    facts = json.loads(out)
+    assert (code, facts["applied"], [item["ref"] for item in facts["trash"]]) == (0, True, ["sft/demo@1", "sft/demo@2"])
+    assert align("restore")[1].count("no rule keeps it") == 2
+    assert align("restore", "sft/demo@2")[1].startswith("restored sft/demo@2")
+    assert versions(registry) == [2, 3, 4, 5]
+    assert "2 kept, 0 would go" not in align("gc", "sft/demo", "--keep", "1")[1]
+    assert align("gc", "sft/none")[0] == 2
+    assert align("gc", "--keep", "0")[0] == 2
+    assert align("restore", "nothing")[0] == 2
+
+
+@pytest.mark.parametrize("text", ["7", "d", "-1d", "7w", "", "nan d"])
+def test_a_time_of_grace_that_is_none_is_refused(align, text):
+    with pytest.raises(SystemExit) as caught:
+        align("gc", f"--grace={text}")
+    assert caught.value.code == 2
+
+
+def test_an_alias_goes_back_step_by_step_and_the_way_is_kept(align, registry):
+    for _ in range(3):
+        publish(registry)
+        registry.set_alias("sft/demo", "production", "sft/demo")
+    registry.set_alias("sft/demo", "production", "sft/demo@3")  # no move
+    for version in (2, 1):
+        assert align("alias", "sft/demo", "production", "--rollback")[1].startswith(f"sft/demo@production points at sft/demo@{version} ")
+    code, _, err = align("alias", "sft/demo", "production", "--rollback")
+    assert (code, "has nowhere to go back to: it points at sft/demo@1" in err) == (2, True)
+    registry.set_alias("sft/demo", "production", "sft/demo@3")
+    assert align("alias", "sft/demo", "production", "--rollback", "--json")[0] == 0
+    assert registry.resolve("sft/demo@production").version == 1
+    code, out, _ = align("alias", "sft/demo", "production", "--history")
+    assert [line.split()[:2] for line in out.splitlines()[1:]] == [[str(i), f"sft/demo@{v}"] for i, v in enumerate((1, 2, 3, 3, 2, 1, 3, 1), 1)]
+    assert "rollback of 3" in out
+    for words in (("alias", "sft/demo", "--rollback"), ("alias", "sft/demo", "none", "--rollback"), ("alias", "sft/demo", "--history")):
+        assert align(*words)[0] == 2
+
+
+def test_of_a_rollback_and_a_move_at_once_the_rollback_gives_way(registry, monkeypatch):
+    from stages.registry import aliases
+
+    for _ in range(3):
+        publish(registry)
+        registry.set_alias("sft/demo", "production", "sft/demo")
+    real = aliases.move
+
+    def meanwhile(*args, **kwargs):
+        monkeypatch.setattr(aliases, "move", real)
+        registry.set_alias("sft/demo", "production", "sft/demo@1")
+        registry.set_alias("sft/demo", "production", "sft/demo@3")  # where it was: only the number of entries tells
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(aliases, "move", meanwhile)
+    with pytest.raises(UserError, match="was not rolled back: it was moved meanwhile"):
+        registry.rollback_alias("sft/demo", "production")
+
+
+def test_a_rollback_to_what_is_gone_or_damaged_says_so_and_changes_nothing(registry):
+    for _ in range(2):
+        publish(registry)
+        registry.set_alias("sft/demo", "production", "sft/demo")
+    flip_bit(registry.resolve("sft/demo@1").model_dir / "config.json", 3)
+    with pytest.raises(UserError, match="sft/demo@1 is damaged, sft/demo@production was not moved"):
+        registry.rollback_alias("sft/demo", "production")
+    shutil.rmtree(registry.resolve("sft/demo@1").path)
+    with pytest.raises(UserError, match=r"can't go back to sft/demo@1 \(.*, which is not in"):
+        registry.rollback_alias("sft/demo", "production")
+    assert registry.resolve("sft/demo@production").version == 2
