@@ -1,6 +1,6 @@
 """`align plan` against what stages really allocate: predicted and measured peak of every stage, kind, ZeRO stage and model size, on the CPU.
 
-python -m tests.bench.plan [--world 1M] [--layout one] [--case sft:full] [--out FILE]
+python -m tests.bench.plan [--world 1M] [--layout one] [--case sft:full] [--out FILE] [--add]
 
 Predicted is what `align plan` says of the stage's config; measured is the highest sum of torch's storages in the stage itself, of the rank that
 has most (tests/bench/plan_worker.py). Beside it stands resident memory above the imports, which also holds what Python, Arrow and allocators keep.
@@ -28,18 +28,21 @@ def main() -> None:
     parser.add_argument("--layout", choices=list(cases.LAYOUTS), action="append", help="machines; all by default")
     parser.add_argument("--case", metavar="STAGE:KIND", action="append", help="such as sft:full; all by default")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/plan.json"))
+    parser.add_argument("--add", action="store_true", help="keep what FILE has of other cases: a run in parts")
     options = parser.parse_args()
     wanted = options.case or [f"{stage}:{kind}" for stage in cases.STAGES for kind in cases.KINDS]
-    records: list[dict[str, Any]] = []
+    records: dict[str, dict[str, Any]] = {}
+    if options.add and options.out.is_file():
+        records = {record["case"]: record for record in json.loads(options.out.read_text())}
     for world in options.world or cases.WORLDS:
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place)
             _python("from tests.bench.plan_cases import prepare; from pathlib import Path; import sys; prepare(Path(sys.argv[1]), sys.argv[2])", place, world)
             for layout in options.layout or cases.LAYOUTS:
-                records += compare(folder, world, layout, wanted)
+                records |= {record["case"]: record for record in compare(folder, world, layout, wanted)}
                 options.out.parent.mkdir(parents=True, exist_ok=True)
-                options.out.write_text(json.dumps(records, indent=1) + "\n")
-    errors = [record["error"] for record in records]
+                options.out.write_text(json.dumps(list(records.values()), indent=1) + "\n")
+    errors = [record["error"] for record in records.values()]
     print(f"{len(records)} cases: median error {statistics.median(errors):.1%}, worst {max(errors):.1%}")
 
 
