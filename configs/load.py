@@ -16,7 +16,7 @@ from configs.errors import UserError
 from configs.overrides import Places, apply_overrides, escape_references, resolve_references
 from configs.problems import describe, did_you_mean, show
 from configs.schema import Chain, DPOStage, EvalConfig, PPOStage, PPOTrain, RewardStage, SFTStage
-from configs.schema.chain import STAGES, fill_places, fill_sections
+from configs.schema.chain import STAGES, fill_places, fill_sections, forget_inherited
 from configs.trainer_args import KINDS_WITH_TRAINER, trainer_problems
 from configs.yaml_lines import parse, read_text, to_yaml
 
@@ -47,6 +47,8 @@ def load(path: Path | str, kind: str, overrides: Sequence[str] = ()) -> Any:
         raise UserError(f"{name}:1: found {show(document.data)} at the top; expected keys such as `name: demo`")
     places = Places(name, document.lines)
     problems = [f"{name}:{line}: {message}" for line, message in document.problems]
+    if kind == "chain" and overrides:
+        forget_inherited(document.data)
     problems += apply_overrides(document.data, overrides, places)
     return _build(document.data, kind, places, problems)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 import os
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from configs.errors import UserError
 
@@ -46,6 +48,48 @@ def machine_file(name: str = "auto", processes: int | None = None, nodes: int = 
             raise UserError(f"machine: {name} is one process, and {nodes} nodes were asked for; take one of {', '.join(for_nodes())}")
         name += NODES
     return FOLDER / f"{name}.yaml"
+
+
+# What Accelerate reads of a machine file (ClusterConfig of accelerate/commands/config/config_args.py, 1.10 to 1.15), and of its deepspeed_config
+# (the options of that name of `accelerate launch`). Of a key it does not know in the latter it says nothing and does without.
+KEYS = (
+    "compute_environment", "distributed_type", "mixed_precision", "use_cpu", "debug", "num_processes", "machine_rank", "num_machines", "gpu_ids",
+    "main_process_ip", "main_process_port", "rdzv_backend", "same_network", "main_training_function", "enable_cpu_affinity", "fp8_config",
+    "deepspeed_config", "fsdp_config", "parallelism_config", "megatron_lm_config", "mpirun_config", "downcast_bf16", "tpu_name", "tpu_zone",
+    "tpu_use_cluster", "tpu_use_sudo", "command_file", "commands", "tpu_vm", "tpu_env", "dynamo_config", "dynamo_backend", "fp16",
+)  # fmt: skip
+DEEPSPEED_KEYS = (
+    "deepspeed_config_file", "zero_stage", "offload_optimizer_device", "offload_param_device", "offload_optimizer_nvme_path", "offload_param_nvme_path",
+    "gradient_accumulation_steps", "gradient_clipping", "zero3_init_flag", "zero3_save_16bit_model", "deepspeed_hostfile", "deepspeed_exclusion_filter",
+    "deepspeed_inclusion_filter", "deepspeed_multinode_launcher", "deepspeed_moe_layer_cls_names",
+)  # fmt: skip
+OTHER_ACCELERATORS = ("kfd", "dxg", "nvgpu", "davinci_manager", "accel")  # under /dev: AMD, WSL, Jetson, Ascend, Gaudi
+
+
+def check_settings(settings: Mapping[str, Any], path: str) -> None:
+    """Refuse keys of a machine file that Accelerate does not know.
+
+    Raises:
+        UserError: with every such key, and the one that may be meant.
+    """
+    deepspeed = settings.get("deepspeed_config") or {}
+    if not isinstance(deepspeed, Mapping):
+        raise UserError(f"{path}: deepspeed_config: found {deepspeed!r}; expected keys such as zero_stage: 2")
+    problems = [_unknown(key, KEYS, "") for key in settings if key not in KEYS]
+    problems += [_unknown(key, DEEPSPEED_KEYS, "deepspeed_config.") for key in deepspeed if key not in DEEPSPEED_KEYS]
+    if problems:
+        raise UserError("\n".join(f"{path}: {problem}" for problem in problems))
+
+
+def _unknown(key: Any, known: Sequence[str], section: str) -> str:
+    close = difflib.get_close_matches(str(key), known, n=1)
+    hint = f". Did you mean {close[0]!r}?" if close else "; DeepSpeed's own settings go into a JSON file that deepspeed_config_file names" if section else ""
+    return f"{section}{key}: Accelerate knows no such key{hint}"
+
+
+def other_accelerators() -> bool:
+    """Whether this machine shows signs of an accelerator that is not counted by `count_gpus`: of another maker, or behind a driver of its own."""
+    return any((Path("/dev") / name).exists() for name in OTHER_ACCELERATORS)
 
 
 def for_nodes() -> list[str]:

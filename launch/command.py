@@ -17,6 +17,8 @@ from typing import Any
 from configs.errors import UserError
 from launch.nodes import Nodes, per_node
 
+FSDP_REFUSED = "the stages refuse FSDP: on the CPU Accelerate runs it as plain DDP, so that none of them has been shown to train, save and resume with it"
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -50,6 +52,11 @@ class Machine:
         return bool(self.settings.get("use_cpu"))
 
     @property
+    def fsdp(self) -> bool:
+        """Whether weights are split by PyTorch's FSDP, with which no stage starts."""
+        return str(self.settings.get("distributed_type", "NO")).upper() == "FSDP"
+
+    @property
     def deepspeed_launcher(self) -> str | None:
         """How DeepSpeed would start several nodes with this file; None without DeepSpeed."""
         if str(self.settings.get("distributed_type", "NO")).upper() != "DEEPSPEED":
@@ -79,7 +86,7 @@ class Command:
 def load_machine(machine: str, processes: int | None, nodes: int = 1) -> Machine:
     """The machine file that `machine` names: auto, a name in configs/accelerate, or a path. Raises UserError if there is none."""
     from configs.extras import check_machine_packages
-    from configs.machines import machine_file
+    from configs.machines import check_settings, machine_file
 
     path = Path(machine_file(machine, processes, nodes))
     import yaml
@@ -88,27 +95,29 @@ def load_machine(machine: str, processes: int | None, nodes: int = 1) -> Machine
         settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, yaml.YAMLError) as error:
         raise UserError(f"{path}: the machine file cannot be read: {error}") from error
+    check_settings(settings, str(path))
     check_machine_packages(settings, str(path))
     here = os.path.relpath(path)
     return Machine(path if here.startswith("..") else Path(here), settings)
 
 
-def check_gpus(machine: Machine, processes: int) -> None:
-    """Make sure that each of this node's `processes` has a GPU, where the machine file is for GPUs and GPUs are found.
-
-    Where none is found there may still be one of another maker, so that is a warning.
+def check_startable(machine: Machine, processes: int) -> None:
+    """Make sure that this node's `processes` of a stage can run with the machine file: that each has a GPU where it is for GPUs, and no FSDP.
 
     Raises:
-        UserError: there are fewer than processes.
+        UserError: there is no GPU, or there are fewer than processes; the file says FSDP.
     """
-    from configs.machines import count_gpus
+    from configs.machines import count_gpus, other_accelerators
 
-    gpus = count_gpus()
+    if machine.fsdp:
+        raise UserError(f"{machine.path}: {FSDP_REFUSED}; take zero3, which splits a model over the processes as well")
     if machine.use_cpu:
         return
-    if not gpus:
-        print(f"warning: {machine.path} is for GPUs, and no NVIDIA GPU is found here; on the CPU take cpu, cpu_ddp or cpu_zero1-3", file=sys.stderr)
-    elif processes > gpus:
+    gpus = count_gpus()
+    if not gpus and not other_accelerators():
+        hidden = f" (CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']!r} hides what there may be)" if "CUDA_VISIBLE_DEVICES" in os.environ else ""
+        raise UserError(f"{machine.path} is for GPUs, and none is found here{hidden}; on the CPU take cpu, cpu_ddp or cpu_zero1 to cpu_zero3 (align launch show)")
+    if gpus and processes > gpus:
         raise UserError(
             f"{machine.path} is for GPUs, and this node has {gpus} for {processes} process(es): lower --processes (it counts all nodes), "
             "look at CUDA_VISIBLE_DEVICES, or take a machine file for the CPU (align launch show)"
@@ -138,6 +147,8 @@ def stage_command(module: str, config_file: Path, machine: Machine, processes: i
         options += ["--tee", "3", "--log_dir", os.environ["ALIGN_RANK_LOGS"]]
     typed = shlex.join(["accelerate", "launch", *options, *stage])
     env = child_environment(here)
+    if machine.use_cpu:
+        env["ACCELERATE_USE_CPU"] = "True"  # accelerate launch itself tells a single process only
     if number == 1 and machine.plain:
         env["ACCELERATE_USE_CPU"] = str(machine.use_cpu)
         env["ACCELERATE_MIXED_PRECISION"] = str(machine.settings.get("mixed_precision") or "no")

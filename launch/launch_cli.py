@@ -82,6 +82,14 @@ def stages_of(args: argparse.Namespace) -> list[tuple[str, Any, str]]:
     return [(kind, cfg, args.config)]
 
 
+def typed(name: str, args: argparse.Namespace) -> set[str]:
+    """Which of machine and processes the command line says for a stage or step: by an option, or as key=value."""
+    from launch.chain.steps import stage_of
+
+    said = {word.partition("=")[0] for word in args.overrides}
+    return {key for key in ("machine", "processes") if getattr(args, key) is not None or said & {key, f"{stage_of(name)}.{key}"}}
+
+
 def chosen_for(name: str, cfg: Any, file: str, args: argparse.Namespace) -> dict[str, Any]:
     """Machine file, command and reasons of one stage, or of a chain's step such as reward-2."""
     from launch.chain.steps import stage_of
@@ -98,5 +106,5 @@ def chosen_for(name: str, cfg: Any, file: str, args: argparse.Namespace) -> dict
     command = stage_command(f"stages.{stage}", Path(file), machine, cfg.processes, nodes)
     return {
         "stage": name, "machine": chosen, "file": str(machine.path), "nodes": nodes.count, "processes": command.processes,
-        "why": reasons(stage, cfg, chosen, command.processes, nodes.count), "command": command.typed,
+        "why": reasons(stage, cfg, machine, command.processes, nodes.count, typed(name, args)), "command": command.typed,
     }  # fmt: skip

@@ -7,12 +7,14 @@ import math
 import shutil
 import struct
 import subprocess
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
 from configs.machines import count_gpus
+from launch.command import check_startable
 
 TRAINED = 16  # bytes of a trained parameter: weight, gradient and two moments of Adam, 4 each
 SHARED = {"gpu_ddp": 0, "zero1": 8, "zero2": 12, "zero3": 16, "fsdp2": 16}  # of them, those that are split over all processes
@@ -93,19 +95,32 @@ def size_of(stage: str, cfg: Any) -> Size | None:
     return Size(trained * count, frozen * count, half, f"{name}, trained in full ({TRAINED} bytes each){models.get(stage, '')}")
 
 
-def reasons(stage: str, cfg: Any, machine: str, processes: int, nodes: int) -> list[str]:
-    """Lines that say why `cfg` gets the machine file named `machine` in `processes` processes of all `nodes`."""
-    gpus, memory = count_gpus(), gpu_memory()
-    asked = "nothing (machine: auto)" if cfg.machine == "auto" else f"machine: {cfg.machine}"
-    lines = [f"the config and command line say {asked}" + (f", processes: {cfg.processes}" if cfg.processes else "")]
+def asked_by(cfg: Any, typed: Collection[str]) -> str:
+    """Who chose the machine: the command line where it says `machine` or `processes` (`typed`), the config, or nobody."""
+    said = {key: value for key, value in (("machine", cfg.machine), ("processes", cfg.processes)) if value not in ("auto", None)}
+    if not said:
+        return "neither the config nor the command line names a machine file: auto, which takes every GPU of the node, or one CPU process"
+    by = {"command line": [key for key in said if key in typed], "config": [key for key in said if key not in typed]}
+    lines = [f"the {who} says " + ", ".join(f"{key}: {said[key]}" for key in keys) for who, keys in by.items() if keys]
+    return "; ".join(lines) + ("; no machine file is named: auto takes the one for so many processes" if "machine" not in said else "")
+
+
+def reasons(stage: str, cfg: Any, machine: Any, processes: int, nodes: int, typed: Collection[str] = ()) -> list[str]:
+    """Lines that say why `cfg` gets `machine` in `processes` processes of all `nodes`, and whether it can start here."""
+    gpus, memory, chosen = count_gpus(), gpu_memory(), machine.path.stem
+    lines = [asked_by(cfg, typed)]
     each = f" with {memory / GIB:.0f} GiB" if memory else ""
-    lines.append(f"GPUs found here: {gpus}{each}" + ("" if gpus else "; without one, auto takes the CPU"))
+    lines.append(f"GPUs found here: {gpus}{each}" + (f"; {chosen} leaves them alone" if gpus and machine.use_cpu else ""))
+    try:
+        check_startable(machine, processes // nodes)
+    except UserError as error:
+        lines.append(f"can NOT start here: {error}")
     lines.append(f"{processes} process(es): {processes // nodes} on each of {nodes} node(s)")
     size = size_of(stage, cfg)
     if size is None:
         lines.append(f"model size: unknown ({cfg.init_from} is not a folder of whole safetensors here); align plan knows more")
         return lines
-    name = machine.removesuffix("_nodes")
+    name = chosen.removesuffix("_nodes")
     state = size.state(name, processes)
     lines.append(f"model size: {size.says}: about {state / GIB:.3g} GiB of weights, gradients and optimizer in each process, without activations")
     if memory and name in SHARED:

@@ -53,7 +53,7 @@ def run_stage(args: argparse.Namespace) -> int:
     from configs.load import save
     from configs.presets import described
     from launch.batches import check_batches
-    from launch.command import check_gpus, load_machine, stage_command
+    from launch.command import check_startable, load_machine, stage_command
     from launch.nodes import nodes_of
 
     stage = args.stage
@@ -65,7 +65,7 @@ def run_stage(args: argparse.Namespace) -> int:
     check_batches({stage: cfg}, command.processes, prefixed=False)
     record = {"stage": stage, "name": cfg.name, "output": str(cfg.output), "config": str(config_file), "command": command.typed}
     if not args.dry_run:
-        check_gpus(machine, command.processes // nodes.count)
+        check_startable(machine, command.processes // nodes.count)
     if nodes.rank == 0 or args.dry_run:
         save(cfg, config_file)
     if args.dry_run:

@@ -143,6 +143,16 @@ def _check_outside_base(adapter: Checkpoint, base: str) -> None:
     contract.check_base_under_adapter(adapter, base)
 
 
+def with_bases(*origins: Origin) -> list[Origin]:
+    """The origins, each followed by what lies under it: all whose weights a process loads."""
+    found: list[Origin] = []
+    for origin in origins:
+        found.append(origin)
+        while is_adapter(found[-1]):
+            found.append(adapter_base(found[-1]))
+    return found
+
+
 def is_adapter(origin: Origin) -> bool:
     """Whether the model folder holds an adapter rather than whole weights."""
     return (Path(origin.folder) / "adapter_config.json").is_file()

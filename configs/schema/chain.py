@@ -112,6 +112,23 @@ def fill_sections(data: dict[str, Any]) -> dict[str, Any]:
     return data
 
 
+def forget_inherited(data: dict[str, Any]) -> None:
+    """Take out of each section (and of the places) what the chain would fill in just so, before its keys are overridden.
+
+    A resolved chain, as a run writes it, has every key in every section, where a section's own counts more than the chain's: an override of
+    the chain's would reach nobody. What a section has otherwise than the chain is its own, and stays.
+    """
+    places = fill_places(data)
+    for stage in STAGES:
+        section = data.get(stage)
+        if isinstance(section, dict):
+            inherited = {key: data[key] for key in SHARED if key in data} | {"registry": places["registry"], "output": f"{places['output']}/{stage}"}
+            for key in [key for key, value in inherited.items() if key in section and section[key] == value]:
+                del section[key]
+    if data.get("registry") == f"{places['output']}/registry":
+        del data["registry"]  # it moves with the output
+
+
 def _scorer(reward: dict[str, Any]) -> dict[str, Any]:
     """What PPO's scorer is in a chain: the reward model, or the ensemble."""
     ensemble = reward.get("ensemble")

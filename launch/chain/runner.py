@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING, Any
 from configs.errors import UserError
 from configs.exit_codes import REQUEUE, USER_ERROR
 from configs.presets import described
+from launch.batches import batch_problem
 from launch.chain.decide import Decider, Decision, check_files, read_attempt
 from launch.chain.lock import ChainLock
 from launch.chain.progress import Progress
 from launch.chain.steps import Step, sections, steps_of
 from launch.chain.team import Follower, Leader
-from launch.command import Command, load_machine, python_command, stage_command
+from launch.command import Command, check_startable, load_machine, python_command, stage_command
 from launch.meeting import connect, versions
-from launch.nodes import Nodes
+from launch.nodes import Nodes, per_node
 from launch.process import leaving_when_told, run_child
 from launch.stage_cli import died_after_publishing
 
@@ -53,6 +54,7 @@ def run_chain(
         return Follower(nodes, connect(nodes, about(chain))[0], chain.output / "logs", quiet=as_json).run()
     plan = plan_of(chain, steps) if nodes.count == 1 or dry_run else []
     if dry_run:
+        check_steps(chain, plan, nodes, starts=False)
         show_plan(chain, plan, command_for, as_json)
         return 0
     with ChainLock(chain.output) as lock, leaving_when_told():
@@ -61,6 +63,7 @@ def run_chain(
         code = 1
         try:
             plan = plan or plan_of(chain, steps)  # hashing data and models may take longer than the other nodes wait
+            check_steps(chain, plan, nodes)
             code = Runner(chain, plan, command_for, lock, as_json, again, team).run()
         except UserError:
             code = 2
@@ -86,6 +89,30 @@ def plan_of(chain: Any, steps: list[Step]) -> list[Decision]:
         plan.append(decider.decide(step))
         decider.assume(plan[-1])
     return plan
+
+
+def check_steps(chain: Any, plan: list[Decision], nodes: Nodes, *, starts: bool = True) -> None:
+    """Make sure that every stage that is about to run can share its batches out, and (`starts`: this machine is to run it) has its devices.
+
+    Asked before the first one starts: the last would say so hours later.
+
+    Raises:
+        UserError: with every batch that does not divide, or what the first machine file lacks.
+    """
+    problems: list[str] = []
+    for decision in plan:
+        name = decision.step.name
+        if decision.step.kind != "stage" or decision.action == "skip":
+            continue
+        section = sections(chain)[name]
+        machine = load_machine(section.machine, section.processes, nodes.count)
+        processes = section.processes or machine.processes * nodes.count
+        if (problem := batch_problem(decision.step.before, section.train, processes, f"{decision.step.before}.")) is not None:
+            problems.append(problem)
+        elif starts:
+            check_startable(machine, per_node(processes, nodes.count))
+    if problems:
+        raise UserError("\n".join(dict.fromkeys(problems)))
 
 
 def step_command(step: Step, file: Path, chain: Any, nodes: Nodes | None = None) -> Command:

@@ -101,7 +101,8 @@ def machine_settings(machine: str | None, nodes: int, gpus_per_node: int) -> tup
     """The machine file's name and its settings for this many nodes; its engine need not be installed here, where nothing runs."""
     import yaml
 
-    from configs.machines import machine_file, pick_machine
+    from configs.machines import check_settings, machine_file, pick_machine
+    from launch.command import FSDP_REFUSED
 
     name = machine or pick_machine(gpus_per_node, None, nodes)
     path = machine_file(name, nodes * max(1, gpus_per_node), nodes)
@@ -109,6 +110,9 @@ def machine_settings(machine: str | None, nodes: int, gpus_per_node: int) -> tup
         found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, yaml.YAMLError) as error:
         raise UserError(f"{path}: the machine file cannot be read: {error}") from error
+    check_settings(found, str(path))
+    if str(found.get("distributed_type")).upper() == "FSDP":
+        raise UserError(f"--machine {name}: {FSDP_REFUSED}; choose zero3, which splits a model over the processes as well")
     if bool(found.get("use_cpu")) == bool(gpus_per_node):
         what = "runs on CPUs" if gpus_per_node else "runs on GPUs"
         raise UserError(f"--machine {name}: {what}, but --gpus-per-node is {gpus_per_node}; choose a machine file that fits")

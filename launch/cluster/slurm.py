@@ -11,6 +11,7 @@ from configs.exit_codes import REQUEUE, USER_ERROR
 from launch.cluster.job import Job, quote
 
 MEETING = ' --node-rank "$SLURM_NODEID" --main-address "$MASTER_ADDR" --main-port "$MASTER_PORT"'
+EVAL_CPUS = 8  # cores of the evaluation's one process, where the node's are not known
 SAVING_SECONDS = 30  # what requeuing itself takes, of the time between the warning and the limit
 
 
@@ -57,8 +58,10 @@ def log_folder(job: Job, slurm: Slurm) -> Path:
 
 
 def sbatch_script(job: Job, slurm: Slurm, stage: str | None) -> str:
-    """One job's script: `stage`, or the whole chain for None. The evaluation is one process, so its job has one node."""
+    """One job's script: `stage`, or the whole chain for None. The evaluation is one process: its job has one node, and a GPU's share of that."""
     if stage == "eval":
+        share = slurm.cpus_per_node // max(1, job.gpus_per_node) if slurm.cpus_per_node else EVAL_CPUS
+        slurm = replace(slurm, cpus_per_node=max(1, share))
         job = replace(job, nodes=1, gpus_per_node=min(1, job.gpus_per_node), machine={})
     what = f"stage {stage} of chain {job.chain.name}" if stage else f"chain {job.chain.name}: {', '.join(job.stages)}"
     values = {

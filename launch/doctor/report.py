@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,7 +66,7 @@ def show(results: Sequence[Result], left_out: Sequence[str]) -> None:
     from rich.text import Text
 
     console = Console()
-    if not console.is_terminal:
+    if not console.is_terminal and "COLUMNS" not in os.environ:
         console = Console(width=140)  # a log has no width; 80 would break every line
     table = Table(title=Text(f"align doctor: {counted(results)}"), show_lines=False)
     for heading in ("check", "", "found"):

@@ -65,7 +65,9 @@ def main() -> None:
     options = parser.parse_args()
     from configs.load import load
     from stages import models
+    from stages.devices import hide_gpus_if_asked
 
+    hide_gpus_if_asked()
     cfg = models.pinned(load(options.config, options.stage))
     found = measure(cfg, options.stage)
     Path(options.result, f"measured-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(found))

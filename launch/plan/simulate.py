@@ -21,6 +21,7 @@ from launch.plan.allocations import Allocations
 
 LARGEST_VALUES = 2**22  # numbers of a tensor whose values are computed
 aten: Any = torch.ops.aten
+DEVICE: Any = torch.ops.prim.device.default
 
 
 class Simulation(Allocations):
@@ -31,6 +32,8 @@ class Simulation(Allocations):
         self.values = WeakTensorKeyDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is DEVICE:  # asked of a tensor at every step, half of all that is dispatched; nothing is allocated
+            return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
         kwargs = kwargs or {}
         if func is aten._local_scalar_dense.default:
             return self._scalar(args[0])

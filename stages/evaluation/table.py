@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 HEADINGS = ("model", "score ± se", "win rate [95 %]", "KL k1 ± se", "KL k3", "length", "EOS", "ppl")
@@ -38,7 +39,7 @@ def show(result: dict[str, Any]) -> None:
     from rich.text import Text
 
     console = Console()
-    if not console.is_terminal:
+    if not console.is_terminal and "COLUMNS" not in os.environ:
         console = Console(width=120)  # a log has no width; 80 would break the numbers
     count, detail = next(iter(result["models"].values())), result["eval_set_detail"]
     title = f"{count['prompts']} prompts ({detail['subset']}), {detail['samples_per_prompt']} completion(s) of each, evaluation set {result['eval_set']}"

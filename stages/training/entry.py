@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from configs.errors import UserError
+from stages.devices import hide_gpus_if_asked
 from stages.training import stop
 from stages.training.ranks import from_rank_0, rank, say
 from stages.zero.leave import leave
@@ -35,6 +36,7 @@ def run(main: Callable[[Any], None], kind: str, argv: Sequence[str] | None = Non
     arguments = parser.parse_args(argv)
     stop.listen()
     end_with_the_launcher()
+    hide_gpus_if_asked()
     try:
         from configs.load import load
         from stages import models

@@ -62,8 +62,6 @@ def whole_state(trainer: Any, model: Any, adapter: bool) -> dict[str, Any] | Non
 
     Of a model with an adapter, only what peft writes: trained tensors, and the embeddings in case they have grown.
     """
-    if trainer.is_fsdp_enabled:
-        return trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if not trainer.is_deepspeed_enabled:
         return None
     embeddings = {id(p) for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None for p in layer.parameters()}

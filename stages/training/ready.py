@@ -55,5 +55,6 @@ def check(cfg: StageConfig, stage: str, *origins: models.Origin) -> None:
 
     from_rank_0("verifying what the stage starts from", on_rank_0)
     agree.check_shared({"registry": cfg.registry, "output": output_folder(cfg, stage)})
-    agree.check_same_models(origin.folder for origin in origins)
-    fetch(origin.folder for origin in origins)
+    folders = [origin.folder for origin in models.with_bases(*origins)]
+    agree.check_same_models(folders)
+    fetch(folders)

@@ -17,7 +17,7 @@ def scores(trainer: Any, rows: list[list[int]]) -> torch.Tensor:
     Rows are taken by length, so that a batch holds little padding; every rank makes the same number of forward passes.
     """
     accelerator, size, pad_id = trainer.accelerator, trainer.args.per_device_eval_batch_size, trainer.processing_class.pad_token_id
-    model = trainer.model_wrapped if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled else trainer.model
+    model = trainer.model_wrapped if trainer.is_deepspeed_enabled else trainer.model
     model.eval()
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
     out = torch.empty(len(rows))

@@ -76,6 +76,7 @@ def test_warned_of_the_time_limit_requeued_continued_and_found_by_the_next_job(c
     assert not Registry(folder / "out" / "registry").list()
 
     assert cluster.finish(sft, cluster.start(sft, restarts=1)) == 0, sft["log"].read_text()
+    assert not list(cluster.folder.glob("local-*/align-*")), "the nodes' caches are left"
     assert cluster.requeued() == [1000]
     log = sft["log"].read_text()
     assert "sft: continue (was interrupted)" in log

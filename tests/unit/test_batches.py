@@ -66,3 +66,36 @@ def test_the_machine_of_the_command_line_reaches_the_sections_of_a_resolved_chai
         assert out.count("--config_file configs/accelerate/cpu_zero2.yaml") == 2
         assert out.endswith("\n\nall machine files: align launch show\n")  # and none of their descriptions
         assert "zero3_offload" not in out
+
+
+def test_a_chain_refuses_such_batches_in_a_dry_run(tmp_path: Path, capsys):
+    """All of them at once, and before the first stage has run for hours."""
+    from tests.tiny import tiny_data, tiny_model
+
+    tiny_model(tmp_path / "base")
+    tiny_data(tmp_path, "mnop")
+    sections = {"sft": {"data": str(tmp_path / "demos.jsonl"), "train": {"batch_size": 32, "micro_batch_size": 32}}, "dpo": {"data": str(tmp_path / "pairs.jsonl"), "train": {"batch_size": 24, "micro_batch_size": 24}}}
+    file = tmp_path / "chain.yaml"
+    file.write_text(yaml.safe_dump({"name": "c", "base": str(tmp_path / "base"), "template": "plain", "output": str(tmp_path / "out")} | sections))
+    assert main(["run", str(file), "--machine", "cpu_ddp", "--dry-run"]) == 2
+    told = capsys.readouterr().err
+    assert "sft.train.batch_size 32 is not a multiple of 64 = 2 process(es)" in told
+    assert "dpo.train.batch_size 24 is not a multiple of 48 = 2 process(es)" in told
+    assert main(["run", str(file), "--dry-run"]) == 0
+
+
+def test_what_the_command_line_says_of_a_resolved_chain_reaches_its_sections(tmp_path: Path):
+    """OUTPUT/chain.yaml has every shared key in every section, which hid the chain's own; what a section has of its own stays."""
+    written, resolved = tmp_path / "chain.yaml", tmp_path / "resolved.yaml"
+    own = CHAIN["reward"] | {"seed": 5, "output": "elsewhere"}
+    written.write_text(yaml.safe_dump(CHAIN | {"output": "out", "reward": own, "max_length": 256}))
+    resolved.write_text(dump(load(written, "chain")))
+    overrides = ["seed=3", "output=other", "max_length=128", "attn_implementation=eager", "split={validation: 0.2}"]
+    for file in (written, resolved):
+        chain = load(file, "chain", overrides)
+        assert (chain.sft.seed, chain.reward.seed) == (3, 5)
+        assert [str(part.output) for part in (chain, chain.sft, chain.reward)] == ["other", "other/sft", "elsewhere"]
+        assert {str(part.registry) for part in (chain, chain.sft, chain.reward)} == {"other/registry"}
+        assert [(part.max_length, part.attn_implementation, part.split.validation) for part in (chain, chain.sft, chain.reward)] == [(128, "eager", 0.2)] * 3
+        assert str(load(file, "chain", ["registry=shared"]).reward.registry) == "shared"
+    assert load(resolved, "chain") == load(written, "chain")

@@ -97,7 +97,17 @@ def test_the_header_and_the_launch_say_what_was_asked(here):
     assert "  module load cuda\n  source env/bin/activate\n" in script
     evaluation = (here / "jobs" / "eval.sbatch").read_text()
     assert "#SBATCH --nodes=1\n" in evaluation
+    assert "#SBATCH --cpus-per-task=16\n" in evaluation  # of one GPU out of four
     assert 'align run "$CHAIN" --only eval --nodes "$SLURM_NNODES"\n' in evaluation
+
+
+def test_the_evaluation_leaves_the_rest_of_its_node_to_others(here):
+    slurm()
+    assert "--exclusive" in (here / "jobs" / "sft.sbatch").read_text()
+    evaluation = (here / "jobs" / "eval.sbatch").read_text()
+    assert "--exclusive" not in evaluation
+    assert "--mem=0" not in evaluation
+    assert "#SBATCH --cpus-per-task=8\n" in evaluation
 
 
 def test_the_chain_beside_the_scripts_stands_on_its_own(here):
@@ -153,6 +163,7 @@ def test_what_cannot_run_is_refused_before_it_waits_in_a_queue(here, capsys, siz
 # What a node runs, in place of `align run`: it ends as it is told to.
 STUB = """#!/usr/bin/env bash
 trap 'echo "node $SLURM_NODEID was warned"; [[ -z $STUB_DEAF ]] && exit "$STUB_WARNED"' USR1
+stat --format="%a $(dirname "$TMPDIR")" "$(dirname "$TMPDIR")" >"$STUB_FOLDER/cache-$SLURM_NODEID"
 touch "$STUB_FOLDER/running-$SLURM_NODEID"
 for _ in $(seq "$STUB_TENTHS"); do sleep 0.1; done
 exit "$STUB_CODE"
@@ -195,11 +206,24 @@ def test_a_step_that_ends_well_or_badly_ends_the_job_so(job):
 
 def test_a_nodes_caches_lie_in_a_folder_that_nobody_else_can_have_made(job, here):
     """Compiled code is loaded from there: under a name that can be guessed, in /tmp, another user of the node could have put his own."""
-    for times in (1, 2):
+    names = set()
+    for _ in range(2):
         assert job(0)[0] == 0
-        made = [path for path in here.rglob("local-0/align-*") if (path / "tmp").is_dir()]
-        assert len(made) == times
-        assert {path.stat().st_mode & 0o777 for path in made} == {0o700}
+        found = {(here / f"cache-{node}").read_text().strip() for node in (0, 1)}
+        assert {line.split(maxsplit=1)[0] for line in found} == {"700"}
+        names |= {line.split(maxsplit=1)[1] for line in found}
+    assert len(names) == 4
+
+
+def test_nothing_is_left_on_the_nodes(job, here):
+    """Caches of every job stayed in /tmp; those of a run that was killed go when the job has run again."""
+    left = here / "cluster" / "local-1" / "align-1000-killed00"
+    other = here / "cluster" / "local-1" / "align-1001-running0"  # another job's
+    for folder in (left, other):
+        folder.mkdir(parents=True)
+    for code, ends in ((0, 0), (1, 1), (REQUEUE, REQUEUE)):
+        assert job(code)[0] == ends
+        assert list(here.rglob("local-*/align-*")) == [other]
 
 
 def test_a_step_that_asks_for_it_is_requeued_but_not_for_ever(job):

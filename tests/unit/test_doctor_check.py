@@ -180,3 +180,13 @@ def test_the_command_hides_planted_secrets_and_tells_its_exit_code(tmp_path):
             assert {row["name"] for row in value["checks"]} == {check.name for check in CHECKS if not check.slow}
             assert done.returncode == (1 if value["status"] == "failed" else 0)
             assert value["left_out"] == ["gloo", "NCCL", "self-test"]
+
+
+def test_a_piped_report_is_as_wide_as_asked(capsys, monkeypatch):
+    from launch.doctor.report import show
+
+    for columns, width in (("60", 60), (None, 140)):
+        monkeypatch.setenv("COLUMNS", columns) if columns else monkeypatch.delenv("COLUMNS", raising=False)
+        show([Result("memory", "word " * 60, (), {}, 0.0)], [])
+        table = capsys.readouterr().out.split("For a bug report")[0]
+        assert max(map(len, table.splitlines())) == width

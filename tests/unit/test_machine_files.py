@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -180,16 +184,91 @@ def test_a_deepspeed_file_of_ones_own_is_not_started_over_ssh():
     assert "launcher" not in command.stage_command("stages.sft", Path("c"), ours, None, Nodes(2, 0, "n0")).typed
 
 
-def test_more_processes_than_gpus_are_refused_before_anything_starts(tmp_path, capsys, monkeypatch):
+def test_what_has_not_enough_gpus_is_refused_before_anything_starts(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(machines, "count_gpus", lambda: 2)
-    assert command.check_gpus(command.load_machine("zero3", None), 2) is None
-    assert command.check_gpus(command.load_machine("cpu_ddp", None), 4) is None
+    assert command.check_startable(command.load_machine("zero3", None), 2) is None
+    assert command.check_startable(command.load_machine("cpu_ddp", None), 4) is None
     assert main(["sft", "--config", write_config(tmp_path), "--machine", "zero3", "--processes", "4"]) == 2
     assert "zero3.yaml is for GPUs, and this node has 2 for 4 process(es)" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(machines, "count_gpus", lambda: 0)  # an AMD machine, perhaps
-    assert command.check_gpus(command.load_machine("zero3", None), 8) is None
-    assert "warning: " in capsys.readouterr().err
+    monkeypatch.setattr(machines, "count_gpus", lambda: 0)  # it warned, and started eight processes on the CPU
+    monkeypatch.setattr(machines, "other_accelerators", lambda: False)
+    assert main(["sft", "--config", write_config(tmp_path), "--machine", "zero3", "--processes", "4"]) == 2
+    assert "zero3.yaml is for GPUs, and none is found here" in capsys.readouterr().err
+    monkeypatch.setattr(machines, "other_accelerators", lambda: True)  # an AMD machine: what it has is not counted
+    assert command.check_startable(command.load_machine("zero3", None), 8) is None
+
+
+def test_fsdp_is_refused_before_anything_starts_and_show_says_so(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(machines, "count_gpus", lambda: 8)
+    assert main(["sft", "--config", write_config(tmp_path), "--machine", "fsdp2", "--processes", "4"]) == 2
+    assert "fsdp2.yaml: the stages refuse FSDP" in capsys.readouterr().err
+    (row,) = shown(capsys, "sft", "--machine", "fsdp2")["chosen"]
+    assert any(line.startswith("can NOT start here: ") and "the stages refuse FSDP" in line for line in row["why"])
+    assert "refused by the stages" in purpose(FOLDER / "fsdp2.yaml")[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"deepspeed_config": {"zero_stage": 2, "offload_optimiser_device": "cpu"}}, "deepspeed_config.offload_optimiser_device: .*Did you mean 'offload_optimizer_device'"),
+        ({"deepspeed_config": {"zero_stage": 2, "reduce_bucket_size": 5}}, "deepspeed_config.reduce_bucket_size: .*a JSON file that deepspeed_config_file names"),
+        ({"num_proceses": 2}, "num_proceses: .*Did you mean 'num_processes'"),
+        ({"deepspeed_config": "zero2.json"}, "deepspeed_config: found 'zero2.json'; expected keys such as zero_stage"),
+    ],
+)
+def test_a_key_that_accelerate_does_not_know_is_refused_in_a_dry_run(tmp_path, capsys, change, says):
+    """Accelerate does without a deepspeed_config key that it does not know, without a word."""
+    file = tmp_path / "own.yaml"
+    file.write_text(yaml.safe_dump(settings("cpu_zero2") | change))
+    assert main(["sft", "--config", write_config(tmp_path), "--machine", str(file), "--dry-run"]) == 2
+    assert re.search(rf"own\.yaml: {says}", capsys.readouterr().err)
+
+
+def test_the_keys_are_those_of_accelerate():
+    from accelerate.commands.config.config_args import ClusterConfig
+    from accelerate.commands.launch import launch_command_parser
+
+    assert set(ClusterConfig.__dataclass_fields__) <= set(machines.KEYS)
+    (group,) = (group for group in launch_command_parser()._action_groups if group.title == "DeepSpeed Arguments")
+    assert {action.dest for action in group._group_actions} == set(machines.DEEPSPEED_KEYS)
+
+
+@pytest.mark.parametrize("name", ["cpu", "cpu_ddp", "cpu_zero2"])
+def test_a_machine_file_of_the_cpu_hides_the_gpus_there_are(name, monkeypatch):
+    """Stages took the GPUs wherever torch saw one: `accelerate launch` passes use_cpu on to a single process only."""
+    from accelerate.commands import launch
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    words = ["--config_file", str(machine_file(name)), "--main_process_port", "0", "-m", "stages.sft"]
+    args, _, _ = launch._validate_launch_command(launch.launch_command_parser().parse_args(words))
+    args.deepspeed_fields_from_accelerate_config = ""
+    if name == "cpu_zero2":
+        _, env = launch.prepare_deepspeed_cmd_env(args)
+    else:
+        env = launch.prepare_simple_launcher_cmd_env(args)[1] if name == "cpu" else launch.prepare_multi_gpu_env(args)
+    assert env["CUDA_VISIBLE_DEVICES"] == "-1,-1"
+
+
+def test_a_cpu_machine_file_of_ones_own_hides_the_gpus_too(monkeypatch):
+    from stages.devices import hide_gpus_if_asked
+
+    own = command.Machine(Path("m.yaml"), {"distributed_type": "MULTI_GPU", "use_cpu": True, "num_processes": 2})
+    asked_for = command.stage_command("stages.sft", Path("c"), own).extra_env["ACCELERATE_USE_CPU"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "False")
+    hide_gpus_if_asked()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
+    monkeypatch.setenv("ACCELERATE_USE_CPU", asked_for)
+    hide_gpus_if_asked()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "-1"
+
+
+def test_deepspeed_says_nothing_of_a_machine_without_gpus():
+    code = "import stages, deepspeed; print('done')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"CUDA_VISIBLE_DEVICES": "-1"}, capture_output=True, text=True, check=True)
+    assert "Setting accelerator" not in done.stdout + done.stderr
+    assert done.stdout.endswith("done\n")
 
 
 def test_threads_are_those_of_one_node(monkeypatch):
@@ -230,7 +309,11 @@ def test_show_tells_of_every_stage_of_a_chain_and_writes_nothing(tmp_path, capsy
         ("sft", "cpu", 1), ("reward", "cpu", 1), ("reward-2", "cpu", 1), ("dpo", "cpu_zero2", 2),
     ]  # fmt: skip
     assert "-m stages.reward --config" in told["chosen"][2]["command"]
-    assert "the config and command line say machine: cpu_zero2" in told["chosen"][3]["why"]
+    assert "the config says machine: cpu_zero2" in told["chosen"][3]["why"]
+    assert told["chosen"][0]["why"][0].startswith("neither the config nor the command line names a machine file")
+    told = shown(capsys, str(file), "--processes", "2", "dpo.machine=cpu_ddp")["chosen"]
+    assert told[0]["why"][0] == "the command line says processes: 2; no machine file is named: auto takes the one for so many processes"
+    assert told[3]["why"][0] == "the command line says machine: cpu_ddp, processes: 2"
     assert not (tmp_path / "out").exists()
 
 
@@ -269,5 +352,5 @@ def test_a_model_too_large_for_the_machine_is_told_with_what_to_take(monkeypatch
     monkeypatch.setattr(machine_choice, "gpu_memory", lambda: memory * GIB)
     monkeypatch.setattr(machine_choice, "size_of", lambda *_: Size(8_000_000_000, 0, 2.0, "it"))
     cfg = SimpleNamespace(machine="auto", processes=None, init_from="m")
-    lines = machine_choice.reasons("sft", cfg, "gpu_ddp", 8, 1)
+    lines = machine_choice.reasons("sft", cfg, command.load_machine("gpu_ddp", 8), 8, 1)
     assert any(says in line for line in lines), lines
