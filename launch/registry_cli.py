@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.errors import UserError
-from launch.registry import collect
+from launch.registry import carry, collect
 from launch.registry.output import print_json, size, table
 
 if TYPE_CHECKING:
@@ -50,6 +50,16 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     command.add_argument("--history", action="store_true", help="show where it pointed, oldest first (also what ALIAS alone does)")
 
     _add_collection(commands)
+    _add_carrying(commands)
+
+
+def _add_carrying(commands: Any) -> None:
+    command = _command(commands, "import", carry.run_import, "publish a Hugging Face folder or a model of the hub as a checkpoint")
+    command.add_argument("source", metavar="FOLDER|ORG/NAME", help="a folder as save_pretrained writes it (whole weights or a LoRA adapter), or a name on the hub")
+    command.add_argument("--as", required=True, dest="family", metavar="STAGE/NAME", help="sft, dpo or ppo for a language model, reward for one with a score head")
+    command.add_argument("--base", metavar="REF", help="what an adapter was trained on, if its adapter_config.json does not say it")
+    command.add_argument("--template", default="auto", metavar="NAME", help="chat template: auto (the tokenizer's own, else plain), plain, chatml, raw or a .jinja file")
+    command.add_argument("--revision", metavar="REV", help="branch, tag or commit on the hub")
 
 
 def _add_collection(commands: Any) -> None:
