@@ -14,7 +14,7 @@ from configs.errors import UserError
 from stages.registry import ledger, trash
 from stages.registry.manifest import Checkpoint
 from stages.registry.names import check_alias, now, split_family
-from stages.registry.storage import storage_error
+from stages.registry.storage import fsync_dir, storage_error
 
 if TYPE_CHECKING:
     from stages.registry.registry import Registry
@@ -43,6 +43,7 @@ def move(registry: Registry, family: str, alias: str, ref: str, expect: str | No
         return {**facts, "previous": here, "created": now(), **({"undoes": undoes[0]} if undoes else {})}
 
     try:
+        fsync_dir(registry.root / "checkpoints")  # who published the target may have been killed before the disk confirmed its name
         ledger.append(folder, entry)
         # gc moves a checkpoint first and looks for aliases then; it may have looked before this one was there
         there = trash.bring_back(registry.root, target.id, f"{family}@{alias} points at it")

@@ -10,9 +10,8 @@ from configs.errors import UserError
 from stages.registry.ledger import link_new
 from stages.registry.names import now
 from stages.registry.sealing import seal, unseal
-from stages.registry.storage import durable_mkdir, storage_error
+from stages.registry.storage import MARK, durable_mkdir, storage_error
 
-MARK = "registry.json"
 FORMAT = "align-registry"
 VERSION = 1
 

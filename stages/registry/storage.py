@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -15,6 +16,9 @@ from configs.errors import UserError
 ROOM_RESERVE = (
     16 * 2**20
 )  # bytes kept free beyond what a checkpoint needs: the manifest, aliases and logs of other jobs
+
+MARK = "registry.json"  # the file that makes a folder a registry
+_durable: set[tuple[int, int]] = set()  # device and inode of folders whose name is known to be on the disk
 
 _ADVICE = {
     errno.ENOSPC: "the disk is full: free some room or choose another registry folder",
@@ -42,8 +46,19 @@ def fsync_dir(folder: Path) -> None:
 
 
 def durable_mkdir(folder: Path) -> None:
-    """mkdir -p whose every new level survives a power cut."""
+    """mkdir -p whose every level survives a power cut.
+
+    Within a registry also levels that were there already: the process that made one may have been killed before it synced it. Once a process,
+    since afterwards nothing takes a level away again. Raises OSError.
+    """
     if folder.is_dir():
+        if (here := _identity(folder)) in _durable or not _in_registry(folder):
+            return
+        if not (folder / MARK).exists():
+            durable_mkdir(folder.parent)
+        with contextlib.suppress(PermissionError):  # a parent that is not ours to open is not one that a process of ours made
+            fsync_dir(folder.parent)
+        _durable.add(here)
         return
     durable_mkdir(folder.parent)
     try:
@@ -52,6 +67,16 @@ def durable_mkdir(folder: Path) -> None:
         if not folder.is_dir():
             raise
     fsync_dir(folder.parent)
+    _durable.add(_identity(folder))
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
+def _in_registry(folder: Path) -> bool:
+    return any((level / MARK).exists() for level in (folder, *folder.parents))
 
 
 def write_exclusive(path: Path, content: bytes) -> None:

@@ -1,0 +1,1 @@
+"""Ways to break a registry on purpose: kills, power cuts, storage faults, flipped bits, crowds."""

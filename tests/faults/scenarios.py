@@ -1,0 +1,152 @@
+"""What is interrupted: each scenario prepares a registry, then does something with it that must hold whatever happens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+from safetensors.numpy import save
+
+from configs.errors import UserError
+from stages.registry import Checkpoint, Registry, storage
+from tests.faults.promises import Promises, broken
+
+Note = Callable[[], None]  # to be called after each acknowledgement
+
+
+def writer(value: float, same: bytes = b"shared by all" * 40) -> Callable[[Path], None]:
+    """Weights, a config, a file that every checkpoint has, and one in a sub-folder; written through Python, so that a shim sees each write."""
+
+    def write(folder: Path) -> None:
+        (folder / "model.safetensors").write_bytes(save({"weight": np.full((4, 3), value, np.float32)}))
+        (folder / "config.json").write_text(json.dumps({"value": value}))
+        (folder / "tokenizer.json").write_bytes(same)
+        (folder / "extra").mkdir()
+        (folder / "extra" / "notes.txt").write_text("ok")
+
+    return write
+
+
+def publish(root: Path, promises: Promises, note: Note, value: float = 1.0, family: str = "sft/demo") -> Checkpoint:
+    """Publish and note the promise."""
+    stage, name = family.split("/")
+    made = Registry(root).publish(stage, name, writer(value))
+    promises.published(made)
+    note()
+    return made
+
+
+def move(root: Path, promises: Promises, note: Note, ref: str, alias: str = "production", expect: str | None = None) -> None:
+    """Move an alias of sft/demo and note the promise."""
+    promises.moved(f"sft/demo@{alias}", Registry(root).set_alias("sft/demo", alias, ref, expect))
+    note()
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """`prepare` runs undisturbed, `act` is what is interrupted. Both add to the promises, `act` with a note after each.
+
+    after: what a second process may do when a first was killed in `act`.
+    """
+
+    name: str
+    prepare: Callable[[Path, Promises], None]
+    act: Callable[[Path, Promises, Note], None]
+    after: tuple[Callable[[Path, Promises, Note], None], ...] = ()
+
+
+def silent() -> None:
+    """No note."""
+
+
+def _open(root: Path, promises: Promises, note: Note) -> None:
+    Registry(root)
+    promises.opened = True
+    note()
+
+
+def _empty(root: Path, promises: Promises) -> None:
+    _open(root, promises, silent)
+
+
+def _one(root: Path, promises: Promises) -> None:
+    publish(root, promises, silent)
+
+
+def _two(root: Path, promises: Promises) -> None:
+    publish(root, promises, silent)
+    publish(root, promises, silent, 2.0)
+
+
+def _aliased(root: Path, promises: Promises) -> None:
+    _two(root, promises)
+    move(root, promises, silent, "sft/demo@1")
+
+
+def _first(root: Path, promises: Promises, note: Note) -> None:
+    publish(root, promises, note)
+    move(root, promises, note, "sft/demo@1", expect="")
+
+
+def _next(root: Path, promises: Promises, note: Note) -> None:
+    publish(root, promises, note, 2.0)
+
+
+def _moves(root: Path, promises: Promises, note: Note) -> None:
+    move(root, promises, note, "sft/demo@2", expect="sft/demo@1")
+    move(root, promises, note, "sft/demo@1")
+
+
+def _nothing(root: Path, promises: Promises) -> None:
+    return None
+
+
+def _another(root: Path, promises: Promises, note: Note) -> None:
+    move(root, promises, note, publish(root, promises, note, 5.0).ref, "another")
+
+
+def _point_at_newest(root: Path, promises: Promises, note: Note) -> None:
+    """An alias to whatever is visible, also to what its publisher never acknowledged."""
+    if Registry(root).list():
+        move(root, promises, note, "sft/demo", "newest")
+
+
+SCENARIOS = (
+    Scenario("open", _nothing, _open, (_another,)),
+    Scenario("first publish and alias", _empty, _first, (_another, _point_at_newest)),
+    Scenario("publish", _one, _next, (_another, _point_at_newest)),
+    Scenario("alias", _aliased, _moves, (_another, _point_at_newest)),
+)
+
+
+def go_on(root: Path, promises: Promises) -> list[str]:
+    """What does not work any more: the next publication, the next move of an alias, and all that had been promised."""
+    promises = promises.copy()
+    try:
+        made = publish(root, promises, silent, 9.0)
+        if any(ref == made.ref for key, ref in promises.checkpoints.items() if key != made.id):
+            return [f"{made.ref} was given out twice"]
+        if Registry(root).resolve("sft/demo").id != made.id:
+            return [f"{made.ref} was published and is not the newest"]
+        move(root, promises, silent, made.ref, alias="after")
+    except UserError as error:
+        return [f"the next operation fails: {error}"]
+    return broken(root, promises)
+
+
+def as_new_process() -> None:
+    """Forget what this process knows of a registry's folders."""
+    storage._durable.clear()
+
+
+@contextmanager
+def light() -> Iterator[None]:
+    """No git and no look at the installed libraries for each manifest: they take most of the time and write nothing."""
+    facts = {"_git": lambda *args: None, "library_versions": dict}
+    with mock.patch.multiple("stages.registry.provenance", **facts):
+        yield
