@@ -18,16 +18,22 @@ MODEL = "model"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """One published result. Immutable: neither this object nor the files under `path` ever change."""
+    """One published result. Immutable: neither this object nor the files under `path` ever change; equal by id and path."""
 
     id: str
     stage: str
     name: str
     version: int
     path: Path  # ROOT/checkpoints/<id>
-    manifest: Mapping[str, Any] = field(compare=False, repr=False)
+    manifest: Mapping[str, Any] = field(repr=False)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Checkpoint) and (self.id, self.path) == (other.id, other.path)
+
+    def __hash__(self) -> int:
+        return hash(self.id)
 
     @property
     def ref(self) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from configs.errors import UserError
-from stages.registry import aliases, leases, ledger, trash
+from stages.registry import aliases, claims, index, leases, ledger, trash
 from stages.registry.best import pick
 from stages.registry.commit import commit
 from stages.registry.contract import check_finite, check_stage
@@ -37,7 +37,7 @@ from stages.registry.names import (
 )
 from stages.registry.provenance import provenance
 from stages.registry.sealing import plain
-from stages.registry.sharing import find_in, holding
+from stages.registry.sharing import find_in
 from stages.registry.storage import check_room, durable_mkdir, storage_error
 
 # Registry has a method called `list`, which hides the type inside the class
@@ -93,7 +93,7 @@ class Registry:
             write,
             check_finite if check_weights else _accept,
             manifest,
-            find_in(self._relatives(stage, name, parents), lambda size, digest: holding(self.list(), size, digest)),
+            find_in(self._relatives(stage, name, parents), lambda: index.holders(self.root)),
         )
         published = read_checkpoint(path)
         assert isinstance(published, Checkpoint), published
@@ -104,8 +104,8 @@ class Registry:
 
     def _relatives(self, stage: str, name: str, parents: Sequence[Parent]) -> Sequence[Checkpoint]:
         """Where files that a new checkpoint holds too are looked for first: its parents, then the newest versions of its name."""
-        made_from = [self._load(parent.id) for parent in parents if parent.id]
-        return [*(item for item in made_from if isinstance(item, Checkpoint)), *reversed(self.list(stage, name)[-3:])]
+        near = [*(parent.id for parent in parents if parent.id), *(claims.newest(self.root, stage, name, 3) or [])]
+        return [item for item in map(self._load, near) if isinstance(item, Checkpoint)]
 
     def check_publishable(self, family: str) -> None:
         """Find out before hours of training that stage/name could not be published. Raises UserError."""
@@ -148,13 +148,16 @@ class Registry:
 
     def list(self, stage: str | None = None, name: str | None = None) -> list[Checkpoint]:
         """All checkpoints with a sound manifest, by stage, name, version. See `damaged` for the others."""
-        found = [item for item in self._scan().values() if isinstance(item, Checkpoint)]
-        wanted = [item for item in found if stage in (None, item.stage) and name in (None, item.name)]
-        return sorted(wanted, key=lambda item: (item.stage, item.name, item.version))
+        found = index.scan(self.root).values()
+        return [item for item in found if isinstance(item, Checkpoint) and stage in (None, item.stage) and name in (None, item.name)]
+
+    def families(self) -> Names:
+        """Every stage/name that was ever published, sorted, from names of folders alone: `list` knows which still hold something."""
+        return claims.families(self.root) or self._families()
 
     def damaged(self) -> dict[str, Problem]:
         """Checkpoint id -> what is wrong with its manifest, for those that `list` cannot show."""
-        return {key: item for key, item in self._scan().items() if isinstance(item, Problem)}
+        return {key: item for key, item in index.scan(self.root, strict=True).items() if isinstance(item, Problem)}
 
     def verify(self, ref: str, deep: bool = False) -> Problems:
         """All problems of a checkpoint ([] is good): manifest, set of files, sizes; with `deep` contents. UserError
@@ -173,22 +176,14 @@ class Registry:
         path = self.root / "checkpoints" / checkpoint_id
         return read_checkpoint(path) if is_id(checkpoint_id) and path.is_dir() else None
 
-    def _scan(self) -> dict[str, Checkpoint | Problem]:
-        try:
-            names = os.listdir(self.root / "checkpoints")
-        except FileNotFoundError:
-            return {}
-        found = {name: self._load(name) for name in sorted(names)}
-        return {name: item for name, item in found.items() if item is not None}
-
     def _versions(self, stage: str, name: str) -> dict[int, str]:
         """Version -> id of all published checkpoints of a name, damaged ones too (their claims still name them)."""
         versions = {item.version: item.id for item in self.list(stage, name)}
-        claims = self.root / "versions" / stage / name
-        for number in ledger.numbers(claims):
+        folder = self.root / "versions" / stage / name
+        for number in ledger.numbers(folder):
             if (
                 number not in versions
-                and (self.root / "checkpoints" / (claimed := self._claim(claims, number))).is_dir()
+                and (self.root / "checkpoints" / (claimed := self._claim(folder, number))).is_dir()
             ):
                 versions[number] = claimed
         return versions
@@ -203,7 +198,9 @@ class Registry:
         return str(claimed)
 
     def _newest(self, stage: str, name: str) -> Checkpoint | None:
-        return max(self.list(stage, name), key=lambda item: item.version, default=None)
+        claimed = claims.newest(self.root, stage, name, 3)
+        found = self.list(stage, name) if claimed is None else [item for item in map(self._load, claimed) if isinstance(item, Checkpoint)]
+        return max(found, key=lambda item: item.version, default=None)
 
     def _locate(self, ref: str) -> str:
         """The id a reference means; the checkpoint's folder exists. Raises UserError."""
@@ -219,6 +216,10 @@ class Registry:
             hint = f" Did you mean {families[0]}?" if families else close
             raise UserError(f"{ref!r} is not a reference to a checkpoint; write one of: {FORMS}.{hint}")
         asked = parse(ref)
+        if asked.kind == "latest" and (newest := claims.newest(self.root, asked.stage, asked.name)):
+            return newest[0]
+        if asked.kind == "version" and (claimed := claims.version(self.root, asked.stage, asked.name, int(asked.value))):
+            return claimed
         versions = self._versions(asked.stage, asked.name)
         if not versions:
             self._unknown_family(asked)

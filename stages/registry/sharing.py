@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -37,10 +38,9 @@ def share(staging: Path, files: dict[str, dict[str, Any]], holders: Holders) -> 
         if not entry["size"]:
             continue
         draft = (staging / name).with_name(f".shared-{hash_bytes(name.encode())[:16]}")
-        for owner, held in islice(holders(entry["size"], entry["blake3"]), _TRIES):
+        found = holders(entry["size"], entry["blake3"])
+        for owner, held in islice((item for item in found if _usable(item[0] / item[1], entry["size"])), _TRIES):
             source = owner / held
-            if not _usable(source, entry["size"]):
-                continue
             reflinked = can_reflink and reflink(source, draft)
             can_reflink = reflinked
             if not reflinked and not hardlink(source, draft):
@@ -54,8 +54,9 @@ def share(staging: Path, files: dict[str, dict[str, Any]], holders: Holders) -> 
             break
 
 
-def find_in(near: Sequence[Checkpoint], far: Holders) -> Holders:
-    """Looks among the checkpoints of `near` in their order, then wherever `far` looks; each file comes once."""
+def find_in(near: Sequence[Checkpoint], far: Callable[[], Holders] | None = None) -> Holders:
+    """Looks among the checkpoints of `near` in their order, then wherever `far()`, called at most once, looks; each file comes once."""
+    elsewhere = cache(far) if far is not None else None
     known: dict[tuple[int, str], list[tuple[Path, str]]] = {}
     for checkpoint in near:
         for name, entry in checkpoint.manifest["files"].items():
@@ -63,17 +64,10 @@ def find_in(near: Sequence[Checkpoint], far: Holders) -> Holders:
 
     def holders(size: int, digest: str) -> Iterator[tuple[Path, str]]:
         yield from (first := dict.fromkeys(known.get((size, digest), ())))
-        yield from (found for found in far(size, digest) if found not in first)
+        if elsewhere is not None:
+            yield from (found for found in elsewhere()(size, digest) if found not in first)
 
     return holders
-
-
-def holding(checkpoints: Iterable[Checkpoint], size: int, digest: str) -> Iterator[tuple[Path, str]]:
-    """The files of these size and BLAKE3 among what `checkpoints` say they hold."""
-    for checkpoint in checkpoints:
-        for name, entry in checkpoint.manifest["files"].items():
-            if (entry["size"], entry["blake3"]) == (size, digest):
-                yield checkpoint.path, name
 
 
 def _usable(source: Path, size: int) -> bool:

@@ -20,6 +20,7 @@ from tests.reliability.case import Case, Measured
 # One name a line, in the order in which they run: tests/reliability/<name>.py
 AREAS: tuple[str, ...] = (
     "faults",
+    "small",
 )  # fmt: skip
 ROOT = Path(__file__).resolve().parents[2]
 CASE_LIMIT = 1200  # seconds after which a case counts as hung
