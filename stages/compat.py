@@ -53,3 +53,11 @@ def without_engine_hooks(engine: Any) -> Iterator[None]:
         yield
     finally:
         add_hooks(engine)
+
+
+def exportable(trainer: Any) -> list[tuple[str, dict[str, Any]]]:
+    """The states of a Trainer's callbacks and of its control, by class name, as its own saves hold them."""
+    from transformers.trainer_callback import ExportableState
+
+    parts = [*trainer.callback_handler.callbacks, trainer.control]
+    return [(type(part).__name__, part.state()) for part in parts if isinstance(part, ExportableState)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -128,5 +128,15 @@ class StageConfig(Strict):
     attn_implementation: str | None = Field(default=None, description="Attention kernel as transformers names it: sdpa, eager, flash_attention_2.")
     allow_changed: list[str] = Field(
         default_factory=list,
-        description="Resume although these have changed: data, tokenizer, processes, config; split: start from a model that was trained under another split."
+        description="Continue an interrupted run although these have changed: data, tokenizer, template, schedule, processes, config, or a field such as "
+        "train.learning_rate; split: start from a model that was trained under another split.",
     )
+
+    @field_validator("allow_changed")
+    @classmethod
+    def _can_be_allowed(cls, keys: list[str]) -> list[str]:
+        from configs.allowed import fields_of, unknown
+
+        if problems := unknown(keys, fields_of(cls)):
+            raise ValueError("; ".join(problems))
+        return keys

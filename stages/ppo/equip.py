@@ -28,10 +28,10 @@ class Equipped(NamedTuple):
     store: Store
 
 
-def equip(cfg: PPOStage, accelerator: Any, built: PPOModels, folder: Path, save_from: Path | None, zero: Zero | None) -> Equipped:
+def equip(cfg: PPOStage, accelerator: Any, built: PPOModels, folder: Path, save_from: Path | None, zero: Zero | None, identity: dict[str, Any]) -> Equipped:
     """The optimizer and where the run stands: at its start, or where the verified save `save_from` was made. Every process calls it.
 
-    Under ZeRO `built` is changed: what is trained, and what shares its backbone, is called through engines from then on.
+    `identity` is what this run's saves depend on. Under ZeRO `built` is changed: what is trained, and what shares its backbone, is called through engines from then on.
 
     Raises:
         UserError: the save is of other weights, another ZeRO stage or another number of processes.
@@ -43,7 +43,7 @@ def equip(cfg: PPOStage, accelerator: Any, built: PPOModels, folder: Path, save_
         optimizer = optimizer_of(cfg, built)
         position = state.restore(save_from, built.trained, optimizer) if save_from else start
         start_alike(built.trained, accelerator)
-        return Equipped(optimizer, position, Store(folder, built.trained, optimizer))
+        return Equipped(optimizer, position, Store(folder, built.trained, optimizer, identity, save_from))
     position = saves.restore_weights(save_from, built.trained) if save_from else start
     trained, sharded = engage(built.trained, cfg, zero, partial(models.autocast, accelerator.device, cfg.train.precision))
     if save_from:
@@ -52,7 +52,7 @@ def equip(cfg: PPOStage, accelerator: Any, built: PPOModels, folder: Path, save_
     if zero.splits_weights:
         _share_backbone(built, trained)
         check_reproducible(trained, cfg, accelerator.device)
-    return Equipped(sharded, position, saves.ShardedStore(folder, trained, sharded, zero.stage))
+    return Equipped(sharded, position, saves.ShardedStore(folder, trained, sharded, identity, save_from, zero.stage))
 
 
 def _share_backbone(built: PPOModels, trained: ShardedPolicyAndValue) -> None:

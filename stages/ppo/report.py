@@ -19,7 +19,7 @@ from stages.ppo.monitor import Decision
 from stages.ppo.rollout import Experience, Rollout
 from stages.training.progress import duration
 from stages.training.ranks import say
-from stages.training.resume import write_durably
+from stages.training.saves import write_durably
 
 
 def metrics_of(

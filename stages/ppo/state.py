@@ -8,8 +8,6 @@ policies of the best evaluations, best-ITERATION, as long as a save or the run i
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -20,10 +18,7 @@ from torch import nn
 
 from configs.errors import UserError
 from stages.ppo.modules import PolicyAndValue
-from stages.training.ranks import say
-from stages.training.resume import problem, saves, seal
-
-KEPT = 2  # saves, and best policies of each: the newest, and one to fall back to when it is damaged
+from stages.training.saves import KEPT, problem, retire, saves, store_alone
 
 
 class Position(NamedTuple):
@@ -45,13 +40,10 @@ def policy_tensors(module: PolicyAndValue) -> dict[str, torch.Tensor]:
     return {name: p for name, p in trained_tensors(module).items() if id(p) in policy}
 
 
-def save(
-    folder: Path, module: nn.Module, optimizer: Any, position: Position, *, extra: Mapping[str, Mapping[str, torch.Tensor]] | None = None
-) -> None:
-    """Write a sealed save (rank 0). Older ones, and best policies that no save can publish any more, go after that.
-
-    `extra` holds tensors by name of a file of their own, which `load_extra` reads.
-    """
+def writer(
+    module: nn.Module, optimizer: Any, position: Position, *, extra: Mapping[str, Mapping[str, torch.Tensor]] | None = None
+) -> Callable[[Path], None]:
+    """What writes a save into a folder (rank 0). `extra` holds tensors by name of a file of their own, which `load_extra` reads."""
     from safetensors.torch import save_file
 
     def write(staging: Path) -> None:
@@ -59,17 +51,14 @@ def save(
         save_file(_flat(optimizer.state_dict()["state"]), staging / "optimizer.safetensors")
         for name, tensors in (extra or {}).items():
             save_file(_on_cpu(tensors), staging / f"{name}.safetensors")
+        write_position(staging, position)
 
-    finish(folder, _staged(folder, f"checkpoint-{position.iteration}", write), position)
+    return write
 
 
-def finish(folder: Path, staging: Path, position: Position) -> None:
-    """Make what is staged a save (rank 0), once all of it but its position is written, and remove what is older."""
+def write_position(staging: Path, position: Position) -> None:
+    """Where the run stands, into a save that is being written (rank 0)."""
     (staging / "state.json").write_text(json.dumps(position._asdict()))
-    _commit(staging, folder / f"checkpoint-{position.iteration}")
-    for old in saves(folder)[KEPT:]:
-        shutil.rmtree(old)
-    forget_bests(folder, position.monitor["bests"] if position.monitor else [])
 
 
 def save_best(folder: Path, module: PolicyAndValue, iteration: int) -> None:
@@ -81,9 +70,7 @@ def write_best(folder: Path, weights: dict[str, torch.Tensor], iteration: int) -
     """Keep a policy's weights (rank 0). One of this number that lies there is of an attempt that was cut."""
     from safetensors.torch import save_file
 
-    best = _best(folder, iteration)
-    shutil.rmtree(best, ignore_errors=True)
-    _commit(_staged(folder, best.name, lambda staging: save_file(weights, staging / "weights.safetensors")), best)
+    store_alone(folder, _best(folder, iteration).name, lambda staging: save_file(weights, staging / "weights.safetensors"))
 
 
 def load_best(folder: Path, module: PolicyAndValue, iteration: int) -> str | None:
@@ -112,21 +99,7 @@ def forget_bests(folder: Path, current: Sequence[int]) -> None:
     wanted = {_best(folder, iteration).name for bests in lists for iteration in bests[-KEPT:]}
     for best in folder.glob("best-*"):
         if best.name not in wanted:
-            shutil.rmtree(best)
-
-
-def attempt(what: str, write: Callable[[], Any], folder: Path) -> bool:
-    """Write something (rank 0). A full disk or another failing write costs what was to be written, not the run."""
-    from safetensors import SafetensorError
-
-    try:
-        write()
-    except (OSError, SafetensorError) as error:
-        for left in folder.glob(".staging-*"):
-            shutil.rmtree(left, ignore_errors=True)
-        say(f"ppo: {what} could not be written ({error}); the run goes on without it")
-        return False
-    return True
+            retire(best)
 
 
 def restore(folder: Path, module: nn.Module, optimizer: Any) -> Position:
@@ -175,36 +148,6 @@ def _best(folder: Path, iteration: int) -> Path:
     return folder / f"best-{iteration}"
 
 
-def _staged(folder: Path, name: str, write: Callable[[Path], None]) -> Path:
-    """A folder with what `write` writes, under another name than its own."""
-    staging = new_staging(folder, name)
-    write(staging)
-    return staging
-
-
-def staging_of(folder: Path, name: str) -> Path:
-    """Where what will be called `name` is written first."""
-    return folder / f".staging-{name}"
-
-
-def new_staging(folder: Path, name: str) -> Path:
-    """An empty folder to write into; what an earlier attempt left is removed."""
-    staging = staging_of(folder, name)
-    for left in folder.glob(".staging-*"):
-        shutil.rmtree(left)
-    staging.mkdir(parents=True)
-    return staging
-
-
-def _commit(staging: Path, final: Path) -> None:
-    """Seal what is staged, and rename it now that it is whole."""
-    seal(staging)
-    if final.exists():
-        shutil.rmtree(final)
-    staging.rename(final)
-    _sync_folder(final.parent)
-
-
 def _copy(weights: dict[str, torch.Tensor], into: dict[str, torch.Tensor]) -> None:
     """Set parameters to what was saved of them."""
     assert set(weights) == set(into), f"the save has other weights than the model: {sorted(set(weights) ^ set(into))[:3]}"
@@ -221,11 +164,3 @@ def _flat(state: dict[int, dict[str, Any]]) -> dict[str, torch.Tensor]:
     """Optimizer state as one level of tensors, "parameter.name"."""
     return _on_cpu({f"{i}.{name}": value for i, entry in state.items() for name, value in entry.items()})
 
-
-def _sync_folder(folder: Path) -> None:
-    """Make renames in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -6,7 +6,7 @@ same methods where ZeRO splits the optimizer, and the weights.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +16,47 @@ from torch import Tensor
 from stages.ppo import state
 from stages.ppo.modules import PolicyAndValue
 from stages.ppo.state import Position
-from stages.training.ranks import from_rank_0
+from stages.training import saves
+from stages.training.ranks import from_rank_0, rank
+from stages.training.saves import Failure, attempted
 
 
 class Store:
-    """Saves in `folder`, of the trained module and its optimizer."""
+    """Saves in `folder`, of the trained module and its optimizer. `depends_on` is the run's `identity`, which every save holds."""
 
-    def __init__(self, folder: Path, module: PolicyAndValue, optimizer: Any) -> None:
-        self.folder, self.module, self.optimizer = folder, module, optimizer
+    def __init__(self, folder: Path, module: PolicyAndValue, optimizer: Any, depends_on: Mapping[str, Any], resumed_from: Path | None = None) -> None:
+        self.folder, self.module, self.optimizer, self.depends_on = folder, module, optimizer, depends_on
+        self.saved = resumed_from.name if resumed_from else None  # the newest save
+        self.stepped = False  # since then
+        optimizer.register_step_post_hook(lambda *_: setattr(self, "stepped", True))
+        self.warnings, self.best_warnings = saves.Warnings("ppo"), saves.Warnings("ppo")
 
     def save(self, position: Position, extra: Mapping[str, Mapping[str, Tensor]]) -> bool:
-        """Write a resumable save, with `extra` tensors by name of a file of their own; whether that worked."""
-        what = f"the save after iteration {position.iteration}"
-        return from_rank_0(what, lambda: state.attempt(what, lambda: state.save(self.folder, self.module, self.optimizer, position, extra=extra), self.folder))
+        """Make a resumable save, with `extra` tensors by name of a file of their own; whether there is one. A full disk costs the save, not the run."""
+        name = f"checkpoint-{position.iteration}"
+        if name == self.saved and not self.stepped:  # asked for twice
+            return True
+        why = saves.store(self.folder, name, self.writer(position, extra), self.depends_on)
+        if why is None:
+            self.saved, self.stepped = name, False
+            from_rank_0("removing best policies", lambda: state.forget_bests(self.folder, position.monitor["bests"] if position.monitor else []))
+        return self.warnings.outcome(f"the save after iteration {position.iteration}", why, self.saved)
+
+    def writer(self, position: Position, extra: Mapping[str, Mapping[str, Tensor]]) -> Callable[[Path], Failure | None]:
+        """What writes this process's part of a save into a folder."""
+        write = state.writer(self.module, self.optimizer, position, extra=extra)
+        return lambda staging: attempted(lambda: write(staging)) if rank() == 0 else None
 
     def save_best(self, iteration: int, bests: Sequence[int]) -> None:
         """Keep the policy as it is, the last of `bests`, and forget those that nothing may publish any more."""
+        self.keep_best(iteration, bests, lambda: state.save_best(self.folder, self.module, iteration))
 
-        def keep() -> None:
-            state.save_best(self.folder, self.module, iteration)
-            state.forget_bests(self.folder, bests)
-
-        from_rank_0(f"best-{iteration}", lambda: state.attempt(f"best-{iteration}", keep, self.folder))
+    def keep_best(self, iteration: int, bests: Sequence[int], write: Callable[[], Any]) -> None:
+        """Have rank 0 `write` the policy; where that fails the run goes on, and what was the best before stays."""
+        failed = saves.on_rank_0(f"best-{iteration}", write)
+        if failed is None:
+            from_rank_0("removing best policies", lambda: state.forget_bests(self.folder, bests))
+        self.best_warnings.outcome(f"best-{iteration}", failed.words if failed else None, self.saved)
 
     def load_best(self, iteration: int) -> str | None:
         """Put a kept policy into the module that is published; what is wrong with it where that can't be done."""

@@ -106,7 +106,7 @@ def train(
     output = ready.output_folder(cfg, "ppo")
     folder = output / "resume"
     save_from = resume.choose_save(folder, cfg, identity)
-    optimizer, position, store = equip(cfg, accelerator, built, folder, save_from, zero)
+    optimizer, position, store = equip(cfg, accelerator, built, folder, save_from, zero, identity)
     average = PolicyAverage(built.trained, cfg.ema_decay, optimizer) if cfg.ema_decay is not None else None
     if average is not None and save_from and (kept := state.load_extra(save_from, "ema")) is not None:
         average.load(kept)  # without one it was switched on in between, and starts as the policy is now

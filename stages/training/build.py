@@ -16,8 +16,8 @@ from stages.training.evaluation import Measure, StopAtNonFinite, StopEarly, eval
 from stages.training.plan import Plan, row_order
 from stages.training.progress import NAMES, Progress
 from stages.training.ranks import say
-from stages.training.resume import SealSaves
 from stages.training.stop_trainer import StopWhenTold
+from stages.training.trainer_saves import saving
 
 Rows = list[dict[str, Any]]
 
@@ -68,12 +68,12 @@ def build(
     torch.manual_seed(cfg.seed)  # adapters are drawn in the constructor, before the Trainer sets its seed
     try:
         args = config_class(**shared | arguments)
-        trainer = exact(trainer_class, measure)(args=args, **given, **constructor)
+        trainer = exact(saving(trainer_class, stage), measure)(args=args, **given, **constructor)
     except (TypeError, ValueError) as error:
         raise UserError(f"TRL refuses the arguments of stage {stage}: {error}") from error
     trainer.train_dataset, trainer.eval_dataset = train, validation
     remove_printers(trainer)
-    callbacks = [Progress(stage, plan, folder / "metrics.jsonl"), StopAtNonFinite(trainer), SealSaves(trainer)]
+    callbacks = [Progress(stage, plan, folder / "metrics.jsonl"), StopAtNonFinite(trainer)]
     if cfg.train.early_stopping_patience:
         callbacks.append(StopEarly(cfg.train.early_stopping_patience, say))
     for callback in [*callbacks, StopWhenTold()]:

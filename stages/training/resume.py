@@ -1,159 +1,85 @@
-"""Resumable saves: verified by hash before they are opened, and refused when what they were made from has changed.
-
-The Trainer writes a save file by file; a kill leaves a folder that its own resume would pick and die on. So a list of the
-BLAKE3 hash of every file is written last, and resume takes the newest save that agrees with its list.
-"""
+"""How an interrupted run goes on: from the newest save that verifies, unless what it was made from has changed."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-from blake3 import blake3
-from transformers import TrainerCallback
-
 from configs.errors import UserError
 from configs.schema import StageConfig, TRLStage
+from stages.nodes import agree
+from stages.training import saves
+from stages.training.changes import changes, identity, refusal, refused
 from stages.training.evaluation import stopped_early
-from stages.training.progress import not_finite
-from stages.training.ranks import rank, say, wait_for_everyone, world_size
-from stages.zero.machine import zero_stage
+from stages.training.ranks import from_rank_0, say
+from stages.training.saves import IDENTITY, SEAL, forget
+from stages.zero.shards import data_only
 
-SEAL = "sealed.json"  # in a save: {relative path: [bytes, blake3]}
-IDENTITY = "identity.json"  # beside the saves: what they were made from
-NOT_COMPARED = {"allow_changed", "machine", "processes", "output", "registry", "health", "offload_frozen"}  # none of them changes what is computed
-
-
-def file_hash(file: Path) -> str:
-    """BLAKE3 of a file's bytes."""
-    hasher = blake3()
-    hasher.update_mmap(file)
-    return hasher.hexdigest()
-
-
-def write_durably(file: Path, text: str) -> None:
-    """Write a file so that after a crash it holds either all of the text or what it held before."""
-    staging = file.with_name(f".{file.name}.{os.getpid()}")
-    with staging.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    staging.replace(file)
-
-
-def files_below(folder: Path) -> dict[str, Path]:
-    """Every file of a save but its seal, by relative path."""
-    return {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != SEAL}
-
-
-def seal(save: Path) -> None:
-    """Write the list of hashes, last."""
-    listed = {name: [path.stat().st_size, file_hash(path)] for name, path in files_below(save).items()}
-    for path in files_below(save).values():
-        with path.open("rb") as stream:
-            os.fsync(stream.fileno())
-    write_durably(save / SEAL, json.dumps(listed))
-
-
-def problem(save: Path) -> str | None:
-    """Why a save can't be resumed from, or None when every file is as it was written."""
-    try:
-        listed = json.loads((save / SEAL).read_text())
-    except FileNotFoundError:
-        return "it was not finished"
-    except ValueError:
-        return f"{SEAL} is damaged"
-    found = files_below(save)
-    if set(found) != set(listed):
-        return f"its files differ from its list: {', '.join(sorted(set(found) ^ set(listed))[:3])}"
-    for name, (size, digest) in listed.items():
-        if found[name].stat().st_size != size or file_hash(found[name]) != digest:
-            return f"{name} is damaged"
-    return None
-
-
-def saves(folder: Path) -> list[Path]:
-    """The saves of a run, newest first."""
-    found = [path for path in folder.glob("checkpoint-*") if path.is_dir() and path.name.split("-")[1].isdigit()]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True)
-
-
-class SealSaves(TrainerCallback):
-    """Seals each save once all ranks have written their part, unless a trained weight is NaN or infinite."""
-
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """All ranks agree that the weights are finite, else all raise and the save stays unsealed; rank 0 seals."""
-        trained = [getattr(p, "ds_tensor", p) for p in self.trainer.model.parameters() if p.requires_grad]  # of ZeRO-3 this rank's share
-        broken = torch.stack([~torch.isfinite(p.detach()).all() for p in trained]).any().float().to(args.device)
-        if self.trainer.accelerator.reduce(broken, "sum"):
-            raise UserError(not_finite("the weights are not finite", state.global_step))
-        if state.is_world_process_zero:
-            seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-        wait_for_everyone()
-
-
-def identity(cfg: StageConfig, *, data: Any, tokenizer: str, parents: list[str]) -> dict[str, Any]:
-    """What a save depends on: data fingerprint, tokenizer digest, number of processes, config and parents."""
-    config = {key: value for key, value in cfg.model_dump(mode="json").items() if key not in NOT_COMPARED}
-    return {"data": data, "tokenizer": tokenizer, "processes": world_size(), "config": config | {"parents": parents}}
-
-
-def changed(before: dict[str, Any], now: dict[str, Any], allowed: list[str]) -> list[str]:
-    """What differs and is not allowed to, in words."""
-    out = []
-    for key in ("data", "tokenizer", "processes", "config"):
-        if before.get(key) == now[key] or key in allowed:
-            continue
-        if key == "config":
-            old = before.get(key) or {}
-            out += [f"config: {name} was {old.get(name)!r}, is {value!r}" for name, value in now[key].items() if old.get(name) != value]
-        else:
-            out.append(f"{key} was {before.get(key)}, is {now[key]}")
-    zero = [identity.get("zero_stage", 0) for identity in (before, now)]
-    if zero[0] != zero[1]:  # never allowed: a save's shards are laid out for one stage
-        out.append(f"zero_stage was {zero[0]}, is {zero[1]} (the machine file's; 0: no DeepSpeed), and a save is continued under its own only")
-    return out
+__all__ = ["choose_save", "forget", "identity", "train"]
 
 
 def choose_save(folder: Path, cfg: StageConfig, now: dict[str, Any]) -> Path | None:
-    """The newest save that verifies, or None to start anew. Newer saves that do not verify are named and removed.
+    """The newest save that verifies, or None to start anew; newer ones that do not verify are named and put aside.
 
-    Every rank decides by the same files; rank 0 alone writes and removes, after all have decided.
+    Rank 0 looks and decides, and every process is told: on a file system that caches, they might see different files. `now` is the run's
+    `identity`; what a save was made from stands in its seal, so that a resume that is refused here or later has changed nothing.
 
     Raises:
-        UserError: the saves were made from other data, tokenizer, number of processes or config.
+        UserError: on every process: the save was made from other data, tokenizer, template, schedule, number of processes or config.
     """
-    verdicts = [(save, problem(save)) for save in saves(folder)]
-    chosen = next((save for save, why in verdicts if why is None), None)
-    recorded = folder / IDENTITY
+    name, content = from_rank_0("looking for a save to continue from", lambda: _choose(folder, cfg, now))
+    if name is None:
+        return None
+    if not agree.appears(folder / name / SEAL, content):
+        raise UserError(f"{folder / name} is not there as rank 0 sees it; output must be a folder that all nodes share, under the same path")
+    say(f"resume: continuing from {name}")
+    return folder / name
+
+
+def _choose(folder: Path, cfg: StageConfig, now: dict[str, Any]) -> tuple[str | None, str]:
+    """The name of the save and its seal's text (rank 0)."""
+    saves.settle_all(folder)
+    skipped: list[tuple[Path, str]] = []
+    chosen = None
+    for save in saves.saves(folder):
+        why = saves.problem(save)
+        if why is None:
+            chosen = save
+            break
+        skipped.append((save, why))
     if chosen is not None:
-        before = json.loads(recorded.read_text()) if recorded.exists() else {}
-        differences = changed(before, now, cfg.allow_changed)
-        if differences:
-            raise UserError(
-                f"{folder} holds an interrupted run that was made otherwise: {'; '.join(differences)}. "
-                f"Change it back to continue, delete {folder} to start anew, "
-                "or list what may differ in allow_changed (data, tokenizer, processes, config)"
-            )
-    wait_for_everyone()
-    if rank() == 0:
-        for save, why in verdicts:
-            if why is not None:
-                say(f"resume: {save.name} is ignored and removed: {why}")
-                shutil.rmtree(save)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_durably(recorded, json.dumps(now))
-    wait_for_everyone()
-    if chosen is not None:
-        say(f"resume: continuing from {chosen.name}")
-    return chosen
+        refuse_changed(chosen, cfg, now)
+    saves.remove_left_overs(folder)
+    for save, why in skipped:
+        aside = saves.set_aside(save)
+        say(f"resume: {save.name} is ignored and put aside as {aside.name}: {why}")
+    if chosen is None:
+        if skipped:
+            say(f"warning: none of the {len(skipped)} save(s) in {folder} is whole; the run starts anew, and they are kept until it has got past them")
+        return None, ""
+    return chosen.name, (chosen / SEAL).read_text(encoding="utf-8")
+
+
+def refuse_changed(save: Path, cfg: StageConfig, now: dict[str, Any]) -> None:
+    """Raise UserError where what a save was made from has changed and that is not allowed; say what is allowed to have."""
+    found = changes(depends_on(save), now)
+    if bad := refused(found, cfg.allow_changed):
+        raise UserError(refusal(save.parent, save.name, bad))
+    for change in found:
+        say(f"resume: allowed to have changed: {change}")
+        if change.field == "processes":
+            say("resume: every step has the same rows as before; dropout is drawn anew from seed, step and rank, so the result is another than that of an unchanged run")
+
+
+def depends_on(save: Path) -> dict[str, Any]:
+    """What a verified save was made from."""
+    found = saves.read_seal(save)["depends_on"]
+    recorded = save.parent / IDENTITY
+    if found or not recorded.exists():
+        return found
+    before = json.loads(recorded.read_text(encoding="utf-8"))  # of a version whose seals did not say so
+    return {key: before[key] for key in ("data", "processes", "zero_stage") if key in before}
 
 
 def steps_to_train(save: Path | None, planned: int, patience: int | None) -> int:
@@ -170,16 +96,13 @@ def train(trainer: Any, cfg: TRLStage, now: dict[str, Any]) -> None:
     Raises:
         UserError: the saves were made from other inputs or under another ZeRO stage, or the loss is not finite.
     """
-    save = choose_save(Path(trainer.args.output_dir), cfg, now | {"zero_stage": zero_stage()})
+    trainer.depends_on = now | {"steps": trainer.args.max_steps}
+    save = choose_save(Path(trainer.args.output_dir), cfg, trainer.depends_on)
     steps = steps_to_train(save, trainer.args.max_steps, cfg.train.early_stopping_patience)
     if steps < trainer.args.max_steps:  # the Trainer looks at max_steps after a step only; without rows left it takes none
         trainer.args.max_steps = steps
         trainer.train_dataset = trainer.train_dataset.select(range(steps * cfg.train.batch_size))
-    trainer.train(resume_from_checkpoint=str(save) if save else None)
-
-
-def forget(folder: Path) -> None:
-    """Remove the saves of a published run; called on every rank."""
-    wait_for_everyone()
-    if rank() == 0:
-        shutil.rmtree(folder, ignore_errors=True)
+    if save is not None:
+        trainer.saved, trainer.stepped = save.name, False
+    with data_only():
+        trainer.train(resume_from_checkpoint=str(save) if save else None)

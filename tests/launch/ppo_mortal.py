@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from stages.ppo import state
+from stages.training import saves
 from stages.zero.leave import leave
 from tests.launch.zero_mortal import environment
 from tests.stage import ppo_runs
@@ -49,10 +49,10 @@ def arm(point: str, number: int) -> None:
     elif point == "step":
         torch.optim.AdamW.step = at_call(number, torch.optim.AdamW.step)  # type: ignore[method-assign]
     elif point == "seal":
-        state.seal = at_call(number, state.seal)
+        saves.seal = at_call(number, saves.seal)
     else:
         assert point == "renamed", point
-        state._sync_folder = at_call(number, state._sync_folder)
+        saves.differs = at_call(number, saves.differs)
 
 
 def run_in_processes(values: dict[str, Any], world: int, death: tuple[str, int] | None = None, zero_stage: int = 0) -> list[int]:

@@ -52,7 +52,7 @@ def test_a_save_is_not_continued_under_another_zero_stage(place, capfd, monkeypa
     values = settings(place, "sft", TRAIN, name="moved", output=str(place / "moved"))
     assert -signal.SIGKILL in run_in_two("sft", values, 2, dies_at=4)
     assert run_in_two("sft", values, 3) != [0, 0]
-    assert "zero_stage was 2, is 3 (the machine file's" in capfd.readouterr().err
+    assert "zero_stage: 2 → 3 (the machine file's" in capfd.readouterr().err
     assert (place / "moved" / "resume" / "checkpoint-2" / "sealed.json").exists()
 
 

@@ -129,7 +129,7 @@ def test_a_damaged_newest_save_is_named_and_the_older_one_continues(place, unint
     capsys.readouterr()
     checkpoint = run(values)
     said = capsys.readouterr().out
-    assert "checkpoint-4 is ignored and removed" in said
+    assert "checkpoint-4 is ignored and put aside as damaged-checkpoint-4" in said
     assert f"{file} is damaged" in said
     assert "continuing from checkpoint-2" in said
     assert_as_uninterrupted(values, uninterrupted["full"], checkpoint)
@@ -147,7 +147,7 @@ def test_a_save_that_was_not_finished_and_a_torn_line_of_metrics_are_left_behind
     with (output / "metrics.jsonl").open("a") as stream:
         stream.write('{"iteration": 6, "objective/sc')
     checkpoint = run(values)
-    assert "checkpoint-5 is ignored and removed: it was not finished" in capsys.readouterr().out
+    assert "checkpoint-5 is ignored and put aside as damaged-checkpoint-5: it was not finished" in capsys.readouterr().out
     assert_as_uninterrupted(values, uninterrupted["full"], checkpoint)
 
 
@@ -155,7 +155,7 @@ def test_saves_are_two_and_hold_what_training_changes_and_no_more(place, monkeyp
     values = values_of(place, "lora", "held")
     die(values, "fail", 7, monkeypatch)
     saves = Path(values["output"]) / "resume"
-    assert sorted(p.name for p in saves.iterdir()) == ["checkpoint-4", "checkpoint-6", "identity.json"]
+    assert sorted(p.name for p in saves.iterdir()) == ["checkpoint-4", "checkpoint-6"]
     names = set(load_file(saves / "checkpoint-6" / "weights.safetensors"))
     assert {n for n in names if n.startswith("value_head.")} == {"value_head.weight", "value_head.bias"}, "the value function is saved"
     assert all(".lora_" in n for n in names if not n.startswith("value_head."))
@@ -165,7 +165,7 @@ def test_saves_are_two_and_hold_what_training_changes_and_no_more(place, monkeyp
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [("prompts", "data was"), ("kl_coef", "config: kl_coef was 0.05, is 0.2"), ("seed", "config: seed was 0, is 1"), ("parent", "config: parents was")],
+    [("prompts", r"data\.prompts: '\w+' → '\w+'"), ("kl_coef", "kl_coef: 0.05 → 0.2"), ("seed", "seed: 0 → 1"), ("parent", "parents: ")],
 )
 def test_a_run_whose_inputs_have_changed_is_refused(place, change, message, monkeypatch):
     values = values_of(place, "lora", f"changed-{change}")
@@ -193,7 +193,7 @@ def test_a_save_of_other_weights_is_refused_even_where_the_config_may_change(pla
     die(values, "fail", 4, monkeypatch)
     with pytest.raises(UserError, match=r"checkpoint-2 holds other weights than this config trains: .*; what is trained can't change within a run"):
         run(values | change | {"allow_changed": ["config"]})
-    run(values | {"allow_changed": ["config"]})
+    run(values)  # the refusal has left no trace: what the save was made from is asked of the save
 
 
 def test_an_average_that_is_switched_on_within_a_run_starts_there(place, monkeypatch):

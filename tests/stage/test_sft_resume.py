@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -81,8 +82,6 @@ def interrupted(place, monkeypatch, request):
 
 
 def save(values, step: int):
-    from pathlib import Path
-
     return Path(values["output"]) / "resume" / f"checkpoint-{step}"
 
 
@@ -91,7 +90,7 @@ def test_a_save_that_was_not_finished_is_passed_over(interrupted, capsys):
     (save(interrupted, 6) / "optimizer.pt").write_bytes(b"half")
     run("sft", interrupted)
     said = capsys.readouterr().out
-    assert "checkpoint-6 is ignored and removed: it was not finished" in said
+    assert "checkpoint-6 is ignored and put aside as damaged-checkpoint-6: it was not finished" in said
     assert "continuing from checkpoint-3" in said
 
 
@@ -114,31 +113,42 @@ def test_without_a_sound_save_it_starts_anew(interrupted, capsys):
     assert "continuing" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("what", ["config", "data", "tokenizer", "processes"])
-def test_changed_inputs_are_refused_unless_allowed(interrupted, monkeypatch, what, tmp_path):
-    values = dict(interrupted)
-    if what == "config":
-        values["train"] = values["train"] | {"learning_rate": 2e-3}
-    elif what == "data":
-        file = tmp_path / "sft.jsonl"
-        from pathlib import Path
+CHANGED = {  # what changes: the line of the diff, and the keys that allow it
+    "schedule": ("train.learning_rate: 0.001 → 0.002", ["schedule", "config", "train.learning_rate", "train"]),
+    "config": ("train.weight_decay: 0.0 → 0.1", ["config", "train.weight_decay"]),
+    "data": ("data.train: ", ["data"]),
+    "tokenizer": ("tokenizer: .* → 'another'", ["tokenizer"]),
+    "processes": ("processes: 1 → 2", ["processes"]),
+}
 
+
+@pytest.mark.parametrize("what", CHANGED)
+def test_changed_inputs_are_refused_with_a_diff_unless_allowed(interrupted, monkeypatch, what, tmp_path):
+    values = dict(interrupted)
+    if what in ("schedule", "config"):
+        values["train"] = values["train"] | ({"learning_rate": 2e-3} if what == "schedule" else {"weight_decay": 0.1})
+    elif what == "data":
         lines = Path(values["data"]).read_text().splitlines()
-        file.write_text("\n".join([*lines[1:], json.dumps({"prompt": "another", "completion": "row"})]) + "\n")
         Path(values["data"]).rename(tmp_path / "kept.jsonl")
-        Path(values["data"]).write_text(file.read_text())
+        Path(values["data"]).write_text("\n".join([*lines[1:], json.dumps({"prompt": "another", "completion": "row"})]) + "\n")
     elif what == "tokenizer":
         from stages import tokens
 
         monkeypatch.setattr(tokens, "tokenizer_digest", lambda tokenizer: "another")
     else:
-        from stages.training import resume
+        from stages.training import changes
 
-        monkeypatch.setattr(resume, "world_size", lambda: 2)
+        monkeypatch.setattr(changes, "world_size", lambda: 2)
+    line, keys = CHANGED[what]
+    seals = {step: (save(values, step) / "sealed.json").read_bytes() for step in (3, 6)}
     try:
-        with pytest.raises(UserError, match=f"made otherwise: {what}.*allow_changed"):
+        with pytest.raises(UserError, match=rf"checkpoint-6 was made otherwise \(field: was → is\):\n  {line}[^\n]*\nChange it back .*--allow-changed {keys[0]}"):
             run("sft", values)
-        run("sft", values | {"allow_changed": [what]})
+        for key in CHANGED.keys() - {what, "config"}:
+            with pytest.raises(UserError, match="was made otherwise"):
+                run("sft", values | {"allow_changed": [key]})
+        assert {step: (save(values, step) / "sealed.json").read_bytes() for step in (3, 6)} == seals, "a refusal changes nothing"
+        run("sft", values | {"allow_changed": keys[-1:]})
     finally:
         if what == "data":
             (tmp_path / "kept.jsonl").replace(values["data"])

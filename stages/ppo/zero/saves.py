@@ -7,8 +7,7 @@ together would need every process's memory at once. So it is continued under the
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from stages.ppo.modules import PolicyAndValue
 from stages.ppo.state import Position, policy_tensors, trained_tensors
 from stages.ppo.store import Store
 from stages.training.ranks import from_rank_0, rank, world_size
+from stages.training.saves import Failure, attempted
 from stages.zero.gather import is_split, shape, state, whole
 
 SHARDS = "shards.json"  # in a save: the ZeRO stage and the number of processes
@@ -29,42 +29,32 @@ SHARDS = "shards.json"  # in a save: the ZeRO stage and the number of processes
 class ShardedStore(Store):
     """The store of a module in engines."""
 
-    def __init__(self, folder: Path, module: PolicyAndValue, optimizer: Any, stage: int) -> None:
-        super().__init__(folder, module, optimizer)
+    def __init__(self, folder: Path, module: PolicyAndValue, optimizer: Any, depends_on: Mapping[str, Any], resumed_from: Path | None, stage: int) -> None:
+        super().__init__(folder, module, optimizer, depends_on, resumed_from)
         self.stage = stage
 
-    def save(self, position: Position, extra: Mapping[str, Mapping[str, Tensor]]) -> bool:
-        """Write a resumable save; whether that worked. A write that fails on any process costs the save, not the run."""
+    def writer(self, position: Position, extra: Mapping[str, Mapping[str, Tensor]]) -> Callable[[Path], Failure | None]:
+        """What writes this process's part of a save into a folder: its share of the optimizer's state, and on rank 0 what is whole. A collective itself."""
         from safetensors.torch import save_file
 
-        folder, what, name = self.folder, f"the save after iteration {position.iteration}", f"checkpoint-{position.iteration}"
-        staging = saved.staging_of(folder, name)
-        weights = whole_tensors(self.module, trained_tensors(self.module))
-        ready = from_rank_0(what, lambda: saved.attempt(what, lambda: saved.new_staging(folder, name), folder))
-        shard = self.optimizer.shard()
-        failed = not ready or not saved.attempt(f"rank {rank()}'s part of {what}", lambda: save_file(shard, staging / shard_file(rank())), folder)
-        if _anywhere(failed):
-            from_rank_0(what, lambda: shutil.rmtree(staging, ignore_errors=True))
-            return False
+        weights, shard = whole_tensors(self.module, trained_tensors(self.module)), self.optimizer.shard()
 
-        def write() -> None:
+        def write(staging: Path) -> None:
+            save_file(shard, staging / shard_file(rank()))
+            if rank():
+                return
             save_file(weights, staging / "weights.safetensors")
             for file, tensors in extra.items():
                 save_file({key: tensor.detach().to("cpu", copy=True) for key, tensor in tensors.items()}, staging / f"{file}.safetensors")
             (staging / SHARDS).write_text(json.dumps({"stage": self.stage, "processes": world_size()}))
-            saved.finish(folder, staging, position)
+            saved.write_position(staging, position)
 
-        return from_rank_0(what, lambda: saved.attempt(what, write, folder))
+        return lambda staging: attempted(lambda: write(staging))
 
     def save_best(self, iteration: int, bests: Sequence[int]) -> None:
         """Keep the policy as it is, the last of `bests`."""
         weights = whole_tensors(self.module, policy_tensors(self.module))
-
-        def keep() -> None:
-            saved.write_best(self.folder, weights, iteration)
-            saved.forget_bests(self.folder, bests)
-
-        from_rank_0(f"best-{iteration}", lambda: saved.attempt(f"best-{iteration}", keep, self.folder))
+        self.keep_best(iteration, bests, lambda: saved.write_best(self.folder, weights, iteration))
 
     def load_best(self, iteration: int) -> str | None:
         """Put a kept policy into the module, for good: the optimizer's own copy of the weights stays as it is."""
