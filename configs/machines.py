@@ -92,6 +92,19 @@ def other_accelerators() -> bool:
     return any((Path("/dev") / name).exists() for name in OTHER_ACCELERATORS)
 
 
+def read_machine(path: Path) -> dict[str, Any]:
+    """The settings of a machine file, read as strictly as a config. UserError where it is no mapping, or not YAML."""
+    from configs.yaml_lines import parse, read_text
+
+    document = parse(read_text(path), str(path))
+    found = {} if document.data is None else document.data
+    problems = [f"{path}:{line}: {message}" for line, message in document.problems]
+    if problems or not isinstance(found, dict):
+        raise UserError("\n".join(problems) or f"{path}:1: expected the keys of an Accelerate config")
+    check_settings(found, str(path))
+    return found
+
+
 def for_nodes() -> list[str]:
     """Names of the machine files that ship for several nodes."""
     return [name for name in machine_names() if name.endswith(NODES)]

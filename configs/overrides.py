@@ -12,6 +12,8 @@ from configs.yaml_lines import Key, parse
 
 REFERENCE = re.compile(r"\$(\$\{\w+\})|\$\{(\w+)\}")
 """`$${name}` stands for the text `${name}`."""
+SECRET = re.compile(r"(?i)(?:token|secret|password|api_?key)$")
+"""Ends the key of a value that no error may repeat."""
 
 
 class Places:
@@ -47,8 +49,8 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str], places: Plac
     """Set `a.b.0.c=VALUE` in `data` (VALUE is YAML) and note the places; returns the problems found."""
     problems = []
     for override in overrides:
-        place = f"command line: {override}"
         key, equals, text = override.partition("=")
+        place = f"command line: {key}=***" if SECRET.search(key) else f"command line: {override}"
         path: Key = tuple(int(part) if part.isdecimal() else part for part in key.strip().split("."))
         if not equals or not all(part != "" for part in path):
             problems.append(f"{place}: expected key=value, such as train.learning_rate=1e-4")

@@ -22,6 +22,7 @@ KINDS_WITH_TRAINER = tuple(CLASSES)
 _TOKENISED = "nothing: rows are tokenised before the trainer sees them"
 _SPECIAL = "nothing: the end-of-text and padding tokens are the tokenizer's"
 _ORDER = "nothing: the order of the rows follows from seed and every batch is full"
+_TOKEN = "nothing: a token in a config would be kept with the checkpoint; `hf auth login` or the variable HF_TOKEN is where libraries look for it"
 _SAVES = "nothing: a stage keeps the saves that it resumes from itself"
 _OURS = {
     "learning_rate": "train.learning_rate",
@@ -53,7 +54,12 @@ _OURS = {
     "max_length": "max_length",
     "trust_remote_code": "nothing: remote code is off",
     "chat_template_path": "template",
+    "hub_token": _TOKEN,
+    "push_to_hub_token": _TOKEN,
     "push_to_hub": "nothing: a checkpoint is published in the registry",
+    "push_to_hub_model_id": "nothing: a checkpoint is published in the registry",
+    "push_to_hub_organization": "nothing: a checkpoint is published in the registry",
+    "hub_always_push": "nothing: a checkpoint is published in the registry",
     "resume_from_checkpoint": "nothing: an interrupted stage continues by itself",
     "use_cpu": "machine",
     "deepspeed": "machine",

@@ -31,6 +31,13 @@ class _Loader(yaml.SafeLoader):
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012  (PyYAML's own attribute)
 
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Merge keys (<<), each key once: PyYAML keeps every pair of every merge, which nine levels of nine merges make 387 million."""
+        merges = any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value)
+        super().flatten_mapping(node)
+        if merges:
+            node.value = list({key.value if isinstance(key, yaml.ScalarNode) else id(key): (key, value) for key, value in node.value}.values())
+
 
 for _tag, _pattern, _first in (
     ("null", NULL, ["~", "n", "N", ""]),
@@ -83,6 +90,8 @@ def parse(text: str, name: str) -> Document:
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
+    except RecursionError:
+        raise UserError(f"{name}: sections within sections without end; a config has a handful of levels") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
@@ -90,7 +99,10 @@ def parse(text: str, name: str) -> Document:
     except yaml.YAMLError as error:
         raise UserError(f"{name}:{_line_of_bad_character(error, text)}: broken YAML: {error}".replace("\n", " ")) from None
     builder = _Builder(loader, name)
-    data = builder.build(node, (), ()) if node is not None else None
+    try:
+        data = builder.build(node, (), ()) if node is not None else None
+    except RecursionError:
+        raise UserError(f"{name}: sections within sections without end; a config has a handful of levels") from None
     return Document(data, builder.lines, builder.problems)
 
 
@@ -128,6 +140,8 @@ class _Builder:
         self.count += 1
         if id(node) in above or self.count > MAX_VALUES:
             raise UserError(f"{self.name}:{line}: an anchor (&name, *name) repeats itself without end; write the values out")
+        if not isinstance(node, yaml.ScalarNode) and node.tag not in ("tag:yaml.org,2002:seq", "tag:yaml.org,2002:map"):
+            self.problems.append((line, f"found the tag {node.tag}; expected a plain list or mapping"))
         above = (*above, id(node))
         if isinstance(node, yaml.SequenceNode):
             return [self.build(item, (*at, i), above) for i, item in enumerate(node.value)]

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from configs.errors import UserError
+from configs.printable import printable
 
 # verb -> (module with add_parser(subparsers), help line). `align --help` imports none of these modules.
 VERBS = {
@@ -90,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         handler = getattr(args, "handler", None) or args.func
         return int(handler(args) or 0)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

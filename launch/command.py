@@ -86,16 +86,10 @@ class Command:
 def load_machine(machine: str, processes: int | None, nodes: int = 1) -> Machine:
     """The machine file that `machine` names: auto, a name in configs/accelerate, or a path. Raises UserError if there is none."""
     from configs.extras import check_machine_packages
-    from configs.machines import check_settings, machine_file
+    from configs.machines import machine_file, read_machine
 
     path = Path(machine_file(machine, processes, nodes))
-    import yaml
-
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: the machine file cannot be read: {error}") from error
-    check_settings(settings, str(path))
+    settings = read_machine(path)
     check_machine_packages(settings, str(path))
     here = os.path.relpath(path)
     return Machine(path if here.startswith("..") else Path(here), settings)

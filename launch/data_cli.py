@@ -7,8 +7,12 @@ import json
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from configs.printable import printable
 
 if TYPE_CHECKING:
     from configs.schema.common import Source
@@ -149,13 +153,13 @@ def summary(values: Sequence[int]) -> dict[str, float]:
 
 def _print_result(result: dict[str, Any]) -> None:
     if not result["ok"]:
-        print(f"{result['file']}: cannot be used\n  {result['error']}", file=sys.stderr)
+        print(f"{result['file']}: cannot be used\n  {printable(result['error'])}", file=sys.stderr)
         return
     print(f"{result['file']}: {result['rows']} {result['kind']} ({result['format']}), {result['prompt_groups']} different prompts")
     for name, words in result["words"].items():
         print(f"  words in {name}: {words['min']} to {words['max']}, median {words['median']:g}, 95 % up to {words['p95']}")
     for warning in result["warnings"]:
-        print(f"  warning: {warning}")
+        print(f"  warning: {printable(warning)}")
 
 
 def load_formatter(tokenizer_path: str, template: str) -> Formatter:
@@ -163,17 +167,21 @@ def load_formatter(tokenizer_path: str, template: str) -> Formatter:
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     from configs.errors import UserError
+    from stages import foreign
     from stages.data import Formatter, ensure_special_tokens
 
+    if Path(tokenizer_path).is_dir():
+        foreign.check_folder(Path(tokenizer_path))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, trust_remote_code=False)  # None, the default, would ask on the terminal
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"--tokenizer {tokenizer_path}: no tokenizer could be loaded ({reason}); give a Hugging Face folder") from None
     model_configs: list[Any] = []
-    for config_class in (AutoConfig, GenerationConfig):
+    read: Callable[[str], Any]
+    for read in (partial(AutoConfig.from_pretrained, trust_remote_code=False), GenerationConfig.from_pretrained):
         try:
-            model_configs.append(config_class.from_pretrained(tokenizer_path))
+            model_configs.append(read(tokenizer_path))
         except (OSError, ValueError):
             continue  # a folder with nothing but a tokenizer
     special = ensure_special_tokens(tokenizer, *model_configs)
@@ -212,7 +220,7 @@ def highlight(formatter: Formatter, ids: Sequence[int], mask: Sequence[int], mar
         if end < len(ids) and mask[end] == mask[start]:
             continue
         upto = formatter.decode(ids[:end])
-        piece, shown = upto[shown:], len(upto)
+        piece, shown = printable(upto[shown:]), len(upto)
         text += f"{marks[0]}{piece}{marks[1]}" if mask[start] else piece
         start = end
     return text

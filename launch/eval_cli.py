@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
+from configs.printable import printable
 
 EPILOG = """\
 a scorer is one of  length:WORDS  repetition:NGRAM  regex:PATTERN  keyword:A,B  package.module:function
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     cfg = config_of(args)
     from stages.evaluation.evaluate import evaluate
 
-    result = evaluate(cfg, say=lambda line: print(line, file=sys.stderr, flush=True))
+    result = evaluate(cfg, say=lambda line: print(printable(line), file=sys.stderr, flush=True))
     if args.json:
         print(json.dumps(result, ensure_ascii=False))
     else:

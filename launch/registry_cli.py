@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.errors import UserError
+from configs.printable import printable
 from launch.registry import carry, collect
 from launch.registry.output import print_json, size, table
 
@@ -119,7 +120,7 @@ def run_list(args: argparse.Namespace) -> int:
     else:
         print(f"no checkpoints{f' of {args.family}' if args.family else ''} in {args.registry}")
     for checkpoint_id, problem in damaged.items():
-        print(f"warning: checkpoint {checkpoint_id} is damaged and not listed: {problem}", file=sys.stderr)
+        print(f"warning: checkpoint {checkpoint_id} is damaged and not listed: {printable(str(problem))}", file=sys.stderr)
     return 0
 
 
@@ -168,7 +169,7 @@ def run_verify(args: argparse.Namespace) -> int:
         for label, found in problems.items():
             print(f"{label}: {'damaged' if found else 'sound'} ({'contents' if args.deep else 'manifest, files and sizes'} checked)")
             for problem in found:
-                print(f"  {problem}")
+                print(f"  {printable(str(problem))}")
         if not problems:
             print(f"no checkpoints in {args.registry}")
     return 1 if any(problems.values()) else 0
@@ -180,7 +181,7 @@ def run_lineage(args: argparse.Namespace) -> int:
     if args.json:
         print_json(tree.to_json())
     else:
-        print(tree.render())
+        print(printable(tree.render()))
     return 0
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from configs.errors import UserError
 from configs.references import is_reference, pin
 from configs.schema import Lora
+from stages import foreign
 from stages.compat import never_split
 from stages.dropout import without_dropout
 from stages.registry import Checkpoint, Parent, Registry
@@ -74,7 +75,7 @@ def find(asked: str, registry_root: Path, stages: tuple[str, ...] | None = None)
     if is_reference(asked):
         registry = Registry(registry_root, create=False)
         return Origin(asked, registry.resolve(asked, stage=stages), registry)
-    if asked.startswith((".", "/", "~")) or asked.count("/") > 1:
+    if asked.startswith((".", "/", "~")) or asked.count("/") > 1 or ".." in asked.split("/"):
         raise UserError(f"model {asked!r}: no such folder; give a Hugging Face folder, a registry name such as sft/demo, or a hub name")
     _refuse_misspelt_stage(asked, registry_root)
     return Origin(asked, None, None)
@@ -167,9 +168,8 @@ def adapter_base(origin: Origin) -> Origin:
     from stages.registry import contract
 
     if origin.checkpoint is None:
-        from peft import PeftConfig
-
-        base = PeftConfig.from_pretrained(origin.folder).base_model_name_or_path
+        foreign.check_folder(Path(origin.folder))
+        base = foreign.read_json(Path(origin.folder) / foreign.ADAPTER).get("base_model_name_or_path")
         if not base:
             raise UserError(f"{origin.folder}: adapter_config.json names no base model")
         return Origin(base, None, None)
@@ -218,11 +218,18 @@ def from_pretrained(cls: Any, folder: str, **kwargs: Any) -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    if not Path(folder).is_dir():
+    if Path(folder).is_dir():
+        foreign.check_folder(Path(folder))
+    else:
         _refuse_hub_adapter(folder)
     try:
         return cls.from_pretrained(folder, trust_remote_code=False, **kwargs)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, RecursionError, AttributeError, TypeError) as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"cannot load {folder!r}: it needs Python code of its own (auto_map in its config), and code that comes with a model is never run here; "
+                "expected an architecture and a tokenizer that transformers has"
+            ) from None
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         advice = "look at the files in this folder, or get them again" if Path(folder).is_dir() else (
             "give a Hugging Face folder, a registry name such as sft/demo, or a hub name that can be reached from here"
@@ -261,7 +268,7 @@ def load_policy(origin: Origin, *, dtype: torch.dtype = torch.float32, attn_impl
         resize_to(base, adapter_vocabulary(origin))
         model = _merged(_with_adapter(base, origin))
     else:
-        model = from_pretrained(AutoModelForCausalLM, origin.folder, dtype=dtype, attn_implementation=attn_implementation)
+        model = from_pretrained(AutoModelForCausalLM, origin.folder, dtype=dtype, attn_implementation=attn_implementation, use_safetensors=True)
     return without_dropout(model)
 
 
@@ -269,6 +276,7 @@ def _with_adapter(base: Any, origin: Origin) -> Any:
     """A PeftModel; the adapter's file may hold the base's embeddings, where those have grown."""
     from peft import PeftModel
 
+    foreign.check_folder(Path(origin.folder))
     with gather.whole(base.get_input_embeddings().parameters(), changed=True):
         return PeftModel.from_pretrained(base, origin.folder)
 
@@ -353,7 +361,7 @@ def load_scorer(origin: Origin, *, dtype: torch.dtype = torch.float32, attn_impl
         model = _merged(_with_adapter(base, origin))
     else:
         model = from_pretrained(
-            AutoModelForSequenceClassification, origin.folder, dtype=dtype, attn_implementation=attn_implementation, num_labels=1
+            AutoModelForSequenceClassification, origin.folder, dtype=dtype, attn_implementation=attn_implementation, num_labels=1, use_safetensors=True
         )
     return without_dropout(model)
 

@@ -39,8 +39,9 @@ def main(cfg: SFTStage) -> None:
     ])  # fmt: skip
     facts = text.data_facts(loaded, splits, {"train": too_long, "validation": too_long_v})
     text.report_rows(facts, loaded.report.warnings)
-    for covered in data.prove_loss_mask(tokens.formatter, train):
-        ranks.say(f"the loss covers: {covered[:200]!r}")
+    data.prove_loss_mask(tokens.formatter, train)
+    covered, every = (sum(len(row["input_ids"]) if key is None else sum(row[key]) for row in train) for key in ("completion_mask", None))
+    ranks.say(f"the loss covers {covered} of {every} tokens (align data show prints which; texts stay out of logs)")
 
     rows = packed(model, train, limit) if cfg.packing else [labelled(row) for row in train]
     steps = plan.make_plan(cfg.train, len(rows), ranks.world_size())

@@ -25,7 +25,7 @@ class EvalSettings(Strict):
         default="fp32", description="Weights and arithmetic of the models: bf16 takes half the memory and rounds off small differences; merged adapters stay fp32."
     )
     plain_text: Path | None = Field(default=None, description="A text file: its perplexity shows what was forgotten.")
-    show_samples: int = Field(default=3, ge=0, description="Prompts whose completions are shown side by side.")
+    show_samples: int = Field(default=0, ge=0, description="Prompts whose completions are printed side by side, and so stand in the log; samples.jsonl holds every one.")
 
 
 class EvalConfig(EvalSettings):

@@ -27,7 +27,7 @@ class Evaluation(Strict):
         default="evaluation/heldout_score", pattern=r"^-?evaluation/.+$",
         description="What the best checkpoint is chosen by. Lower is better for names that end in kl, kl_k3 or loss, and after a minus sign, as in -evaluation/length.",
     )  # fmt: skip
-    show_samples: int = Field(default=2, ge=0, description="Prompts whose first completion is printed; samples.jsonl holds every one.")
+    show_samples: int = Field(default=0, ge=0, description="Prompts whose first completion is printed, and so stands in the log; samples.jsonl holds every one.")
 
 
 class Stopping(Strict):

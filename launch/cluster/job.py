@@ -99,18 +99,12 @@ def prepare(
 
 def machine_settings(machine: str | None, nodes: int, gpus_per_node: int) -> tuple[str, dict[str, Any]]:
     """The machine file's name and its settings for this many nodes; its engine need not be installed here, where nothing runs."""
-    import yaml
-
-    from configs.machines import check_settings, machine_file, pick_machine
+    from configs.machines import machine_file, pick_machine, read_machine
     from launch.command import FSDP_REFUSED
 
     name = machine or pick_machine(gpus_per_node, None, nodes)
     path = machine_file(name, nodes * max(1, gpus_per_node), nodes)
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: the machine file cannot be read: {error}") from error
-    check_settings(found, str(path))
+    found = read_machine(path)
     if str(found.get("distributed_type")).upper() == "FSDP":
         raise UserError(f"--machine {name}: {FSDP_REFUSED}; choose zero3, which splits a model over the processes as well")
     if bool(found.get("use_cpu")) == bool(gpus_per_node):
@@ -150,4 +144,6 @@ def activation() -> str | None:
 def quote(value: Any) -> str:
     """A value as one word of a shell, and of an #SBATCH line, which knows the same quotes."""
     text = str(value)
+    if any(ord(character) < 32 or ord(character) == 127 for character in text):  # a line break would end an #SBATCH line, and the rest be run
+        raise UserError(f"{text!r}: found a control character, such as a line break; expected a name or path without")
     return text if re.fullmatch(r"[\w@%+=:,./-]+", text, re.ASCII) else '"' + re.sub(r'([\\$"`])', r"\\\1", text) + '"'

@@ -11,6 +11,7 @@ import yaml
 
 from configs.errors import UserError
 from configs.exit_codes import REQUEUE
+from configs.printable import printable
 from launch.cluster.job import Job
 
 CONFIG_FOLDER = Path("/etc/align")
@@ -46,8 +47,8 @@ class Kubernetes:
         for option, value in (("--cpu", self.cpu), ("--memory", self.memory), ("--shm", self.shm)):
             if value is not None and not re.fullmatch(QUANTITY, value):
                 raise UserError(f"{option} {value!r}: expected an amount such as 64, 500m, 512Gi")
-        if not self.mount.startswith("/"):
-            raise UserError(f"--mount {self.mount!r}: expected a path from the root, such as /data")
+        if not re.fullmatch(r"/[\w@%+=:,./-]*", self.mount):
+            raise UserError(f"--mount {self.mount!r}: expected a path from the root, such as /data, without spaces and signs of a shell")
 
 
 class _Dumper(yaml.SafeDumper):
@@ -93,7 +94,7 @@ def header(job: Job, asked: Kubernetes, name: str) -> str:
         "/dev/shm is memory: data loaders and NCCL use it, and the 64 MiB of a container are too few. /cache is the node's own disk: compiled kernels.",
         "NCCL_DEBUG=INFO shows the network interfaces and adapters that NCCL chose. With RDMA, add its device to the resources (such as rdma/ib: 1).",
     ]  # fmt: skip
-    return "".join(f"# {line}\n" for line in lines)
+    return "".join(f"# {printable(line).replace(chr(10), ' ')}\n" for line in lines)  # a line break in a path would end the comment
 
 
 def config_map(job: Job, name: str) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def read_config(name: str) -> Any:
 
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RecursionError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"no model config at {name!r}: {first}; a plan needs the model's config.json and nothing else: give a folder that holds one "

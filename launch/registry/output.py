@@ -6,9 +6,12 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from configs.printable import printable
+
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of text as lines with aligned columns."""
+    """Rows of text as lines with aligned columns; what a terminal would obey is written out."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 

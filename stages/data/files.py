@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import difflib
 import gzip
+import io
 import json
+import re
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from configs.schema.common import Source
 
 TEXT_SUFFIXES = (".jsonl", ".json", ".csv", ".txt")
+HUB_NAME = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")  # no path: the library would read whatever lies there
 SUFFIXES = (*TEXT_SUFFIXES, ".parquet")
 
 
@@ -99,8 +102,30 @@ def _missing(path: Path) -> str:
 
 def _open_text(path: Path) -> TextIO:
     if path.suffix.lower() == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
+        return io.TextIOWrapper(io.BufferedReader(_Unpacked(path), 2**16), encoding="utf-8-sig", newline="")
     return path.open(encoding="utf-8-sig", newline="")
+
+
+class _Unpacked(io.RawIOBase):
+    """The content of a gzip file, up to 256 MiB or a hundred times its size: text that people write packs to a tenth, rarely to a fiftieth."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._stream, self._count = path, gzip.open(path, "rb"), 0
+        self._limit = max(2**28, 100 * path.stat().st_size)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self._stream.readinto(buffer)
+        self._count += count
+        if self._count > self._limit:
+            raise UserError(f"{self._path}: unpacks to more than {self._limit / 2**20:.0f} MiB, over a hundred times its size; if that is meant, unpack it (gunzip) and give the file")
+        return count
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
 
 
 def _read_jsonl(path: Path, stream: TextIO, problems: list[str]) -> Iterator[Record]:
@@ -112,6 +137,8 @@ def _read_jsonl(path: Path, stream: TextIO, problems: list[str]) -> Iterator[Rec
             yield Record(json.loads(line), where)
         except json.JSONDecodeError as error:
             problems.append(f"{where}: broken JSON: {error.msg} at column {error.colno}")
+        except (ValueError, RecursionError) as error:  # an integer of thousands of digits, brackets without end
+            problems.append(f"{where}: unusable JSON: {str(error).partition(';')[0]}")
 
 
 def _read_json(path: Path, stream: TextIO) -> Iterator[Record]:
@@ -120,6 +147,10 @@ def _read_json(path: Path, stream: TextIO) -> Iterator[Record]:
     except json.JSONDecodeError as error:
         hint = "; one object per line needs the suffix .jsonl" if error.msg == "Extra data" else ""
         raise UserError(f"{path}:{error.lineno}: broken JSON: {error.msg} at column {error.colno}{hint}") from None
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UnicodeDecodeError):
+            raise
+        raise UserError(f"{path}: unusable JSON: {str(error).partition(';')[0]}") from None
     if isinstance(content, dict):
         content = [content]
     if not isinstance(content, list):
@@ -147,7 +178,7 @@ def _parse_cell(value: str) -> Any:
     if value.startswith(("[{", '{"')):
         try:
             return json.loads(value)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             return value
     return value
 
@@ -175,6 +206,8 @@ def _read_parquet(path: Path) -> Iterator[Record]:
 
 def _read_hub(source: Source) -> Iterator[Record]:
     name = source.path.removeprefix("hf:")
+    if not HUB_NAME.fullmatch(name):
+        raise UserError(f"{source.path}: expected hf:OWNER/NAME, a data set of the hub; a file on disk is given by its path alone")
     try:
         import datasets
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from typing import Any, NamedTuple
 
 from configs.errors import UserError
+from stages.data import trial
 from stages.data.rows import Demonstration, Message, Messages, PreferencePair, as_messages
 from stages.data.templates import Template, resolve_template
 
@@ -50,6 +52,8 @@ class Formatter:
         if tokenizer.eos_token_id is None:
             raise UserError("the tokenizer names no EOS token; ensure_special_tokens sets one from the model's config")
         tokenizer.chat_template = self.template.jinja
+        if not self.template.is_ours:
+            trial.try_out(self.template.name, self._try_shapes)
         self._adds_space = self._decode_joined("a", "b") == "a b"
         known = tuple(dict.fromkeys((int(tokenizer.eos_token_id), *eos_ids)))
         self._ending = self._find_ending(known)
@@ -126,21 +130,29 @@ class Formatter:
         }
 
     def render(self, messages: Messages, generate: bool) -> str:
-        """The template's text, in transformers' sandbox. Raises UserError with what the template objects to."""
-        import jinja2
-
+        """The template's text, in transformers' sandbox, within a time limit. Raises UserError with what the template objects to."""
         try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    [message.as_dict() for message in messages],
-                    chat_template=self.template.jinja,
-                    tokenize=False,
-                    add_generation_prompt=generate,
-                )
-            )
-        except jinja2.TemplateError as error:
+            with nullcontext() if self.template.is_ours else trial.limited(self.template.name):
+                return self._rendered(messages, generate)
+        except UserError:
+            raise
+        except Exception as error:  # a template is a program: it may raise whatever it likes
             roles = ", ".join(message.role for message in messages)
             raise UserError(f"the template {self.template.name!r} cannot render turns of {roles}: {error}; correct it, or set `template` to plain or chatml") from None
+
+    def _rendered(self, messages: Messages, generate: bool) -> str:
+        turns = [message.as_dict() for message in messages]
+        return str(self.tokenizer.apply_chat_template(turns, chat_template=self.template.jinja, tokenize=False, add_generation_prompt=generate))
+
+    def _try_shapes(self) -> None:
+        """Render conversations of several shapes, whatever the template objects to in one of them."""
+        import jinja2
+
+        question, answer, system = Message("user", "?"), Message("assistant", "word " * 400), Message("system", "Be brief.")
+        for turns in ((question,), (question, answer), (system, *(question, answer) * 8)):
+            for generate in (True, False):
+                with suppress(jinja2.TemplateError):
+                    self._rendered(turns, generate)
 
     # -- segments
 

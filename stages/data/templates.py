@@ -54,6 +54,11 @@ class Template:
     jinja: str
 
     @property
+    def is_ours(self) -> bool:
+        """Whether it is one of the built-in ones; any other is somebody's program."""
+        return self.jinja.removeprefix(_BOS) in BUILT_IN.values()
+
+    @property
     def digest(self) -> str:
         """BLAKE3 (hex) of the Jinja text."""
         return blake3(self.jinja.encode()).hexdigest()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from configs.printable import printable
+
 HEADINGS = ("model", "score ± se", "win rate [95 %]", "KL k1 ± se", "KL k3", "length", "EOS", "ppl")
 
 
@@ -49,12 +51,12 @@ def show(result: dict[str, Any]) -> None:
     for index, heading in enumerate(HEADINGS):
         table.add_column(heading, justify="left" if index == 0 else "right")
     for row in rows(result):
-        table.add_row(*map(Text, row))  # Text: a label or completion with [brackets] is no markup
+        table.add_row(*(Text(printable(cell)) for cell in row))  # Text: a label or completion with [brackets] is no markup
     console.print(table)
     for sample in result["samples"]:
-        side = Table(title=Text(sample["prompt"]), show_lines=True)
+        side = Table(title=Text(printable(sample["prompt"])), show_lines=True)
         for heading in ("model", "score", "completion"):
             side.add_column(heading, justify="right" if heading == "score" else "left")
         for label, text in sample["completions"].items():
-            side.add_row(Text(label), f"{sample['scores'][label]:.3f}", Text(text))
+            side.add_row(Text(printable(label)), f"{sample['scores'][label]:.3f}", Text(printable(text)))
         console.print(side)

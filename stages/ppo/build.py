@@ -18,7 +18,7 @@ from configs.schema.scorers import reward_models
 from rewards.build import build_scorers
 from rewards.combine import WeightedSum
 from rewards.model import RewardModelScorer
-from stages import models
+from stages import foreign, models
 from stages.dropout import check_no_dropout
 from stages.ppo import quantized
 from stages.ppo.lora import use_sums
@@ -360,6 +360,7 @@ def add_reward_adapter(peft_model: Any, reward: models.Origin, name: str) -> nn.
     from peft import LoraConfig, set_peft_model_state_dict
     from safetensors.torch import load_file
 
+    foreign.check_folder(Path(reward.folder))
     config = LoraConfig.from_pretrained(reward.folder)
     config.modules_to_save, config.task_type, config.inference_mode, config.lora_dropout = None, "CAUSAL_LM", False, 0.0
     peft_model.add_adapter(name, config)

@@ -44,7 +44,7 @@ def read_header(file: Path) -> tuple[dict[str, Any], int]:
         end = max([entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"], default=0)
         if 8 + length + end != size:
             raise ValueError(f"the file has {size} bytes, its header speaks of {8 + length + end}")
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{file} is not a whole safetensors file ({error}); write it again with save_pretrained"
         ) from None

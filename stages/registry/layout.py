@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import secrets
+import stat
+import sys
+from functools import cache
 from pathlib import Path
 
 from configs.errors import UserError
@@ -25,6 +28,7 @@ def open_root(root: Path, create: bool) -> None:
     if root.exists() and not root.is_dir():
         raise UserError(f"{root} is a file; a registry is a folder: choose another path")
     try:
+        warn_where_anyone_writes(root)
         if _marked(root):
             return
         strange = [name for name in (os.listdir(root) if root.exists() else []) if not name.startswith(".tmp-")]
@@ -49,6 +53,16 @@ def open_root(root: Path, create: bool) -> None:
         if told := storage_error(error, f"opening the registry {root}"):
             raise told from error
         raise
+
+
+@cache
+def warn_where_anyone_writes(root: Path) -> None:
+    """Say once on stderr that every user of this machine may put other weights in a checkpoint's place. A warning, because some volumes show such rights for all."""
+    for folder in (root, root / "checkpoints"):
+        mode = folder.stat().st_mode if folder.is_dir() else 0
+        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+            print(f"warning: {folder} may be written by every user of this machine, who could replace what is in it; close it: chmod o-w {folder}", file=sys.stderr)
+            return
 
 
 def _marked(root: Path) -> bool:

@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from configs.errors import UserError
+from stages.registry.names import is_name
 from stages.registry.sealing import canonical, hash_bytes, hash_file
 
 MANIFEST = "manifest.json"
@@ -64,6 +65,11 @@ class Checkpoint:
         for key, kind in {"id": str, "stage": str, "name": str, "version": int, "files": dict, "info": dict}.items():
             if not isinstance(manifest.get(key), kind):
                 raise ValueError(f"has no usable field {key!r}")
+        for key in ("stage", "name"):
+            if not is_name(manifest[key]):  # they become parts of paths and are printed
+                raise ValueError(f"has the {key} {manifest[key]!r:.80}, which is no name")
+        if not all(isinstance(entry, dict) and isinstance(entry.get("size"), int) for entry in manifest["files"].values()):
+            raise ValueError("lists files without their sizes")
         if manifest["id"] != path.name:
             raise ValueError(f"describes checkpoint {manifest['id']}, not the folder it lies in")
         return cls(

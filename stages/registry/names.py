@@ -17,6 +17,10 @@ _METRIC = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./-]{0,127}")
 FORMS = "sft/demo, sft/demo@3, sft/demo@latest, sft/demo@best:METRIC, sft/demo@ALIAS, or a checkpoint's id"
 
 
+def is_name(value: object) -> bool:
+    return isinstance(value, str) and _NAME.fullmatch(value) is not None
+
+
 def check_name(value: str, what: str) -> str:
     """`value` itself. Raises UserError unless it is a plain lower-case name."""
     if not isinstance(value, str) or not _NAME.fullmatch(value):

@@ -73,7 +73,7 @@ def unseal(content: bytes) -> dict[str, Any]:
     """The sealed dict, `hash` included. Raises ValueError saying what is wrong."""
     try:
         whole = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"not readable as JSON ({error})") from None
     if not isinstance(whole, dict) or not isinstance(whole.get("hash"), str):
         raise ValueError("carries no hash of its own")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from configs.errors import UserError
+from configs.printable import printable
 from stages.devices import hide_gpus_if_asked
 from stages.training import stop
 from stages.training.ranks import from_rank_0, rank, say
@@ -51,7 +52,8 @@ def run(main: Callable[[Any], None], kind: str, argv: Sequence[str] | None = Non
     except UserError as error:
         if rank():
             time.sleep(GRACE_SECONDS)
-        print(f"error: {error}" if rank() == 0 else f"error: [rank {rank()}] {error}", file=sys.stderr, flush=True)
+        told = printable(str(error))  # it may quote a row of the data
+        print(f"error: {told}" if rank() == 0 else f"error: [rank {rank()}] {told}", file=sys.stderr, flush=True)
         sys.exit(2)
     finally:
         stop.mode(stop.Mode.LEAVING)

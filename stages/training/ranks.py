@@ -8,6 +8,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 from configs.errors import UserError
+from configs.printable import printable
 
 T = TypeVar("T")
 # How long the others wait in a collective for one process that downloads, verifies or publishes a model: 280 GB (70B in float32) at
@@ -28,7 +29,7 @@ def world_size() -> int:
 def say(line: str) -> None:
     """Print a line on rank 0."""
     if rank() == 0:
-        print(line, flush=True)
+        print(printable(line), flush=True)
 
 
 def process_group() -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 from configs.errors import UserError
 from configs.schema import StageConfig, TRLStage
 from stages.nodes import agree
-from stages.training import saves
+from stages.training import pickles, saves
 from stages.training.changes import changes, identity, refusal, refused
 from stages.training.evaluation import stopped_early
 from stages.training.ranks import from_rank_0, say
@@ -98,6 +98,8 @@ def train(trainer: Any, cfg: TRLStage, now: dict[str, Any]) -> None:
     """
     trainer.depends_on = now | {"steps": trainer.args.max_steps}
     save = choose_save(Path(trainer.args.output_dir), cfg, trainer.depends_on)
+    if save is not None:
+        pickles.check(save)
     steps = steps_to_train(save, trainer.args.max_steps, cfg.train.early_stopping_patience)
     if steps < trainer.args.max_steps:  # the Trainer looks at max_steps after a step only; without rows left it takes none
         trainer.args.max_steps = steps

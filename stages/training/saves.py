@@ -273,7 +273,7 @@ def settle_all(folder: Path) -> None:
 
 def saves(folder: Path) -> list[Path]:
     """The saves of a run, newest first, sound or not."""
-    found = [path for path in folder.glob("checkpoint-*") if path.is_dir() and path.name.split("-")[1].isdigit()]
+    found = [path for path in folder.glob("checkpoint-*") if path.is_dir() and not path.is_symlink() and path.name.split("-")[1].isdigit()]
     return sorted(found, key=number_of, reverse=True)
 
 
@@ -310,7 +310,10 @@ def read_seal(save: Path) -> dict[str, Any]:
     try:
         whole = unseal(content)
     except ValueError:
-        listed = json.loads(content)
+        try:
+            listed = json.loads(content)
+        except RecursionError:
+            raise ValueError("brackets without end") from None
         if not isinstance(listed, dict) or "hash" in listed or not all(isinstance(entry, list) and len(entry) == 2 for entry in listed.values()):
             raise
         return {"files": listed, "depends_on": {}}

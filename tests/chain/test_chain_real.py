@@ -15,6 +15,7 @@ import pytest
 
 from launch.cli import main
 from stages.registry import Registry
+from tests.security import canaries
 from tests.tiny import tiny_data, tiny_model
 
 CHAIN = """
@@ -41,6 +42,7 @@ def chain(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("chain")
     tiny_model(folder / "base")
     tiny_data(folder, "mnopqrst")
+    canaries.plant(folder, "demos.jsonl", "pairs.jsonl", "prompts.jsonl")
     file = folder / "chain.yaml"
     file.write_text(CHAIN.format(folder=folder))
     return file
@@ -55,7 +57,9 @@ def _wait_for_a_save(folder: Path, run: subprocess.Popen) -> None:
         time.sleep(0.05)
 
 
-def test_killed_in_the_reward_stage_then_run_again(chain, capfd):
+def test_killed_in_the_reward_stage_then_run_again(chain, capfd, monkeypatch):
+    for name, token in canaries.TOKENS.items():
+        monkeypatch.setenv(name, token)
     out = chain.parent / "out"
     run = subprocess.Popen([sys.executable, "-m", "launch.cli", "run", str(chain)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
@@ -64,6 +68,7 @@ def test_killed_in_the_reward_stage_then_run_again(chain, capfd):
         os.kill(run.pid, signal.SIGKILL)
         run.wait()
     assert [c.ref for c in Registry(out / "registry").list()] == ["sft/tiny@1"]  # nothing half-published
+    assert canaries.found(out)[1] == []  # in the saves of a stage that is not done, too
 
     assert main(["run", str(chain), "--dry-run"]) == 0
     said = capfd.readouterr().out
@@ -74,6 +79,9 @@ def test_killed_in_the_reward_stage_then_run_again(chain, capfd):
     said = capfd.readouterr().out
     assert "[reward] resume: continuing from checkpoint-" in said
     assert "perplexity" in said or "KL" in said  # the table
+    files, leaks = canaries.found(out, printed=said)
+    assert leaks == []
+    assert files > 50
     registry = Registry(out / "registry")
     assert [c.ref for c in registry.list()] == ["dpo/tiny@1", "ppo/tiny@1", "reward/tiny@1", "sft/tiny@1"]
     assert all(registry.verify(c.ref, deep=True) == [] for c in registry.list())

@@ -138,7 +138,7 @@ def _check_weights(model: Any) -> None:
     packed = next((name for name, p in model.named_parameters() if not torch.is_floating_point(p)), None)
     if packed is not None:
         raise UserError(f"engine.kind vllm can't take over quantised weights ({packed}); use engine.kind native or a base that is not quantised")
-    theirs, ours = AutoConfig.from_pretrained(model.name_or_path).get_text_config().vocab_size, model.get_input_embeddings().weight.shape[0]
+    theirs, ours = AutoConfig.from_pretrained(model.name_or_path, trust_remote_code=False).get_text_config().vocab_size, model.get_input_embeddings().weight.shape[0]
     if theirs != ours:
         raise UserError(
             f"engine.kind vllm starts from {model.name_or_path}, which has {theirs} tokens, and the policy has {ours} (its tokenizer was extended); "
