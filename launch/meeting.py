@@ -183,7 +183,10 @@ def hear(connection: socket.socket) -> dict[str, Any]:
         if not piece:
             break
         text += piece
-    found = json.loads(text) if text else {}
+    try:
+        found = json.loads(text) if text else {}
+    except RecursionError:
+        raise ValueError("expected an object, found brackets without end") from None
     if not isinstance(found, dict):
         raise ValueError(f"expected an object, found {type(found).__name__}")
     return found

@@ -110,7 +110,8 @@ class _Unpacked(io.RawIOBase):
     """The content of a gzip file, up to 256 MiB or a hundred times its size: text that people write packs to a tenth, rarely to a fiftieth."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._stream, self._count = path, gzip.open(path, "rb"), 0
+        self._path, self._count = path, 0
+        self._stream = gzip.GzipFile(path, "rb")  # closed with this
         self._limit = max(2**28, 100 * path.stat().st_size)
 
     def readable(self) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from configs.errors import UserError
@@ -132,7 +133,7 @@ def launched(value: str) -> Callable[[Place], None]:
     def run(place: Place) -> None:
         from launch.command import load_machine, stage_command
 
-        with pytest_environment(ALIGN_RANK_LOGS=value.replace("CANARY", str(place.canary))):
+        with environment_with(ALIGN_RANK_LOGS=value.replace("CANARY", str(place.canary))):
             made = stage_command("stages.sft", place.folder / "$(mkdir CANARY).yaml", load_machine("cpu", None), 2)
         assert value.replace("CANARY", str(place.canary)) in made.argv
         import shlex
@@ -143,7 +144,7 @@ def launched(value: str) -> Callable[[Place], None]:
 
 
 @contextlib.contextmanager
-def pytest_environment(**values: str) -> Any:
+def environment_with(**values: str) -> Any:
     import os
 
     before = dict(os.environ)
@@ -229,11 +230,32 @@ def printed_by_the_registry(place: Place) -> None:
 def token_on_the_command_line(place: Place) -> None:
     from configs.load import load
 
-    try:
+    with pytest.raises(UserError) as told:
         load(place.write("config.yaml", SFT), "sft", ["trainer.hub_token=hf_secretsecret"])
-    except UserError as error:
-        assert "hf_secretsecret" not in str(error), error
-        raise
+    assert "hf_secretsecret" not in str(told.value)
+    raise told.value
+
+
+def said_by_a_stranger(content: bytes) -> Callable[[Place], None]:
+    """Whoever reaches the port where nodes meet may say anything; node 0 sends it away and goes on waiting."""
+
+    def run(place: Place) -> None:
+        import socket
+
+        from launch.meeting import _admit
+        from launch.nodes import Nodes
+
+        ours, theirs = socket.socketpair()
+        arrived: dict[int, Any] = {}
+        with ours, theirs:
+            theirs.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                theirs.send(content)
+            theirs.shutdown(socket.SHUT_WR)
+            _admit(ours, "stranger", Nodes(count=2), {}, arrived)
+        assert not arrived
+
+    return run
 
 
 ATTACKS = [
@@ -280,15 +302,16 @@ ATTACKS = [
     Attack("template: a macro that calls itself", "a chat template", REFUSED, template(PLAIN + "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"), "cannot render"),
     Attack("template: division by zero", "a chat template", REFUSED, template(PLAIN + "{{ 1 / 0 }}"), "cannot render"),
     Attack("(control) a plain template", "a chat template", HARMLESS, template(PLAIN)),
-    *(Attack(f"folder {name}", "SLURM scripts", HARMLESS, slurm_in(name)) for name in ("$(mkdir CANARY)", "`mkdir CANARY`", '";mkdir CANARY;"', "';mkdir CANARY;'", "a b", "\\")),
+    *(Attack(f"folder {name}", "SLURM scripts", HARMLESS, slurm_in(name)) for name in ("$(touch CANARY)", "`touch CANARY`", '";touch CANARY;"', "';touch CANARY;'", "a b", "\\")),
     Attack("folder ${HOME}", "SLURM scripts", REFUSED, slurm_in("${HOME}"), "HOME"),
-    Attack("folder with a line break", "SLURM scripts", REFUSED, slurm_in("a\nmkdir CANARY"), "line break"),
+    Attack("folder with a line break", "SLURM scripts", REFUSED, slurm_in("a\ntouch CANARY"), "line break"),
     *(Attack(f"--{key} {value!r}", "SLURM options", REFUSED, slurm_option(**{key: value}), "sbatch option") for key, value in (("partition", "gpu --wrap=x"), ("account", "a;mkdir"), ("qos", "$(mkdir)"), ("time", "1\n#SBATCH --x"), ("network_interface", '"; mkdir'))),
     Attack("registry with a line break", "Kubernetes manifests", HARMLESS, kubernetes("r\n---\nkind: Evil\napiVersion: v1\n#")),
     Attack("image with a line break", "Kubernetes manifests", HARMLESS, kubernetes("r", image="x\n---\nkind: Evil\n")),
     Attack("mount with a line break", "Kubernetes manifests", REFUSED, kubernetes("r", mount="/d\n---\nkind: Evil\n"), "--mount"),
     Attack("claim with a line break", "Kubernetes manifests", REFUSED, kubernetes("r", claim="c\n---"), "--claim"),
     *(Attack(f"ALIGN_RANK_LOGS {value}", "the launcher's command", HARMLESS, launched(value)) for value in ("$(mkdir CANARY)", "; mkdir CANARY", "a b")),
+    *(Attack(f"stranger says {name}", "the port where nodes meet", HARMLESS, said_by_a_stranger(content)) for name, content in (("brackets without end", b"[" * 100_000 + b"\n"), ("a pickle", b"cos\nsystem\n."), ("nothing", b""), ("a list", b"[1]\n"))),
     Attack("escape sequences in rows", "align data check", HARMLESS, printed_by_data("check", "FILE")),
     Attack("escape sequences in rows", "align data show", HARMLESS, printed_by_data("show", "FILE", "--tokenizer", "MODEL")),
     Attack("escape sequences in a row's names", "an error", REFUSED, printed_in_an_error),
