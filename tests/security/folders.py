@@ -288,7 +288,51 @@ def publish_as(stage: str, name: str) -> Callable[[Any, Place], Any]:
     return lambda registry, place: registry.publish(stage, name, lambda folder: _copy(place.sound, folder))
 
 
+def imported(change: Callable[[Place, Path], Any], family: str = "sft/demo") -> Callable[[Place], None]:
+    """`align registry import` of a folder that was changed; what it publishes must hold nothing of the change."""
+
+    def run(place: Place) -> None:
+        from stages.registry import Registry
+        from stages.registry.importing import import_model
+
+        folder = place.model()
+        (folder / "evil.py").write_text(place.code)
+        place.write("secret.txt", "the secret")
+        change(place, folder)
+        checkpoint = import_model(Registry(place.folder / "registry"), str(folder), family)
+        assert not list(checkpoint.model_dir.glob("*.py"))
+        assert not any(path.is_symlink() or b"the secret" in path.read_bytes() or b"evil" in path.read_bytes() for path in checkpoint.model_dir.iterdir())
+
+    return run
+
+
+def linked_weights(place: Place, folder: Path) -> None:
+    (folder / "model.safetensors").rename(place.folder / "elsewhere.safetensors")
+    (folder / "model.safetensors").symlink_to(place.folder / "elsewhere.safetensors")
+
+
+def linked_notes(place: Place, folder: Path) -> None:
+    (folder / "notes.json").symlink_to(place.folder / "secret.txt")
+
+
+def pickled_only(place: Place, folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    place.torch_save(folder / "pytorch_model.bin")
+
+
+def licence_with_escapes(place: Place, folder: Path) -> None:
+    (folder / "README.md").write_text("---\nlicense: \x1b[2Jevil\n---\n")
+
+
 ATTACKS = [
+    Attack("weights are a link out of the folder", "align registry import", REFUSED, imported(linked_weights), "link"),
+    Attack("a link to a secret", "align registry import", HARMLESS, imported(linked_notes)),
+    Attack("weights are a pickle", "align registry import", REFUSED, imported(pickled_only), "pickle"),
+    Attack("auto_map", "align registry import", HARMLESS, imported(lambda place, folder: place.settings(folder / "config.json", auto_map=AUTO_MAP))),
+    Attack("attn_implementation of a hub", "align registry import", REFUSED, imported(lambda place, folder: place.settings(folder / "config.json", attn_implementation="evil/kernel")), "download and run"),
+    Attack("licence with an escape sequence", "align registry import", HARMLESS, imported(licence_with_escapes)),
+    Attack("as ../../x", "align registry import", REFUSED, imported(lambda place, folder: None, "sft/../../x")),
+    Attack("template that loops", "align registry import", REFUSED, imported(lambda place, folder: (folder / "chat_template.jinja").write_text("{{ messages }}" + "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3)), "takes more than"),
     *(Attack(f"weights: {name}", "init_from: a model folder", REFUSED, with_weights(name, beside=False), "a pickle") for name in ("pytorch_model.bin", "model.pt", "consolidated.00.pth")),
     Attack("weights: sharded pickles", "init_from: a model folder", REFUSED, pickled_shards, "a pickle"),
     Attack("pickle beside safetensors", "init_from: a model folder", HARMLESS, with_weights("pytorch_model.bin", beside=True)),

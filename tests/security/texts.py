@@ -306,7 +306,7 @@ ATTACKS = [
     Attack("folder ${HOME}", "SLURM scripts", REFUSED, slurm_in("${HOME}"), "HOME"),
     Attack("folder with a line break", "SLURM scripts", REFUSED, slurm_in("a\ntouch CANARY"), "line break"),
     *(Attack(f"--{key} {value!r}", "SLURM options", REFUSED, slurm_option(**{key: value}), "sbatch option") for key, value in (("partition", "gpu --wrap=x"), ("account", "a;mkdir"), ("qos", "$(mkdir)"), ("time", "1\n#SBATCH --x"), ("network_interface", '"; mkdir'))),
-    Attack("registry with a line break", "Kubernetes manifests", HARMLESS, kubernetes("r\n---\nkind: Evil\napiVersion: v1\n#")),
+    Attack("registry with a line break", "Kubernetes manifests", HARMLESS, kubernetes("r\n---\nkind: Evil\napiVersion: v1\n---\n#")),
     Attack("image with a line break", "Kubernetes manifests", HARMLESS, kubernetes("r", image="x\n---\nkind: Evil\n")),
     Attack("mount with a line break", "Kubernetes manifests", REFUSED, kubernetes("r", mount="/d\n---\nkind: Evil\n"), "--mount"),
     Attack("claim with a line break", "Kubernetes manifests", REFUSED, kubernetes("r", claim="c\n---"), "--claim"),

@@ -1,0 +1,53 @@
+"""A real stage, interrupted, whose save an attacker has changed together with its list of hashes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from configs.errors import UserError
+from stages.training import evaluation
+from stages.training.resume import seal
+from tests.security.attack import Place
+from tests.stage.runs import run, settings, workspace
+
+
+class Interrupted(Exception):
+    """Stands for a crash."""
+
+
+@pytest.fixture
+def interrupted(tmp_path, monkeypatch):
+    """A run that crashed at step 3, with saves at 1 and 2; returns its config."""
+    values = settings(workspace(tmp_path, rows=40), "sft", {"max_steps": 4, "save_every": 1})
+    check = evaluation.StopAtNonFinite.on_pre_optimizer_step
+
+    def crash(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            raise Interrupted
+        return check(self, args, state, control, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation.StopAtNonFinite, "on_pre_optimizer_step", crash)
+        with pytest.raises(Interrupted):
+            run("sft", values)
+    return values
+
+
+def test_a_pickle_that_would_run_code_is_not_opened(interrupted, tmp_path):
+    """And a save holds no training_args.bin, in which transformers keeps tokens."""
+    resume = Path(interrupted["output"]) / "resume"
+    save = resume / "checkpoint-2"
+    assert not list(resume.rglob("training_args.bin"))
+    sound = (save / "optimizer.pt").read_bytes()
+    place = Place(tmp_path, tmp_path)
+    place.torch_save(save / "optimizer.pt")
+    seal(save)
+    with pytest.raises(UserError, match=r"optimizer\.pt is not opened: it would call 'posix\.mkdir'"):
+        run("sft", interrupted)
+    assert not place.canary.exists()
+
+    (save / "optimizer.pt").write_bytes(sound)
+    seal(save)
+    assert run("sft", interrupted).ref == "sft/tiny@1"
