@@ -49,7 +49,7 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError, OSError) as error:
-        raise UserError(f"{file} can't be read as JSON ({type(error).__name__}: {str(error)[:100]}); get it again") from None
+        raise UserError(f"{file}: cannot be read as a JSON object ({str(error)[:100]}); get it again") from None
     if not isinstance(found, dict):
         raise UserError(f"{file}: expected a JSON object, found a {type(found).__name__}; get it again")
     return found

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.errors import UserError
+from stages.foreign import check_folder, read_json
 from stages.registry.finite import read_header
 from stages.registry.manifest import Checkpoint, Parent
 from stages.registry.names import check_name
@@ -29,7 +30,6 @@ INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 DOWNLOADED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.md"]
-LARGEST_JSON = 64 * 2**20  # bytes
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,8 @@ def _look(source: Source, adapter: bool) -> Found:
     missing = set(_indexed(folder, source)) - tensors.keys() if not adapter else set()
     if missing:
         raise UserError(f"{folder / INDEX} names {len(missing)} tensors that no file holds, such as {min(missing)!r}; get the weights again")
-    return Found(weights, _json(folder / (ADAPTER if adapter else "config.json")), tensors)
+    check_folder(folder)
+    return Found(weights, read_json(folder / (ADAPTER if adapter else "config.json")), tensors)
 
 
 def _adapter_weights(source: Source) -> list[str]:
@@ -161,7 +162,7 @@ def _indexed(folder: Path, source: Source) -> dict[str, str]:
     """Tensor -> file, of a model in several files; {} without an index."""
     if not (folder / INDEX).is_file():
         return {}
-    index = _json(folder / INDEX).get("weight_map")
+    index = read_json(folder / INDEX).get("weight_map")
     if not isinstance(index, dict) or not index or not all(isinstance(file, str) and re.fullmatch(r"[\w][\w.-]*\.safetensors", file) for file in index.values()):
         raise UserError(f"{folder / INDEX}: weight_map must give a file name (*.safetensors, in this folder) for every tensor; get it again")
     for file in sorted(set(index.values())):
@@ -178,18 +179,6 @@ def _inside(folder: Path, name: str, source: Source) -> Path:
     if not real.is_file() or not any(real.is_relative_to(place) for place in allowed):
         raise UserError(f"{source.asked}: {name} is a link out of its folder, to {real}; copy the file there instead")
     return real
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > LARGEST_JSON:
-            raise ValueError(f"{path.stat().st_size / 2**20:.0f} MiB, far more than settings take")
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(value, dict):
-            raise ValueError("not a JSON object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); get it again") from None
-    return value
 
 
 def _check_kind(found: Found, stage: str, adapter: bool, asked: str) -> None:

@@ -21,6 +21,7 @@ from tests.reliability.case import Case, Measured
 AREAS: tuple[str, ...] = (
     "faults",
     "small",
+    "security",
 )  # fmt: skip
 ROOT = Path(__file__).resolve().parents[2]
 CASE_LIMIT = 1200  # seconds after which a case counts as hung

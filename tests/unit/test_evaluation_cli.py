@@ -70,6 +70,9 @@ def test_align_eval_end_to_end(tmp_path, capsys):
     assert main(words) == 0
     shown = capsys.readouterr().out
     assert "win rate" in shown
+    assert "[bold]one" not in shown, "prompts are printed where that is asked for"
+    assert main([*words, "--set", "show_samples=2"]) == 0
+    shown = capsys.readouterr().out
     assert "[bold]one" in shown, "a prompt is text, not markup"
 
 
