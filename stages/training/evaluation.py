@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -53,8 +52,6 @@ def exact(trainer_class: Any, measure: Measure) -> Any:
             trainer: Any = self
             if not (trainer.is_deepspeed_enabled and _internal_call):  # a resumable save holds DeepSpeed's shards: no need to gather the weights
                 super().save_model(output_dir, _internal_call)
-                if trainer.args.should_save:  # a pickle of all arguments, tokens among them, that nothing here reads
-                    (Path(output_dir or trainer.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
 
     return Exact
 

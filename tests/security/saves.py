@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from configs.errors import UserError
 from tests.security.attack import HARMLESS, REFUSED, Attack, Place
 
 SAVED = (
@@ -23,22 +24,29 @@ SAVED = (
 
 def save_of(place: Place, file: str, write: Callable[[Path], Any]) -> Path:
     """A sealed save with one file of the attacker's, who could write the list of hashes too."""
-    from stages.training.resume import seal
-
     save = place.folder / "resume" / "checkpoint-4"
     save.mkdir(parents=True)
     (save / "trainer_state.json").write_text(json.dumps({"global_step": 4, "best_model_checkpoint": None}))
     (save / file).parent.mkdir(exist_ok=True)
     write(save / file)
-    seal(save)
+    reseal(save)
     return save
+
+
+def reseal(save: Path) -> None:
+    """Write the list of a save's hashes as it would have to be."""
+    from stages.training import saves
+
+    depends_on = saves.read_seal(save)["depends_on"] if (save / saves.SEAL).exists() else {}
+    saves.seal(save, saves.recorded(save, 0, 1), depends_on)
 
 
 def opened(save: Path, file: str) -> None:
     """What a resume does: the hashes, the check of pickles, and then DeepSpeed's own way of opening a shard."""
-    from stages.training import pickles, resume
+    from stages.training import pickles, saves
 
-    assert resume.problem(save) is None
+    if why := saves.problem(save):
+        raise UserError(why)
     pickles.check(save)
     torch.load(save / file, weights_only=False)
 
@@ -132,33 +140,27 @@ def linked(place: Place) -> None:
 
 def changed_after_sealing(place: Place) -> None:
     """Without the list of hashes an attacker gets no further than that."""
-    from configs.errors import UserError
-    from stages.training import resume
-
     save = save_of(place, "optimizer.pt", lambda file: place.torch_save(file, 1.0))
     place.torch_save(save / "optimizer.pt")
-    if why := resume.problem(save):
-        raise UserError(why)
-    torch.load(save / "optimizer.pt", weights_only=False)
+    opened(save, "optimizer.pt")
 
 
 def list_without_end(place: Place) -> None:
-    from configs.errors import UserError
-    from stages.training import resume
+    from stages.training import saves
 
     save = save_of(place, "scheduler.pt", lambda file: place.torch_save(file))
-    (save / resume.SEAL).write_text("[" * 200_000)
-    raise UserError(resume.problem(save) or "")
+    (save / saves.SEAL).write_text("[" * 200_000)
+    opened(save, "scheduler.pt")
 
 
 def linked_save(place: Place) -> None:
     """A link named as a save: what it points to was to be removed as a save that does not verify."""
-    from stages.training import resume
+    from stages.training import saves
 
     precious = place.write("precious/file.txt", "keep me").parent
     (place.folder / "resume").mkdir()
     (place.folder / "resume" / "checkpoint-9").symlink_to(precious)
-    assert resume.saves(place.folder / "resume") == []
+    assert saves.saves(place.folder / "resume") == []
 
 
 def sound_saves_open(place: Place) -> None:
@@ -227,7 +229,7 @@ ATTACKS = [
     Attack("two zip files in one", "the check of pickles", REFUSED, in_save("optimizer.pt", two_archives)),
     Attack("`latest` leads out of the save", "DeepSpeed's choice of a folder", REFUSED, tag_elsewhere, "not a folder of this save"),
     Attack("best save elsewhere", "the Trainer's load of the best save", REFUSED, best_elsewhere, "not beside this one"),
-    Attack("link in a save", "a resumable save", REFUSED, linked, "link"),
+    Attack("link in a save", "a resumable save", REFUSED, linked),
     Attack("pickle changed after the hashes", "a resumable save", REFUSED, changed_after_sealing, "damaged"),
     Attack("list of hashes without end", "a resumable save", REFUSED, list_without_end, "damaged"),
     Attack("link named as a save", "removal of saves that do not verify", HARMLESS, linked_save),

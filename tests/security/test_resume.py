@@ -8,8 +8,8 @@ import pytest
 
 from configs.errors import UserError
 from stages.training import evaluation
-from stages.training.resume import seal
 from tests.security.attack import Place
+from tests.security.saves import reseal
 from tests.stage.runs import run, settings, workspace
 
 
@@ -43,11 +43,11 @@ def test_a_pickle_that_would_run_code_is_not_opened(interrupted, tmp_path):
     sound = (save / "optimizer.pt").read_bytes()
     place = Place(tmp_path, tmp_path)
     place.torch_save(save / "optimizer.pt")
-    seal(save)
+    reseal(save)
     with pytest.raises(UserError, match=r"optimizer\.pt is not opened: it would call 'posix\.mkdir'"):
         run("sft", interrupted)
     assert not place.canary.exists()
 
     (save / "optimizer.pt").write_bytes(sound)
-    seal(save)
+    reseal(save)
     assert run("sft", interrupted).ref == "sft/tiny@1"
