@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from configs.exit_codes import REQUEUE, USER_ERROR
+from configs.exit_codes import HANG, REQUEUE, USER_ERROR
 
 FORWARDED = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
 USR1 = getattr(signal, "SIGUSR1", None)
@@ -116,7 +116,7 @@ def run_child(
     A second SIGINT, or `grace` seconds after the first of them but SIGUSR1, kills the group; each other signal is passed on once, for a
     child that is saving needs to be told no more. Output is appended to `log_file`.
     Returns the outcome: the child's own exit code, 128 + n where signal n ended it, 130 after SIGINT, and where a worker under `accelerate
-    launch` ended with a user error or REQUEUE, that worker's code. A child that was told to stop, and ended by that or through a launcher
+    launch` ended with a user error, REQUEUE or HANG, that worker's code. A child that was told to stop, and ended by that or through a launcher
     that has no code for it, is to be run again: REQUEUE. After SIGUSR1, which warns of a time limit, that is so however it ended but well or with an error
     of the user's.
     """
@@ -154,6 +154,8 @@ def code_of(code: int, stream: _Stream, received: Sequence[int]) -> int:
         return 128 + signal.SIGINT
     if code == 1 and stream.said_error and USER_ERROR in stream.worker_exits:
         return USER_ERROR
+    if code == 1 and HANG in stream.worker_exits:
+        return HANG
     asked = REQUEUE in stream.worker_exits or stream.said_stopped
     if code == 1 and (asked or signal.SIGTERM in received):  # the elastic agent's own way to end, after a worker's code or a signal to itself
         return REQUEUE

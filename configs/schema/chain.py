@@ -7,13 +7,13 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from configs.schema.common import NAME_PATTERN, Split, Strict
+from configs.schema.common import NAME_PATTERN, Split, Strict, Watchdog
 from configs.schema.evaluation import EvalSettings
 from configs.schema.ppo import PPOStage
 from configs.schema.scorers import Combination
 from configs.schema.supervised import DPOStage, RewardStage, SFTStage
 
-SHARED = ("registry", "seed", "template", "max_length", "split", "machine", "processes", "attn_implementation")
+SHARED = ("registry", "seed", "template", "max_length", "split", "machine", "processes", "attn_implementation", "watchdog")
 STAGES = ("sft", "reward", "dpo", "ppo")
 
 
@@ -63,6 +63,7 @@ class Chain(Strict):
     machine: str = Field(default="auto", description="Machine file of every stage.")
     processes: int | None = Field(default=None, ge=1, description="Number of processes of every stage; null is the machine file's.")
     attn_implementation: str | None = Field(default=None, description="Attention kernel of every stage.")
+    watchdog: Watchdog = Field(default_factory=Watchdog, description="When a stage that hangs is ended, in every stage.")
     prepare: dict[str, Prepare] = Field(default_factory=dict, description="Steps that write files, by name, in order.")
     sft: SFTStage | None = Field(default=None, description="Supervised fine-tuning.")
     reward: ChainReward | None = Field(default=None, description="The reward model, or an ensemble of them.")

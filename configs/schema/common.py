@@ -108,6 +108,23 @@ class Train(Strict):
     )
 
 
+def _limit(default: float, what: str) -> Any:
+    return Field(default=default, ge=0, description=f"Minutes without progress, of every process, while {what}; 0: no limit.")
+
+
+class Watchdog(Strict):
+    """Ends a run that hangs, with the stacks of its processes: after so long without a sign of progress, not after so long in all."""
+
+    load: float = _limit(120, "models and saves are read (bytes that move are progress)")
+    data: float = _limit(240, "data is read and tokenised (bytes that move are progress)")
+    rollout: float = _limit(60, "completions are sampled (a token is progress)")
+    scoring: float = _limit(60, "completions are scored and their log-probs computed (a micro-batch is progress)")
+    update: float = _limit(60, "weights are updated (a micro-batch is progress)")
+    eval: float = _limit(60, "the model is evaluated (a batch is progress)")
+    save: float = _limit(120, "a resumable save is written (bytes that move are progress)")
+    publish: float = _limit(120, "the result is written, hashed and published (bytes that move are progress)")
+
+
 class StageConfig(Strict):
     """What every stage's config holds."""
 
@@ -126,6 +143,7 @@ class StageConfig(Strict):
     machine: str = Field(default="auto", description="Machine file in configs/accelerate (or a path); auto takes the one that fits.")
     processes: PositiveInt | None = Field(default=None, description="Number of processes; null is the machine file's.")
     attn_implementation: str | None = Field(default=None, description="Attention kernel as transformers names it: sdpa, eager, flash_attention_2.")
+    watchdog: Watchdog = Field(default_factory=Watchdog, description="When a run that hangs is ended, with the stacks of its processes in OUTPUT/hang-rank-N.txt.")
     allow_changed: list[str] = Field(
         default_factory=list,
         description="Continue an interrupted run although these have changed: data, tokenizer, template, schedule, processes, config, or a field such as "

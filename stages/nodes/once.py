@@ -15,6 +15,7 @@ from typing import Generic, TypeVar, cast
 
 from configs.errors import UserError
 from stages.nodes.place import local_rank, local_world_size, node_count, node_rank
+from stages.training.watchdog import during
 
 T = TypeVar("T")
 POLL = 0.05  # seconds
@@ -35,8 +36,11 @@ def once_per_node(what: str, function: Callable[[], T], *, node_0_first: bool = 
     Raises:
         UserError: on every process, when the call failed on any node.
     """
-    if local_world_size() == 1 and node_count() == 1:
-        return function()
+    with during("data"):
+        return function() if local_world_size() == 1 and node_count() == 1 else _once(what, function, node_0_first)
+
+
+def _once(what: str, function: Callable[[], T], node_0_first: bool) -> T:
     from stages.training.ranks import from_rank_0
 
     folder = cache_folder() / f"align-{from_rank_0('naming a folder', lambda: secrets.token_hex(16))}-{node_rank()}"

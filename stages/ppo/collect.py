@@ -20,6 +20,7 @@ from stages.ppo.modules import PolicyAndValue, Reference
 from stages.ppo.order import stream
 from stages.ppo.rollout import Experience, Rollout, Tokens, cut, padded
 from stages.tokens import ModelTokens
+from stages.training import watchdog
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,11 @@ def collect_rollout(
     numbers = prompts.chosen(iteration, total, cfg.seed)
     prompt_ids = [prompts.ids[numbers[i]] for i in mine]
     module.eval()
+    watchdog.phase("rollout", iteration)
     samples = engine.sample(prompt_ids, iteration=iteration, indices=mine)
     clock.rollout = time.monotonic() - started
     started = time.monotonic()
+    watchdog.phase("scoring")
     completion_ids = [s.completion_ids for s in samples]
     columns = columns_of([prompts.columns[numbers[i]] for i in mine])
     scores = scorer.score(
@@ -122,6 +125,7 @@ def _forward(module: PolicyAndValue, reference: Reference, tokens: Tokens, cfg: 
     for rows in order.split(cfg.train.micro_batch_size):
         part = cut(tokens, rows)
         size = part.mask.shape[1]
+        watchdog.beat()
         with accelerator.autocast():
             ref[rows, :size] = reference.logprobs(part)
             if starts_from_sampler(cfg):

@@ -21,6 +21,7 @@ from stages.ppo.collect import PromptSet, columns_of
 from stages.ppo.rollout import cut, padded
 from stages.ppo.sampling import sample
 from stages.tokens import ModelTokens
+from stages.training import watchdog
 
 
 class Written(NamedTuple):
@@ -108,6 +109,7 @@ def _kl(
     k1, k3 = torch.zeros(len(prompt_ids), dtype=torch.float64), torch.zeros(len(prompt_ids), dtype=torch.float64)
     for rows in torch.argsort(tokens.attention_mask.sum(dim=1), stable=True).split(cfg.train.micro_batch_size):
         part = cut(tokens, rows)
+        watchdog.beat()
         with accelerator.autocast():
             ours = built.trained.logprobs(part).logprobs
             theirs = built.reference.logprobs(part)

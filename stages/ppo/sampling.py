@@ -18,6 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from configs.schema import Sampling
 from stages.ppo.onednn import widened
+from stages.training import watchdog
 
 BLOCK = 256  # tokens of the vocabulary whose probabilities are summed up before one of them is looked for
 
@@ -142,6 +143,7 @@ def _sample_batch(
     cache, attention, inputs = DynamicCache(config=model.config), mask.long(), ids
     positions = (attention.cumsum(dim=1) - 1).clamp(min=0)
     for step in range(sampling.max_new_tokens):
+        watchdog.beat()
         out = model(
             input_ids=inputs, attention_mask=attention, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from stages.training import stop
+from stages.training import stop, watchdog
 
 
 class Told:
@@ -32,7 +32,8 @@ class Told:
         stop.saves_at_steps(True)
         asked = self.agreement.now() if iteration < self.iterations else 0  # the last one is published instead
         if due and not asked:
-            save()
+            with watchdog.during("save"):
+                save()
             self.saved = iteration
         if asked:
             self.leave(iteration, save)
@@ -45,5 +46,6 @@ class Told:
         """Save what is not saved yet, and leave."""
         stop.saves_at_steps(True)
         if iteration != self.saved:
-            save()
+            with watchdog.during("save"):
+                save()
         stop.leave(self.agreement.code, f"saved after iteration {iteration} of {self.iterations}")

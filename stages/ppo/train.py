@@ -33,7 +33,7 @@ from stages.ppo.update import MAX_GAP, SamplerDiffersError, update_policy
 from stages.ppo.watch import Outcome, Watch
 from stages.ppo.zero.engines import Zero, zero_of_machine
 from stages.tokens import ModelTokens, load_tokens
-from stages.training import ready, resume
+from stages.training import ready, resume, watchdog
 from stages.training.publish import publish_checkpoint
 from stages.training.ranks import from_rank_0, rank, say
 from stages.zero.machine import uses_deepspeed
@@ -149,6 +149,7 @@ def run_iteration(
         clock=clock,
     )  # fmt: skip
     collected()
+    watchdog.phase("update")
     experience, rewards = experience_of(rollout, cfg, kl_coef=kl_coef, mean=scorer.mean, std=scorer.std)
     started = time.monotonic()
     if cfg.train.gradient_checkpointing:

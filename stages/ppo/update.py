@@ -16,6 +16,7 @@ from stages.ppo import maths
 from stages.ppo.modules import PolicyAndValue
 from stages.ppo.ptx import Mix, passes
 from stages.ppo.rollout import Experience
+from stages.training import watchdog
 
 MAX_GAP = 1e-3  # nats between the sampler's log-prob of a token and a training forward's: 200 times less than what clips a ratio
 
@@ -147,6 +148,7 @@ def _accumulate(
 
     for part in shares:
         batch = experience.select(part)
+        watchdog.beat()
         if module.shares_trunk:
             with accelerator.autocast():
                 outputs = module(batch.tokens)

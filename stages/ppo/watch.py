@@ -14,6 +14,7 @@ from stages.ppo.evaluation import EvaluationSet
 from stages.ppo.monitor import KL, Observation, Rules, Scored, State, see, within_budget
 from stages.ppo.store import Store
 from stages.tokens import ModelTokens
+from stages.training import watchdog
 from stages.training.ranks import say
 
 
@@ -68,7 +69,7 @@ class Watch:
         return self._look(iteration) if due else ({}, "")
 
     def _look(self, iteration: int) -> tuple[dict[str, float], str]:
-        with averaged(self.average):  # what is published is what is evaluated
+        with watchdog.during("eval"), averaged(self.average):  # what is published is what is evaluated
             return self._evaluate(iteration)
 
     def _evaluate(self, iteration: int) -> tuple[dict[str, float], str]:

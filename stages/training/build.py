@@ -16,8 +16,9 @@ from stages.training.evaluation import Measure, StopAtNonFinite, StopEarly, eval
 from stages.training.plan import Plan, row_order
 from stages.training.progress import NAMES, Progress
 from stages.training.ranks import say
-from stages.training.stop_trainer import StopWhenTold
+from stages.training.stop_trainer import Beats, StopWhenTold
 from stages.training.trainer_saves import saving
+from stages.training.watchdog import beating
 
 Rows = list[dict[str, Any]]
 
@@ -68,7 +69,7 @@ def build(
     torch.manual_seed(cfg.seed)  # adapters are drawn in the constructor, before the Trainer sets its seed
     try:
         args = config_class(**shared | arguments)
-        trainer = exact(saving(trainer_class, stage), measure)(args=args, **given, **constructor)
+        trainer = exact(saving(trainer_class, stage), beating(measure))(args=args, **given, **constructor)
     except (TypeError, ValueError) as error:
         raise UserError(f"TRL refuses the arguments of stage {stage}: {error}") from error
     trainer.train_dataset, trainer.eval_dataset = train, validation
@@ -76,7 +77,7 @@ def build(
     callbacks = [Progress(stage, plan, folder / "metrics.jsonl"), StopAtNonFinite(trainer)]
     if cfg.train.early_stopping_patience:
         callbacks.append(StopEarly(cfg.train.early_stopping_patience, say))
-    for callback in [*callbacks, StopWhenTold()]:
+    for callback in [*callbacks, StopWhenTold(), Beats()]:
         trainer.add_callback(callback)
     return trainer
 
@@ -85,4 +86,4 @@ def final_metrics(trainer: Any, measure: Measure) -> dict[str, float]:
     """The trained model's metrics on its validation rows, under our names; empty where there are none."""
     if trainer.eval_dataset is None:
         return {}
-    return {NAMES[key]: value for key, value in evaluate_exactly(trainer, trainer.eval_dataset, measure).items()}
+    return {NAMES[key]: value for key, value in evaluate_exactly(trainer, trainer.eval_dataset, beating(measure)).items()}

@@ -14,7 +14,7 @@ from typing import Any
 from configs.errors import UserError
 from configs.printable import printable
 from stages.devices import hide_gpus_if_asked
-from stages.training import stop
+from stages.training import stop, watchdog
 from stages.training.ranks import from_rank_0, rank, say
 from stages.zero.leave import leave
 
@@ -42,12 +42,14 @@ def run(main: Callable[[Any], None], kind: str, argv: Sequence[str] | None = Non
         from configs.load import load
         from stages import models
         from stages.nodes import agree, join
+        from stages.training import ready
         from stages.zero import machine
 
         refuse_foreign_accumulation()
         machine.check_compiler()
         join.join()
         cfg = agree.same_config(lambda: load(arguments.config, kind, arguments.overrides))
+        watchdog.start(cfg, ready.output_folder(cfg, kind))
         main(from_rank_0("looking up the checkpoints", lambda: models.pinned(cfg)))
     except UserError as error:
         if rank():

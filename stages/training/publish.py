@@ -13,7 +13,7 @@ from stages import models
 from stages.nodes import agree
 from stages.registry import Parent, Registry
 from stages.tokens import ModelTokens
-from stages.training import stop
+from stages.training import stop, watchdog
 from stages.training.ranks import from_rank_0, say, world_size
 from stages.zero import gather
 
@@ -79,6 +79,7 @@ def publish_checkpoint(
         UserError: on every rank, when publishing failed on rank 0.
     """
     stop.mode(stop.Mode.FINISH)
+    watchdog.phase("publish")
     record = {"config": cfg.model_dump(mode="json"), "seed": cfg.seed, "inputs_key": os.environ.get("ALIGN_INPUTS_KEY"), "processes": world_size(), **info}
 
     def on_rank_0() -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""How a Trainer stops when it is told to: a save after the step that all processes agree on, then the end."""
+"""A Trainer's callbacks that stop it when it is told to, after a save that all processes agree on, and that show the watchdog that it moves."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from stages.training import stop
+from stages.training import stop, watchdog
 
 
 class StopWhenTold(TrainerCallback):
@@ -44,3 +44,31 @@ class StopWhenTold(TrainerCallback):
     def _stop(self, control: Any, code: int) -> None:
         if code:
             control.should_save = control.should_training_stop = True
+
+
+class Beats(TrainerCallback):
+    """Tells the watchdog the phase, and every micro-batch. To be after those that ask for saves."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The first update begins."""
+        watchdog.phase("update", state.global_step)
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A micro-batch that no optimizer step follows."""
+        watchdog.beat()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The Trainer evaluates and saves next, where that is due."""
+        watchdog.phase("eval" if control.should_evaluate else "save" if control.should_save else "update", state.global_step)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """And saves after an evaluation."""
+        watchdog.phase("save" if control.should_save else "update")
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The next update begins."""
+        watchdog.phase("update")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """What is left is evaluated."""
+        watchdog.phase("eval")

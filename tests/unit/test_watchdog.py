@@ -1,0 +1,156 @@
+"""The watchdog: what counts as moving, who is waited for, and what it writes at the end."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from configs.exit_codes import HANG
+from configs.schema.common import Watchdog
+from stages.training import hang, watchdog
+from tests.stage.runs import ROOT
+
+LIMITS = dict.fromkeys(Watchdog.model_fields, 10.0)
+
+
+class EndedError(Exception):
+    """In place of the end of the process."""
+
+
+@pytest.fixture
+def watch(tmp_path, monkeypatch):
+    """The watchdog of rank 0 of 2, in an update that has just moved, and no thread."""
+
+    def ended(_watch):
+        raise EndedError
+
+    monkeypatch.setattr(hang, "end", ended)
+    monkeypatch.setattr(watchdog, "bytes_moved", lambda: 0)
+    monkeypatch.setattr(watchdog.faulthandler, "dump_traceback_later", lambda *_, **__: None)
+    now = watchdog.Now()
+    now.phase = "update"
+    return watchdog.Watch(LIMITS, tmp_path, 0, 2, now)
+
+
+def other(watch, seconds_ago: float) -> None:
+    watch.heartbeat(1).write_text(json.dumps({"rank": 1, "host": "h", "pid": 1, "phase": "update", "step": 3, "beaten": time.time() - seconds_ago}))
+
+
+def test_a_phase_that_moves_or_has_no_limit_goes_on(watch):
+    watch.look(1)
+    watch.now.beaten -= 9
+    watch.look(1)
+    watch.limits = LIMITS | {"update": math.inf}
+    watch.now.beaten -= 1000
+    watch.look(1)
+
+
+def test_nobody_moved(watch):
+    watch.now.beaten -= 10.5
+    other(watch, 10.5)
+    with pytest.raises(EndedError):
+        watch.look(1)
+
+
+def test_another_process_never_came(watch):
+    watch.now.beaten -= 10.5
+    with pytest.raises(EndedError):
+        watch.look(1)
+
+
+def test_a_slow_process_is_waited_for(watch):
+    watch.now.beaten -= 100
+    other(watch, 8)
+    watch.look(1)
+    other(watch, 11)
+    with pytest.raises(EndedError):
+        watch.look(1)
+
+
+def test_another_process_asks_for_the_stacks(watch):
+    watch.look(1)
+    (watch.folder / watchdog.WANTED).touch()
+    with pytest.raises(EndedError):
+        watch.look(1)
+
+
+def test_what_an_earlier_run_asked_for_is_not_heeded(watch):
+    file = watch.folder / watchdog.WANTED
+    file.touch()
+    os.utime(file, (time.time() - 60,) * 2)
+    watch.look(1)
+
+
+@pytest.mark.parametrize(("phase", "goes_on"), [("save", True), ("load", True), ("publish", True), ("update", False)])
+def test_bytes_are_progress_where_models_are_moved(watch, monkeypatch, phase, goes_on):
+    watch.now.phase = phase
+    watch.now.beaten -= 10.5
+    monkeypatch.setattr(watchdog, "bytes_moved", lambda: 2 << 20)
+    if goes_on:
+        watch.look(1)
+    else:
+        with pytest.raises(EndedError):
+            watch.look(1)
+
+
+def test_a_suspended_process_has_not_hung(watch):
+    watch.now.beaten -= 3605
+    watch.look(gap=3600)
+
+
+def test_a_phase_within_a_phase():
+    watchdog.phase("scoring", 7)
+    with watchdog.during("save"):
+        assert watchdog._now.phase == "save"
+    assert (watchdog._now.phase, watchdog._now.step) == ("scoring", 7)
+
+
+def test_a_beat_costs_less_than_a_microsecond_or_two():
+    began = time.perf_counter()
+    for _ in range(100_000):
+        watchdog.beat()
+    assert (time.perf_counter() - began) / 100_000 < 5e-6
+
+
+HANGING = """
+import ctypes, sys, time
+from pathlib import Path
+from configs.schema.common import Watchdog
+from stages.training import watchdog
+class cfg: watchdog = Watchdog(data=float(sys.argv[2]) / 60)
+watchdog.start(cfg, Path(sys.argv[1]))
+def a_row_that_takes_for_ever():
+    if sys.argv[3] == "python":
+        time.sleep(60)
+    ctypes.PyDLL(None).sleep(60)  # keeps the interpreter's lock: no other thread runs
+watchdog.phase("data", 0)
+time.sleep(0.6)
+a_row_that_takes_for_ever()
+"""
+
+
+@pytest.mark.parametrize(("where", "expected", "most"), [("python", HANG, 10), ("library", 1, 25)])
+def test_a_process_that_hangs_leaves_its_stacks_and_a_code_of_its_own(tmp_path, where, expected, most):
+    """From a library that keeps the interpreter's lock Python's own timer ends it: stacks, but exit code 1."""
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", HANGING, str(tmp_path), "1", where], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == expected
+    assert time.monotonic() - began < most
+    if where == "python":
+        text = (tmp_path / "hang-rank-0.txt").read_text()
+        assert text.startswith("rank 0 of 1 (process ")
+        assert "error: rank 0 of 1 (process " in done.stderr
+        assert "hangs: no progress for 1." in done.stderr
+        assert "in phase data (limit: watchdog.data, 0.0166667 min)" in done.stderr
+        assert "raise watchdog.data (exit code 110)" in done.stderr
+    else:
+        text = (tmp_path / "heartbeats" / "rank-0.stacks").read_text()
+    assert "a_row_that_takes_for_ever" in text
+    assert Path(tmp_path / "heartbeats" / "rank-0.json").exists()
