@@ -14,8 +14,8 @@ from typing import Any
 IGNORED = frozenset({"output", "registry", "machine", "processes", "allow_changed", "health", "offload_frozen", "watchdog"})
 # Keys whose values may name a file or folder whose content counts.
 FILE_KEYS = frozenset({"path", "test_prompts", "template", "init_from", "reference", "value_init", "checkpoint", "checkpoints", "plain_text"})
-# What reads configs and what stores results decide nothing about them: a clearer error message is no reason to train again.
-NOT_COUNTED = ("configs", "stages.registry")
+# What reads configs, stores results, and ends or watches processes decides nothing about them: a clearer error message is no reason to train again.
+NOT_COUNTED = ("configs", "stages.registry", "stages.training.stop", "stages.training.watchdog", "stages.training.hang", "stages.training.siblings")
 ROOT = Path(__file__).resolve().parents[2]
 
 
