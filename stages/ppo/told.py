@@ -33,8 +33,7 @@ class Told:
         asked = self.agreement.now() if iteration < self.iterations else 0  # the last one is published instead
         if due and not asked:
             with watchdog.during("save"):
-                save()
-            self.saved = iteration
+                self.saved = iteration if save() else self.saved
         if asked:
             self.leave(iteration, save)
 
@@ -45,7 +44,8 @@ class Told:
     def leave(self, iteration: int, save: Callable[[], object]) -> None:
         """Save what is not saved yet, and leave."""
         stop.saves_at_steps(True)
-        if iteration != self.saved:
+        saved: object = iteration == self.saved
+        if not saved:
             with watchdog.during("save"):
-                save()
-        stop.leave(self.agreement.code, f"saved after iteration {iteration} of {self.iterations}")
+                saved = save()
+        stop.leave(self.agreement.code, f"{'saved' if saved else 'could not save'} after iteration {iteration} of {self.iterations}")

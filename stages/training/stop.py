@@ -171,7 +171,7 @@ def leave(code: int, where: str) -> NoReturn:
 
     mode(Mode.LEAVING)
     wait_for_everyone()
-    say(f"{STOPPED} ({_names()}): {where}; the same command continues from there (exit code {code})")
+    say(f"{STOPPED} ({_names()}): {where}; the same command continues from its newest save (exit code {code})")
     raise SystemExit(code)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
@@ -39,7 +40,8 @@ class StopWhenTold(TrainerCallback):
         if not self.agreement.code:
             stop.mode(stop.Mode.FINISH)
         else:
-            stop.leave(self.agreement.code, f"saved at step {state.global_step} of {state.max_steps}")
+            saved = (Path(args.output_dir) / f"checkpoint-{state.global_step}").is_dir()
+            stop.leave(self.agreement.code, f"{'saved' if saved else 'could not save'} at step {state.global_step} of {state.max_steps}")
 
     def _stop(self, control: Any, code: int) -> None:
         if code:
