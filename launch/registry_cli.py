@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from configs.errors import UserError
 from configs.printable import printable
-from launch.registry import carry, collect
+from launch.registry import carry, collect, examine
 from launch.registry.output import print_json, size, table
 
 if TYPE_CHECKING:
@@ -61,6 +61,28 @@ def _add_carrying(commands: Any) -> None:
     command.add_argument("--base", metavar="REF", help="what an adapter was trained on, if its adapter_config.json does not say it")
     command.add_argument("--template", default="auto", metavar="NAME", help="chat template: auto (the tokenizer's own, else plain), plain, chatml, raw or a .jinja file")
     command.add_argument("--revision", metavar="REV", help="branch, tag or commit on the hub")
+
+    command = _command(commands, "export", carry.run_export, "write a checkpoint to a folder: weights, tokenizer, model card, checksums")
+    command.add_argument("ref", metavar="REF", help=FORMS)
+    command.add_argument("folder", type=Path, metavar="DIR", help="a new or empty folder")
+    _export_options(command)
+
+    command = _command(commands, "push", carry.run_push, "show what an upload to the Hugging Face hub would send, or with --yes send it")
+    command.add_argument("ref", metavar="REF", help=FORMS)
+    command.add_argument("repo", metavar="ORG/NAME", help="the model on the hub; made if it is missing")
+    command.add_argument("--yes", action="store_true", help="send it")
+    command.add_argument("--public", action="store_true", help="make a missing one public (default: private)")
+    _export_options(command)
+
+    command = _command(commands, "doctor", examine.run_doctor, "try what a registry needs on a folder's file system (exit code 1 if it lacks something)")
+    command.add_argument("folder", nargs="?", type=Path, metavar="DIR", help="default: the registry's folder")
+
+
+def _export_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--merge", action="store_true", help="merge an adapter into its base; the largest logit difference on 8 prompts is printed")
+    command.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of merged weights (default: float32)")
+    command.add_argument("--licence", metavar="ID", help="licence for the model card, such as apache-2.0")
+    command.add_argument("--samples", type=Path, metavar="FILE", help="show the first of these in the card: the samples.jsonl of align eval --output")
 
 
 def _add_collection(commands: Any) -> None:

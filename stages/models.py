@@ -264,12 +264,19 @@ def load_policy(origin: Origin, *, dtype: torch.dtype = torch.float32, attn_impl
     from transformers import AutoModelForCausalLM
 
     if is_adapter(origin):
-        base = load_policy(adapter_base(origin), attn_implementation=attn_implementation)
-        resize_to(base, adapter_vocabulary(origin))
-        model = _merged(_with_adapter(base, origin))
+        model = _merged(load_apart(origin, attn_implementation=attn_implementation))
     else:
         model = from_pretrained(AutoModelForCausalLM, origin.folder, dtype=dtype, attn_implementation=attn_implementation, use_safetensors=True)
     return without_dropout(model)
+
+
+def load_apart(origin: Origin, *, scorer: bool = False, attn_implementation: str | None = None) -> Any:
+    """An adapter (of a reward model: `scorer`) on its base, not merged: a PeftModel in float32, eval mode."""
+    base = load_policy(adapter_base(origin), attn_implementation=attn_implementation)
+    resize_to(base, adapter_vocabulary(origin))
+    if scorer:
+        base = scorer_from_policy(base, pad_id=pad_id_of(origin), seed=0)
+    return _with_adapter(base, origin).eval()
 
 
 def _with_adapter(base: Any, origin: Origin) -> Any:
@@ -355,10 +362,7 @@ def load_scorer(origin: Origin, *, dtype: torch.dtype = torch.float32, attn_impl
     from transformers import AutoModelForSequenceClassification
 
     if is_adapter(origin):
-        policy = load_policy(adapter_base(origin), attn_implementation=attn_implementation)
-        resize_to(policy, adapter_vocabulary(origin))
-        base = scorer_from_policy(policy, pad_id=pad_id_of(origin), seed=0)
-        model = _merged(_with_adapter(base, origin))
+        model = _merged(load_apart(origin, scorer=True, attn_implementation=attn_implementation))
     else:
         model = from_pretrained(
             AutoModelForSequenceClassification, origin.folder, dtype=dtype, attn_implementation=attn_implementation, num_labels=1, use_safetensors=True

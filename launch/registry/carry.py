@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
-from launch.registry.output import print_json, size
+from launch.registry.output import print_json, size, table
+
+if TYPE_CHECKING:
+    from stages.registry.exporting import Options
 
 
 def run_import(args: argparse.Namespace) -> int:
@@ -23,3 +27,46 @@ def run_import(args: argparse.Namespace) -> int:
 
 def _tell(line: str) -> None:
     print(line, file=sys.stderr)
+
+
+def run_export(args: argparse.Namespace) -> int:
+    """Write a checkpoint to a folder of its own."""
+    from stages.registry import Registry
+    from stages.registry.exporting import export
+
+    done = export(Registry(args.registry, create=False), args.ref, args.folder, _options(args), _tell)
+    facts = {
+        "ref": done.checkpoint.ref, "id": done.checkpoint.id, "path": str(done.folder), "licence": done.licence, "difference": done.difference, "files": done.files,
+    }  # fmt: skip
+    if args.json:
+        print_json(facts)
+        return 0
+    print(f"exported {done.checkpoint.ref} ({done.checkpoint.id}) to {done.folder}: {len(done.files)} files, {size(sum(done.files.values()))}")
+    if done.licence is None:
+        print(f"its licence is not known: fill it in at the top of {done.folder / 'README.md'}, or export again with --licence")
+    return 0
+
+
+def run_push(args: argparse.Namespace) -> int:
+    """Show what would go to the hub, or with --yes send it."""
+    from stages.registry import Registry, pushing
+
+    registry = Registry(args.registry, create=False)
+    if args.yes:
+        sent = pushing.push(registry, args.ref, args.repo, _options(args), private=not args.public, say=_tell)
+    else:
+        sent = pushing.plan(registry, args.ref, args.repo, _options(args), private=not args.public)
+    if args.json:
+        print_json({**vars(sent), "sent": args.yes})
+        return 0
+    seen = "private" if sent.private else "public"
+    print(f"{'sent' if args.yes else 'would send'} {sent.ref} to {sent.repo} ({seen}), licence {sent.licence or 'not stated: give --licence'}:")
+    print("\n".join(table([(f"  {name}", size(count) if count is not None else "written on the way") for name, count in sent.files.items()])))
+    print(sent.url if args.yes else "nothing was sent; to send it add --yes")
+    return 0
+
+
+def _options(args: argparse.Namespace) -> Options:
+    from stages.registry.exporting import Options
+
+    return Options(args.merge, args.dtype, args.licence, args.samples)

@@ -105,11 +105,10 @@ def locate(asked: str, revision: str | None = None) -> Source:
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", asked) or ".." in asked:
         raise UserError(f"{asked}: no such folder, and no name on the hub (org/model)")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         found = Path(snapshot_download(asked, revision=revision, allow_patterns=DOWNLOADED))
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except Exception as error:  # which client the hub's library uses changes
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{asked} can't be had from the hub: {first} (without network: download it elsewhere with `hf download`, then import the folder)") from None
     return Source(asked, found, found.name)

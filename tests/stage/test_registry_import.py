@@ -223,3 +223,33 @@ def test_a_card_without_a_licence_names_none(tmp_path):
     assert licence_of(tmp_path) is None
     (tmp_path / "README.md").write_text("# no front matter\n")
     assert licence_of(tmp_path) is None
+
+
+def test_a_merged_export_is_a_model_of_its_own_and_says_how_far_it_is_from_the_adapter(there, registry, tmp_path, capsys):
+    adapter_on(there, tmp_path / "adapter", there / "base")
+    import_model(registry, str(there / "base"), "sft/base")
+    checkpoint = import_model(registry, str(tmp_path / "adapter"), "sft/lora", base="sft/base")
+
+    def exported(*words):
+        assert main(["registry", "export", "sft/lora", str(tmp_path / words[0]), "--registry", str(registry.root), *words[1:]]) == 0
+        return tmp_path / words[0], capsys.readouterr()
+
+    apart, told = exported("apart")
+    assert json.loads((apart / "adapter_config.json").read_text())["base_model_name_or_path"] == "sft/base"
+    assert "this is an adapter on sft/base, which whoever loads it must have" in told.err
+    merged, told = exported("merged", "--merge", "--json")
+    difference = json.loads(told.out)["difference"]
+    assert 0 <= difference < 1e-4
+    assert f"over 8 prompts the largest difference of logits is {difference:.3g}" in told.err
+    assert f"largest difference between merged and unmerged logits is {difference:.3g}" in (merged / "README.md").read_text()
+    from transformers import AutoModelForCausalLM
+
+    ids = torch.arange(20)[None]
+    expected = models.load_apart(origin(registry, checkpoint))(input_ids=ids).logits
+    assert torch.allclose(AutoModelForCausalLM.from_pretrained(merged)(input_ids=ids).logits, expected, atol=1e-4)
+    assert not (merged / "adapter_config.json").exists()
+    half, told = exported("half", "--merge", "--dtype", "bfloat16", "--json")
+    assert json.loads(told.out)["difference"] > 10 * difference  # rounding shows, so the figure is one of the files
+    assert load_file(half / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
+    again = import_model(registry, str(merged), "sft/merged")
+    assert registry.verify(again.id, deep=True) == []
