@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from configs import presets
 from configs.schema.common import Lora, PositiveInt, Sources, StageConfig, Strict
 from configs.schema.engines import EngineChoice, RolloutEngine
+from configs.schema.guard import Guard
 from configs.schema.health import Health
 from configs.schema.monitoring import Evaluation, Stopping
 from configs.schema.scorers import ScorerSpec
@@ -114,6 +115,7 @@ class PPOStage(StageConfig):
     value_clip_range: float = Field(default=0.2, gt=0, description="Values are clipped to this distance from those of the rollout.")
     vf_coef: float = Field(default=0.1, ge=0, description="Weight of the value loss.")
     health: Health = Field(default_factory=Health, description="Checks of every iteration's metrics and what a failed one does.")
+    guard: Guard = Field(default_factory=Guard, description="Optimizer steps that are skipped because their numbers have gone bad.")
     ptx: PTX | None = Field(default=None, description="Demonstrations that are imitated beside PPO; null is none.")
     ema_decay: float | None = Field(
         default=None, gt=0, lt=1, description="Publish an exponential moving average of the policy, decayed so much per optimizer step; null publishes the policy itself."

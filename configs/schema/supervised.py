@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from configs.schema.common import Lora, Sources, StageConfig, Train
+from configs.schema.guard import Guard
 
 
 class TRLStage(StageConfig):
@@ -14,6 +15,7 @@ class TRLStage(StageConfig):
 
     train: Train = Field(default_factory=Train, description="How the stage is optimised.")
     lora: Lora | None = Field(default=None, description="Train adapters instead of all weights; null is full training.")
+    guard: Guard = Field(default_factory=Guard, description="Optimizer steps that are skipped because their numbers have gone bad.")
     trainer: dict[str, Any] = Field(
         default_factory=dict, description="Any further argument of the stage's TRL config class, under its own name."
     )

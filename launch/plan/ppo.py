@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -92,6 +92,7 @@ class HeldReference(Reference):
 
 def simulate(job: Job, cfg: PPOStage, running: Allocations, around: Callable[[Any, Any], AbstractContextManager[Any]]) -> None:
     """Load the models, roll out, and take an optimizer step. `around(module, trained)` is what the launcher makes of them."""
+    from stages.guard.verdict import GoneBadError
     from stages.ppo.collect import Clock, PromptSet, collect_rollout, experience_of
     from stages.ppo.update import update_policy
 
@@ -111,8 +112,9 @@ def simulate(job: Job, cfg: PPOStage, running: Allocations, around: Callable[[An
         running.hold("rollout", (job.rollout_rows - rows) * (4 * ROLLOUT_NUMBERS * job.completion_tokens + 9 * (job.prompt_tokens + job.completion_tokens)))
         if job.checkpointing:
             module.train()
-        stepped: Any = SimpleNamespace(step=step, zero_grad=lambda **_: None)
-        update_policy(module, stepped, _Alone(job), experience, small, 0)
+        stepped: Any = SimpleNamespace(step=step, zero_grad=lambda **_: None, param_groups=[])
+        with suppress(GoneBadError):  # what is simulated has no numbers
+            update_policy(module, stepped, _Alone(job), experience, small, 0)
 
 
 def _separate(job: Job, cfg: PPOStage, running: Allocations) -> tuple[Watched, Reference, list[Any]]:

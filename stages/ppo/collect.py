@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs.errors import UserError
 from configs.schema import PPOStage
 from rewards.combine import Scores, WeightedSum
 from rewards.shaping import per_token_rewards, shape_scores
+from stages.guard.verdict import GoneBadError
 from stages.models import uses_bf16
 from stages.ppo import maths
 from stages.ppo.engines.protocol import Engine
@@ -174,12 +174,12 @@ def experience_of(rollout: Rollout, cfg: PPOStage, *, kl_coef: float, mean: floa
     """Rewards, advantages and returns of a rollout; also the rewards [B, T or T + 1] for the metrics.
 
     Raises:
-        UserError: scores or log-probs that are not finite.
+        GoneBadError: scores or log-probs that are not finite.
     """
     mask = rollout.tokens.mask
     for name, x in (("scores", rollout.scores), ("log-probs", rollout.old_logprobs[mask]), ("values", rollout.values[:, :-1][mask])):
         if not torch.isfinite(x).all():
-            raise UserError(f"the rollout holds {name} that are not finite numbers; the last resumable save is intact: lower train.learning_rate and run again")
+            raise GoneBadError(f"the rollout holds {name} that are not finite numbers")
     scores = shape_scores(
         rollout.scores, rollout.finished, mean=mean if cfg.center_scores else 0.0, std=std if cfg.scale_scores else 1.0, clip=cfg.score_clip,
         missing_eos=cfg.missing_eos, missing_eos_penalty=cfg.missing_eos_penalty,

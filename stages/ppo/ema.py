@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,13 +24,14 @@ class PolicyAverage:
         self.decay = decay
         self.parameters = {name: p for name, p in module.named_parameters() if id(p) in trained}
         self.tensors = {name: p.detach().float().clone() for name, p in self.parameters.items()}
-        optimizer.register_step_post_hook(lambda *_: self.update())
+        optimizer.register_step_post_hook(lambda stepped, *_: self.update(getattr(stepped, "called_off", None)))
 
     @torch.no_grad()
-    def update(self) -> None:
-        """average = decay * average + (1 - decay) * weights."""
+    def update(self, called_off: Tensor | None = None) -> None:
+        """average = decay * average + (1 - decay) * weights; as it is after a step that was not taken (`called_off` is 1, [])."""
+        share: Any = 1.0 - self.decay if called_off is None else (1.0 - self.decay) * (1.0 - called_off)
         for name, parameter in self.parameters.items():
-            self.tensors[name].lerp_(parameter.float(), 1.0 - self.decay)
+            self.tensors[name].lerp_(parameter.float(), share)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from a save."""

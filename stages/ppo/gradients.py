@@ -64,6 +64,6 @@ def _sum(bucket: list[Tensor]) -> None:
         gradient.copy_(part.view_as(gradient))
 
 
-def clip_norm(parameters: Iterable[nn.Parameter], limit: float | None) -> float:
-    """Scale gradients down to a norm of at most `limit`, where there is one; returns the norm they had."""
-    return float(torch.nn.utils.clip_grad_norm_(parameters, limit if limit is not None else float("inf")))
+def clip_norm(parameters: Iterable[nn.Parameter], limit: float | None) -> Tensor:
+    """Scale gradients down to a norm of at most `limit`, where there is one; returns the norm they had, [], on the device."""
+    return torch.nn.utils.clip_grad_norm_(parameters, limit if limit is not None else float("inf"))

@@ -146,8 +146,8 @@ class PolicyAndValue(nn.Module):
         if loss.requires_grad:
             loss.backward()
 
-    def settle(self, accelerator: Any, limit: float | None, *, policy_learns: bool) -> dict[str, float]:
-        """Sum the gradients of all processes, clip the norms of the policy's and of the value function's, each for itself, and return them.
+    def settle(self, accelerator: Any, limit: float | None, *, policy_learns: bool) -> dict[str, Tensor]:
+        """Sum the gradients of all processes, clip the norms of the policy's and of the value function's, each for itself, and return them, [].
 
         Apart, because the value loss has another scale: in a common norm a surprised value function would stall the policy.
         """

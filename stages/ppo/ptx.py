@@ -41,10 +41,10 @@ class Mix:
 
     def add_gradients(
         self, module: PolicyAndValue, accelerator: Any, numbers: Sequence[int], micro_batch_size: int
-    ) -> float:
+    ) -> torch.Tensor:
         """Add this process's share of coef times the gradient of the loss, which is one mean over the completion tokens of the rows `numbers`.
 
-        Processes' gradients are summed afterwards. Returns the loss over all processes, nats per token, at temperature 1 as in SFT.
+        Processes' gradients are summed afterwards. Returns the loss over all processes, [], nats per token, at temperature 1 as in SFT.
         """
         total = sum(sum(map(bool, self.rows[n]["completion_mask"][1:])) for n in numbers)
         by_length = sorted(numbers, key=lambda n: len(self.rows[n]["input_ids"]))
@@ -58,7 +58,7 @@ class Mix:
             loss = self._loss(module, accelerator, part or by_length[:1]) * bool(part)
             module.backward(self.coef / total * loss, "policy")
             loss_sum += loss.detach()
-        return float(accelerator.reduce(loss_sum, reduction="sum")) / total
+        return accelerator.reduce(loss_sum, reduction="sum") / total
 
     def _loss(self, module: PolicyAndValue, accelerator: Any, numbers: Sequence[int]) -> torch.Tensor:
         """Minus the policy's log-probs of these rows' completion tokens, summed."""

@@ -22,11 +22,12 @@ from stages.training.saves import KEPT, problem, retire, saves, store_alone
 
 
 class Position(NamedTuple):
-    """Where a run stands: iterations that are complete, the KL controller's coefficient, and the monitor's state as JSON."""
+    """Where a run stands: iterations that are complete, the KL controller's coefficient, and the monitor's and the guard's state as JSON."""
 
     iteration: int
     kl_coef: float
     monitor: dict[str, Any] | None = None
+    guard: dict[str, Any] | None = None
 
 
 def trained_tensors(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -62,6 +62,11 @@ class Store:
         """Put a kept policy into the module that is published; what is wrong with it where that can't be done."""
         return from_rank_0("loading the best policy", lambda: state.load_best(self.folder, self.module, iteration))
 
-    def is_finite(self) -> bool:
-        """Whether every number of the policy is finite."""
-        return all(bool(torch.isfinite(p).all()) for p in state.policy_tensors(self.module).values())
+    def restore(self, save: Path) -> None:
+        """Put a verified save's weights and optimizer state into the run as it goes on."""
+        state.restore(save, self.module, self.optimizer)
+
+    def is_finite(self, *, whole: bool = False) -> bool:
+        """Whether every number of the policy is finite, or of all that is trained."""
+        tensors = state.trained_tensors(self.module) if whole else state.policy_tensors(self.module)
+        return bool(torch.stack([torch.isfinite(p).all() for p in tensors.values()]).all())

@@ -15,6 +15,7 @@ from configs import presets
 from configs.errors import UserError
 from configs.schema import PPOStage
 from stages import models
+from stages.guard.verdict import GoneBadError, Guard
 from stages.ppo import health, maths, quantized, report, state
 from stages.ppo.allocator import keep_freed_memory
 from stages.ppo.build import PPOModels, build_models, find_all
@@ -24,6 +25,7 @@ from stages.ppo.engines.build import build_engine, check_engine
 from stages.ppo.engines.protocol import Engine
 from stages.ppo.equip import equip
 from stages.ppo.evaluation import EvaluationSet
+from stages.ppo.guarding import Undo
 from stages.ppo.modules import POLICY
 from stages.ppo.optimizer import set_learning_rate
 from stages.ppo.prompts import check_scorers_read, load_evaluation, load_prompts, row_limit
@@ -114,25 +116,36 @@ def train(
     logs = report.Logs(output, position.iteration if save_from else None, main=accelerator.is_main_process)
     watch = Watch(cfg, accelerator, built, tokens, chosen, store=store, logs=logs, saved=position.monitor, average=average)
     watch.begin(position.iteration)
+    undo = Undo(cfg, accelerator.device, store, average, position.guard)
     began, first = time.monotonic(), position.iteration
     told = Told(position.iteration, cfg.train.iterations)
     while position.iteration < cfg.train.iterations and not watch.stopped:
         iteration = position.iteration
         told.begin(iteration)
         set_learning_rate(optimizer, cfg, iteration)
-        save = partial(store.save, position, {"ema": average.tensors} if average else {})
-        collected = partial(told.between_phases, iteration, save)
-        metrics, kl_coef = run_iteration(cfg, accelerator, built, engine, optimizer, prompts, tokens, iteration, position.kl_coef, mix, collected)
+        collected = partial(told.between_phases, iteration, partial(undo.save, position))
+        last = iteration + 1 == cfg.train.iterations
+        due = (iteration + 1) % cfg.train.save_every == 0 and not last  # the last one is published instead
+        try:
+            metrics, kl_coef = run_iteration(cfg, accelerator, built, engine, optimizer, prompts, tokens, iteration, position.kl_coef, mix, undo.guard, collected)
+            undo.check(iteration, saved_next=due or last)
+        except GoneBadError as error:
+            logs.add(iteration + 1, undo.go_back(str(error), iteration))
+            engine.sync()
+            position = position._replace(iteration=iteration + 1, guard=undo.record())
+            told.end(position.iteration, partial(undo.save, position), due=False)
+            continue
         left = (time.monotonic() - began) / (iteration + 1 - first) * (cfg.train.iterations - iteration - 1)
         evaluated, text = watch.look(iteration + 1)
-        position = state.Position(iteration + 1, kl_coef, watch.record())
+        position = state.Position(iteration + 1, kl_coef, watch.record(), undo.record())
+        metrics["train/skipped_steps"] = undo.guard.skipped
         metrics, started = health.examine(metrics | evaluated, logs.iterations, cfg) if accelerator.is_main_process else (metrics, [])
         logs.add(iteration + 1, metrics)
         say("\n".join([report.line(iteration, cfg, metrics, left), *filter(None, [text]), *(f"warning: {finding}" for finding in started)]))
-        save = partial(store.save, position, {"ema": average.tensors} if average else {})
+        save = partial(undo.save, position)
         if cfg.health.action == "stop":
             health.stop(from_rank_0("health checks", partial(list, started)), save)
-        told.end(position.iteration, save, due=position.iteration % cfg.train.save_every == 0 and position.iteration < cfg.train.iterations)
+        told.end(position.iteration, save, due=due)
     told.finish()
     outcome = watch.conclude(position.iteration)
     return outcome, logs.of(outcome.iteration)
@@ -140,7 +153,7 @@ def train(
 
 def run_iteration(
     cfg: PPOStage, accelerator: Any, built: PPOModels, engine: Engine, optimizer: Any, prompts: PromptSet, tokens: ModelTokens, iteration: int,
-    kl_coef: float, mix: Mix | None = None, collected: Callable[[], None] = lambda: None,
+    kl_coef: float, mix: Mix | None = None, guard: Guard | None = None, collected: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, float], float]:  # fmt: skip
     """One iteration in the paper's order. Returns its metrics and the KL coefficient of the next one. `collected` is called once the rollout is."""
     clock, scorer = Clock(), built.scorer
@@ -156,12 +169,12 @@ def run_iteration(
         built.trained.train()
     gap: dict[str, float] = {}
     try:
-        updates = update_policy(built.trained, optimizer, accelerator, experience, cfg, iteration, mix, max_gap=MAX_GAP if starts_from_sampler(cfg) else math.inf)
+        updates = update_policy(built.trained, optimizer, accelerator, experience, cfg, iteration, mix, max_gap=MAX_GAP if starts_from_sampler(cfg) else math.inf, guard=guard)
         gap = report.sampler_gap_of(updates) if starts_from_sampler(cfg) else {}
     except SamplerDiffersError:
         rollout = recomputed(rollout, built.trained, cfg, accelerator)
         experience, rewards = experience_of(rollout, cfg, kl_coef=kl_coef, mean=scorer.mean, std=scorer.std)
-        updates = update_policy(built.trained, optimizer, accelerator, experience, cfg, iteration, mix)
+        updates = update_policy(built.trained, optimizer, accelerator, experience, cfg, iteration, mix, guard=guard)
     engine.sync()
     clock.update = time.monotonic() - started
     metrics = report.metrics_of(rollout, experience, rewards, cfg, kl_coef=kl_coef, clock=clock, scorers=scorer.columns) | updates | gap

@@ -10,14 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs.errors import UserError
 from configs.schema import PPOStage
+from stages.guard.skip import skip_all_if
+from stages.guard.verdict import GoneBadError, Guard
 from stages.ppo import maths
 from stages.ppo.modules import PolicyAndValue
 from stages.ppo.ptx import Mix, passes
 from stages.ppo.rollout import Experience
 from stages.training import watchdog
 
+SIGNALS = ("policy's gradient", "value function's gradient")  # what the guard judges a step by, in the order of `settle`
+SKIPPED = "policy/skipped_steps"
 MAX_GAP = 1e-3  # nats between the sampler's log-prob of a token and a training forward's: 200 times less than what clips a ratio
 
 
@@ -75,19 +78,20 @@ def micro_batches(experience: Experience, rows: Tensor, *, rank: int, world: int
 
 def update_policy(
     module: PolicyAndValue, optimizer: Any, accelerator: Any, experience: Experience, cfg: PPOStage, iteration: int, mix: Mix | None = None,
-    max_gap: float = math.inf,
+    max_gap: float = math.inf, guard: Guard | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """Every epoch and minibatch of one iteration. Returns metrics, means over the real tokens of all processes.
 
     Each minibatch is one optimizer step. Its loss is one mean over all its completion tokens on all processes: tokens of a
-    micro-batch are summed and divided by the whole count. A step whose gradients are not finite is skipped and counted.
+    micro-batch are summed and divided by the whole count. A step that the guard (by default a new one) finds bad is skipped and counted;
+    that is decided on the device, and nothing waits for it until the last step.
 
     Raises:
         SamplerDiffersError: before the first step an old log-prob is further than `max_gap` nats from now's; no gradient is left.
-        UserError: all steps were skipped.
+        GoneBadError: all steps were skipped.
     """
-    steps: list[dict[str, float]] = []
-    skipped = 0
+    guard = guard or Guard(cfg.guard, SIGNALS, accelerator.device)
+    steps: list[dict[str, Tensor]] = []
     for epoch in range(cfg.train.num_ppo_epochs):
         parts = minibatches(len(experience.tokens.mask), cfg.train.num_minibatches, seed=cfg.seed, iteration=iteration, epoch=epoch)
         for number, rows in enumerate(parts, (iteration * cfg.train.num_ppo_epochs + epoch) * len(parts)):
@@ -103,26 +107,35 @@ def update_policy(
             if mix is not None and demonstrations:
                 mixed["ptx/loss"] = mix.add_gradients(module, accelerator, demonstrations, micro)
             norms = module.settle(accelerator, cfg.train.max_grad_norm, policy_learns=policy_learns)
-            if all(map(math.isfinite, norms.values())):  # gradients are those of all processes, so all decide alike
-                optimizer.step()
-                steps.append(_step_metrics(totals, experience, rows, accelerator) | norms | mixed)
-            else:
-                skipped += 1
+            skip = guard.judge(number + 1, torch.stack([norm.double() for norm in norms.values()]))  # of all processes' gradients: all decide alike
+            if cfg.guard.enabled:
+                skip_all_if(skip, optimizer)
+            optimizer.step()
+            steps.append({SKIPPED: skip} | _step_metrics(totals, experience, rows, accelerator) | norms | mixed)
             optimizer.zero_grad(set_to_none=True)
+    return _means(read_together(steps), iteration)
+
+
+def read_together(steps: Sequence[dict[str, Tensor]]) -> list[dict[str, float]]:
+    """The metrics of all steps as numbers, waiting for the device once."""
+    values = iter(torch.stack([value.double() for step in steps for value in step.values()]).tolist())
+    return [{key: next(values) for key in step} for step in steps]
+
+
+def _means(every: Sequence[dict[str, float]], iteration: int) -> dict[str, float]:
+    """The metrics of an iteration, means over the steps that were taken. Raises GoneBadError where there is none."""
+    steps = [step for step in every if not step[SKIPPED]]
     if not steps:
-        raise UserError(
-            f"no optimizer step of iteration {iteration + 1} had gradients that are finite numbers, so nothing was learned from it; "
-            "the last resumable save is intact: lower train.learning_rate and run again"
-        )
+        raise GoneBadError(f"no optimizer step of iteration {iteration + 1} had gradients that are finite numbers, and no spike, so nothing was learned from it")
     means = {key: sum(step[key] for step in steps) / len(steps) for key in steps[0] if not key.startswith("policy/gap")}
     return means | {"policy/max_ratio": max(step["policy/max_ratio"] for step in steps), "policy/first_ratio": steps[0]["policy/max_ratio"],
                     "policy/first_approx_kl": steps[0]["policy/approx_kl"], "policy/first_clip_fraction": steps[0]["policy/clip_fraction"],
-                    "policy/first_gap": steps[0]["policy/gap"], "policy/first_gap_mean": steps[0]["policy/gap_mean"], "policy/skipped_steps": skipped}  # fmt: skip
+                    "policy/first_gap": steps[0]["policy/gap"], "policy/first_gap_mean": steps[0]["policy/gap_mean"], SKIPPED: len(every) - len(steps)}  # fmt: skip
 
 
-def largest(value: Tensor, accelerator: Any) -> float:
-    """The largest of all processes' numbers."""
-    return float(accelerator.gather(value.reshape(1)).max())
+def largest(value: Tensor, accelerator: Any) -> Tensor:
+    """The largest of all processes' numbers, []."""
+    return accelerator.gather(value.reshape(1)).max()
 
 
 def _accumulate(
@@ -165,13 +178,11 @@ def _accumulate(
     return totals
 
 
-def _step_metrics(totals: Totals, experience: Experience, rows: Tensor, accelerator: Any) -> dict[str, float]:
-    """One optimizer step's metrics over all processes."""
+def _step_metrics(totals: Totals, experience: Experience, rows: Tensor, accelerator: Any) -> dict[str, Tensor]:
+    """One optimizer step's metrics over all processes, each []."""
     sums = torch.stack([totals.policy_loss, totals.value_loss, totals.clipped, totals.value_clipped, totals.approx_kl, totals.gap_sum])
-    sums = accelerator.reduce(sums, reduction="sum")
-    tokens = max(int(experience.tokens.mask[rows].sum()), 1)
-    value_tokens = max(int(experience.value_mask[rows].sum()), 1)
-    policy_loss, value_loss, clipped, value_clipped, approx_kl, gap_sum = sums.tolist()
+    policy_loss, value_loss, clipped, value_clipped, approx_kl, gap_sum = accelerator.reduce(sums, reduction="sum")
+    tokens, value_tokens = (mask[rows].sum().clamp(min=1) for mask in (experience.tokens.mask, experience.value_mask))
     return {
         "policy/loss": policy_loss / tokens,
         "policy/approx_kl": approx_kl / tokens,

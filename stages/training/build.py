@@ -12,8 +12,9 @@ from configs.schema import TRLStage
 from stages.compat import remove_printers
 from stages.training import ready
 from stages.training.arguments import trl_arguments
-from stages.training.evaluation import Measure, StopAtNonFinite, StopEarly, evaluate_exactly, exact
-from stages.training.plan import Plan, row_order
+from stages.training.evaluation import Measure, StopEarly, evaluate_exactly, exact
+from stages.training.guarding import SkipSteps
+from stages.training.plan import Plan, row_order, rows_of
 from stages.training.progress import NAMES, Progress
 from stages.training.ranks import say
 from stages.training.stop_trainer import Beats, StopWhenTold
@@ -74,7 +75,10 @@ def build(
         raise UserError(f"TRL refuses the arguments of stage {stage}: {error}") from error
     trainer.train_dataset, trainer.eval_dataset = train, validation
     remove_printers(trainer)
-    callbacks = [Progress(stage, plan, folder / "metrics.jsonl"), StopAtNonFinite(trainer)]
+    callbacks: list[Any] = [Progress(stage, plan, folder / "metrics.jsonl")]
+    if cfg.guard.enabled:
+        trainer.skips = SkipSteps(trainer, cfg.guard, lambda step: rows_of(plan, cfg.seed, step))
+        callbacks.append(trainer.skips)
     if cfg.train.early_stopping_patience:
         callbacks.append(StopEarly(cfg.train.early_stopping_patience, say))
     for callback in [*callbacks, StopWhenTold(), Beats()]:

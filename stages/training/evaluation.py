@@ -13,8 +13,7 @@ from typing import Any, Protocol
 import torch
 from transformers import TrainerCallback
 
-from configs.errors import UserError
-from stages.training.progress import not_finite
+from stages.training.guarding import SkipSteps
 
 
 class Measure(Protocol):
@@ -24,10 +23,10 @@ class Measure(Protocol):
 
 
 def exact(trainer_class: Any, measure: Measure) -> Any:
-    """A subclass of a TRL trainer whose public `evaluate` is exact and whose steps stop at a non-finite loss."""
+    """A subclass of a TRL trainer whose public `evaluate` is exact, and which shows a guard (where it is given one) every loss."""
 
     class Exact(trainer_class):
-        nonfinite: torch.Tensor | None = None
+        skips: SkipSteps | None = None
 
         def evaluate(
             self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -42,11 +41,24 @@ def exact(trainer_class: Any, measure: Measure) -> Any:
             trainer.control = trainer.callback_handler.on_evaluate(trainer.args, trainer.state, trainer.control, metrics)
             return metrics
 
+        def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+            found = super().compute_loss(model, *args, **kwargs)
+            if self.skips is not None and model.training:
+                self.skips.add_loss(found[0] if isinstance(found, tuple) else found)
+            return found
+
         def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
             loss = super().training_step(*args, **kwargs)
-            bad = ~torch.isfinite(loss.detach())
-            self.nonfinite = bad if self.nonfinite is None else self.nonfinite | bad
-            return loss
+            # The Trainer adds losses up and clears the sum by subtracting it from itself: one NaN would stay in every later log.
+            return loss if self.skips is None else torch.where(torch.isfinite(loss), loss, 0.0)
+
+        def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+            if self.skips is not None:
+                self.skips.catch_up()  # on every process, of which one writes it down
+            super()._save_checkpoint(*args, **kwargs)
+
+        def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+            super().log(logs if self.skips is None else self.skips.shown(logs), *args, **kwargs)
 
         def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
             trainer: Any = self
@@ -54,30 +66,6 @@ def exact(trainer_class: Any, measure: Measure) -> Any:
                 super().save_model(output_dir, _internal_call)
 
     return Exact
-
-
-class StopAtNonFinite(TrainerCallback):
-    """Raises before the optimizer would take a step whose loss or gradient is not finite on any process.
-
-    Before, because weights that such a step has broken would go into the next save, and a resume would start from them.
-    """
-
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """All ranks agree by a sum, so all of them raise and none waits for the others."""
-        flags = torch.stack([self.trainer.nonfinite.float(), (~torch.isfinite(self.norm())).float().to(args.device)])
-        loss, gradient = self.trainer.accelerator.reduce(flags, "sum").tolist()
-        if loss or gradient:
-            raise UserError(not_finite(f"the {'loss' if loss else 'gradient'} is not finite", state.global_step + 1))
-
-    def norm(self) -> torch.Tensor:
-        """The norm of the gradient, []. DeepSpeed has taken the step by now; no save was written since, so a resume is as sound."""
-        if self.trainer.is_deepspeed_enabled:
-            return torch.as_tensor(self.trainer.model_wrapped.get_global_grad_norm())
-        gradients = [p.grad for p in self.trainer.model.parameters() if p.grad is not None]
-        return torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
 
 
 @torch.no_grad()

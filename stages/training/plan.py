@@ -68,3 +68,8 @@ def row_order(plan: Plan, seed: int) -> list[int]:
         random.Random(f"{seed}/{epoch}").shuffle(rows)
         order += rows
     return order[:needed]
+
+
+def rows_of(plan: Plan, seed: int, step: int) -> list[int]:
+    """The rows of optimizer step `step` (from 1), ascending: numbers of the training rows, from 0."""
+    return sorted(row_order(plan, seed)[(step - 1) * plan.batch_size : step * plan.batch_size])

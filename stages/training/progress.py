@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
-from configs.errors import UserError
 from stages.training.plan import Plan
 from stages.training.ranks import say
 
@@ -21,6 +19,8 @@ NAMES = {
     "logps/chosen": "chosen_logprobs", "logps/rejected": "rejected_logprobs",
 }  # fmt: skip
 
+SKIPPED = "train/skipped_steps"  # optimizer steps that were not taken, since the run began
+
 
 def named(stage: str, logs: dict[str, Any]) -> dict[str, float]:
     """The entries of a Trainer log that we keep, renamed: loss -> sft/loss, eval_loss -> sft/eval_loss."""
@@ -29,7 +29,7 @@ def named(stage: str, logs: dict[str, Any]) -> dict[str, float]:
         prefix, bare = ("eval_", key[5:]) if key.startswith("eval_") else ("", key)
         if bare in NAMES and isinstance(value, (int, float)):
             out[f"{stage}/{prefix}{NAMES[bare]}"] = value
-        elif key in ("learning_rate", "grad_norm"):
+        elif key in ("learning_rate", "grad_norm", SKIPPED):
             out[key] = value
     return out
 
@@ -62,13 +62,11 @@ class Progress(TrainerCallback):
             self.file.write_text("".join(line + "\n" for line in keep))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Write and print one log; raise when the gradient is not finite."""
+        """Write and print one log."""
         logs = logs or {}
         metrics = named(self.stage, logs)
         if f"{self.stage}/loss" not in metrics and f"{self.stage}/eval_loss" not in metrics:
             return  # the Trainer's closing summary
-        if not math.isfinite(logs.get("grad_norm", 0.0)):
-            raise UserError(not_finite(f"the gradient norm is {logs['grad_norm']}", state.global_step))
         self.eval_loss = metrics.get(f"{self.stage}/eval_loss", self.eval_loss)
         if state.is_world_process_zero:
             with self.file.open("a") as file:

@@ -19,6 +19,7 @@ from stages.compat import exportable
 from stages.training import saves
 from stages.training.progress import not_finite
 from stages.training.ranks import from_rank_0, rank, say, world_size
+from stages.training.rollback import weights_are_finite
 from stages.training.saves import Failure, attempted
 from stages.zero.shards import failures_kept
 
@@ -95,9 +96,7 @@ def best_of(trainer: Any) -> tuple[Any, Any, Any]:
 
 def refuse_not_finite(trainer: Any) -> None:
     """Raise on every process where a trained weight of any is NaN or infinite: such weights go into no save."""
-    trained = [getattr(p, "ds_tensor", p) for p in trainer.model.parameters() if p.requires_grad]  # of ZeRO-3 this rank's share
-    broken = torch.stack([~torch.isfinite(p.detach()).all() for p in trained]).any().float().to(trainer.args.device)
-    if trainer.accelerator.reduce(broken, "sum"):
+    if not weights_are_finite(trainer):
         raise UserError(not_finite("the weights are not finite", trainer.state.global_step))
 
 

@@ -63,11 +63,11 @@ class Interrupted(Exception):
 @pytest.fixture
 def interrupted(place, monkeypatch, request):
     """A run that crashed at step 8, with saves at 3 and 6; returns its config."""
-    from stages.training import evaluation
+    from stages.training import guarding
 
     name = request.node.name.split("[")[0].replace("_", "-")[-60:].strip("-")
     values = settings(place, "sft", {"max_steps": 10, "save_every": 3, "eval_every": 5}, name=name, output=str(place / name))
-    check = evaluation.StopAtNonFinite.on_pre_optimizer_step
+    check = guarding.SkipSteps.on_pre_optimizer_step
 
     def crash(self, args, state, control, **kwargs):
         if state.global_step == 8:
@@ -75,7 +75,7 @@ def interrupted(place, monkeypatch, request):
         return check(self, args, state, control, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation.StopAtNonFinite, "on_pre_optimizer_step", crash)
+        patch.setattr(guarding.SkipSteps, "on_pre_optimizer_step", crash)
         with pytest.raises(Interrupted):
             run("sft", values)
     return values

@@ -70,9 +70,17 @@ class ShardedStore(Store):
             put(weights, policy_tensors(self.module))
         return why
 
-    def is_finite(self) -> bool:
-        """Whether every number of the policy is finite, in every process's share."""
-        return not _anywhere(any(not bool(torch.isfinite(getattr(p, "ds_tensor", p).detach()).all()) for p in policy_tensors(self.module).values()))
+    def restore(self, save: Path) -> None:
+        """Put a verified save's weights and optimizer state into the run as it goes on; DeepSpeed's own copy of the weights too."""
+        restore_weights(save, self.module)
+        for engine in self.optimizer.engines:
+            engine.optimizer.refresh_fp32_params()
+        restore_optimizer(save, self.optimizer)
+
+    def is_finite(self, *, whole: bool = False) -> bool:
+        """Whether every number of the policy, or of all that is trained, is finite in every process's share."""
+        tensors = trained_tensors(self.module) if whole else policy_tensors(self.module)
+        return not _anywhere(any(not bool(torch.isfinite(getattr(p, "ds_tensor", p).detach()).all()) for p in tensors.values()))
 
 
 def whole_tensors(module: nn.Module, names: Container[str]) -> dict[str, Tensor]:

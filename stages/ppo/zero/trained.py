@@ -76,18 +76,17 @@ class ShardedPolicyAndValue(PolicyAndValue):
         engine.backward(loss * torch.distributed.get_world_size())
 
     @torch.no_grad()
-    def settle(self, accelerator: Any, limit: float | None, *, policy_learns: bool) -> dict[str, float]:
+    def settle(self, accelerator: Any, limit: float | None, *, policy_learns: bool) -> dict[str, Tensor]:
         """Clip each norm for itself, on each process's share of the gradients."""
         self.optimizer.sleep("policy", not policy_learns)
         shares = {"policy": self._gradients(self.policy_parameters()) if policy_learns else [], "value": self._gradients(self.value_parameters())}
         squares = torch.stack([sum((g.double().square().sum() for g, _ in found), torch.zeros((), dtype=torch.float64, device=accelerator.device)) for found in shares.values()])
         torch.distributed.all_reduce(squares)
-        norms = dict(zip(shares, squares.sqrt().tolist(), strict=True))
-        for of, found in shares.items():
-            factor = min(1.0, limit / (norms[of] + 1e-6)) if limit is not None else 1.0  # as torch's clip_grad_norm_
-            if factor < 1.0:
-                for gradient, put in found:
-                    put(gradient.mul_(factor))
+        norms = dict(zip(shares, squares.sqrt(), strict=True))
+        for of, found in shares.items() if limit is not None else ():
+            factor = (limit / (norms[of] + 1e-6)).clamp(max=1.0)  # as torch's clip_grad_norm_
+            for gradient, put in found:
+                put(gradient.mul_(factor.to(gradient)))
         return {f"{of}/grad_norm": norm for of, norm in norms.items()}
 
     def _gradients(self, parameters: list[nn.Parameter]) -> list[tuple[Tensor, Callable[[Tensor], Any]]]:

@@ -1,0 +1,1 @@
+"""Numbers gone bad: which optimizer steps are not taken, decided and counted on the device."""

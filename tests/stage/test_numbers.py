@@ -1,0 +1,151 @@
+"""SFT, reward model and DPO whose numbers go bad: the step is not taken, the run goes back once, and nothing broken is kept."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from configs.errors import UserError
+from stages.guard import verdict
+from stages.registry import Registry
+from stages.training.saves import problem, saves
+from tests.stage.numbers import injected, same
+from tests.stage.runs import run, settings, weights, workspace
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return workspace(tmp_path_factory.mktemp("numbers"))
+
+
+def lines_of(values):
+    return [json.loads(line) for line in (Path(values["output"]) / "metrics.jsonl").read_text().splitlines()]
+
+
+def case(place, stage, name, train=None, **changes):
+    return settings(place, stage, {"max_steps": 8, "save_every": 3, "eval_every": 8} | (train or {}), name=name, output=str(place / f"{stage}-{name}"), **changes)
+
+
+MATRIX = [("sft", "batch"), ("sft", "gradient"), ("sft", "spike"), ("reward", "gradient"), ("dpo", "batch")]
+
+
+@pytest.mark.parametrize(("stage", "kind"), MATRIX)
+def test_a_step_gone_bad_is_not_taken(place, capsys, monkeypatch, stage, kind):
+    """Weights, moments and step counts after step 5 are those after step 4; the log names the step and its rows; the next steps go on."""
+    monkeypatch.setattr(verdict, "JUDGED_AFTER", 4)
+    values = case(place, stage, kind, {"save_every": 8})
+    with injected(kind, {5}) as recorded:
+        checkpoint = run(stage, values)
+    after = recorded[0].steps
+    assert [same(after[i], after[i + 1]) for i in range(8)] == [False] * 4 + [True] + [False] * 3
+    assert all(torch.isfinite(tensor).all() for tensor in weights(checkpoint).values())
+    said = capsys.readouterr().out
+    assert said.count("warning: step 5 is skipped: the ") == 1
+    lines = [line for line in lines_of(values) if "train/skipped_steps" in line]
+    assert [line["train/skipped_steps"] for line in lines] == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert [math.isnan(line[f"{stage}/loss"]) for line in lines] == [i == 4 and kind == "batch" for i in range(8)], "a NaN loss is shown, once"
+    if kind == "spike":
+        assert "times its median" in said
+
+
+def test_the_rows_that_are_named_are_those_of_the_step(place, capsys):
+    """Each row's number stands in its prompt."""
+    from stages.training import build
+
+    seen = {}
+    order = build.in_order
+
+    def observed(rows, plan, seed):
+        seen.update(rows=rows, order=order(rows, plan, seed), size=plan.batch_size)
+        return seen["order"]
+
+    with pytest.MonkeyPatch.context() as patch, injected("batch", {2}):
+        patch.setattr(build, "in_order", observed)
+        run("sft", case(place, "sft", "rows", {"max_steps": 2}))
+    named = capsys.readouterr().out.split("its training rows: ")[1].splitlines()[0]
+    fed = seen["order"].select(range(seen["size"], 2 * seen["size"]))["input_ids"]
+    assert sorted(map(tuple, fed)) == sorted(tuple(seen["rows"][int(number)]["input_ids"]) for number in named.split(", "))
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_weights_gone_bad_are_undone_once(place, capsys, stage):
+    """NaN from step 4 on: 4 and 5 are skipped, the run goes back to the save of step 3, and its end is finite."""
+    values = case(place, stage, "weight", guard={"max_skipped_in_row": 2}, lora={"rank": 4, "alpha": 8} if stage == "dpo" else None)
+    with injected("weight", {4}) as recorded:
+        checkpoint = run(stage, values)
+    after = recorded[0].steps
+    assert same(after[5], after[3])
+    assert not same(after[6], after[5])
+    assert all(torch.isfinite(tensor).all() for tensor in weights(checkpoint).values())
+    assert "Back to the weights and the optimizer of checkpoint-3; the rows of steps 4 to 5 are not trained on again" in capsys.readouterr().out
+    rates = [line["learning_rate"] for line in lines_of(values) if "learning_rate" in line]
+    assert rates == pytest.approx([1e-3 * (8 - i) / 8 for i in range(8)]), "the schedule goes on"
+
+
+def test_the_second_time_in_a_row_the_run_stops_with_its_last_healthy_save(place):
+    values = case(place, "sft", "twice", guard={"max_skipped_in_row": 2})
+    with injected("weight", {4, 6}), pytest.raises(UserError, match=r"a trained weight is not finite at step 6, again after .* of step 3; the last healthy save is \S+checkpoint-3\."):
+        run("sft", values)
+    assert [(save.name, problem(save)) for save in saves(Path(values["output"]) / "resume")] == [("checkpoint-3", None)]
+    assert not Registry(place / "registry").list("sft", "twice")
+    run("sft", values)  # the fault is gone: the same command goes on from there
+    assert Registry(place / "registry").resolve("sft/twice").version == 1
+
+
+def test_a_save_made_since_allows_another_way_back(place, capsys):
+    """Broken at 4 and, after the save of step 6, again at 8."""
+    with injected("weight", {4, 8}):
+        run("sft", case(place, "sft", "twice-apart", {"max_steps": 12}, guard={"max_skipped_in_row": 2}))
+    said = capsys.readouterr().out
+    assert "optimizer of checkpoint-3; the rows of steps 4 to 5 are" in said
+    assert "optimizer of checkpoint-6; the rows of steps 7 to 9 are" in said
+
+
+class Interrupted(Exception):
+    """Stands for a crash."""
+
+
+def crash(self, args, state, control, **_):
+    if state.global_step == 7:
+        raise Interrupted
+
+
+def test_a_run_resumed_after_a_skip_ends_as_the_uninterrupted_one(place, monkeypatch):
+    """Skipped at 2, spike at 5 and 7: what is remembered of the first steps decides of the last, across the save of step 6."""
+    from stages.training import guarding
+
+    monkeypatch.setattr(verdict, "JUDGED_AFTER", 4)
+    whole, broken = (case(place, "sft", name) for name in ("whole", "broken"))
+    with injected("spike", {2, 6, 8}):
+        expected = run("sft", whole)
+        with monkeypatch.context() as patch:
+            patch.setattr(guarding.SkipSteps, "on_pre_optimizer_step", crash)
+            with pytest.raises(Interrupted):
+                run("sft", broken)
+        found = run("sft", broken)
+    assert lines_of(broken) == lines_of(whole)
+    assert [line["train/skipped_steps"] for line in lines_of(whole) if "learning_rate" in line] == [0, 0, 0, 0, 0, 1, 1, 2]
+    assert all(torch.equal(tensor, weights(found)[name]) for name, tensor in weights(expected).items())
+
+
+def test_with_nothing_wrong_the_guard_changes_no_bit(place):
+    runs = [weights(run("sft", case(place, "sft", f"guard-{on}".lower(), guard={"enabled": on}))) for on in (True, False)]
+    assert all(torch.equal(tensor, runs[1][name]) for name, tensor in runs[0].items())
+
+
+def test_a_parent_that_is_not_finite_is_refused(place, tmp_path):
+    """A folder whose weights hold a NaN, as the start of a stage."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(place / "base", tmp_path / "nan")
+    tensors = load_file(tmp_path / "nan" / "model.safetensors")
+    next(iter(tensors.values())).view(-1)[0] = math.nan
+    save_file(tensors, tmp_path / "nan" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="NaN or infinite"):
+        run("sft", case(place, "sft", "parent", init_from=str(tmp_path / "nan")))
