@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from configs.errors import UserError
-from stages.training import evaluation
+from stages.training import guarding
 from tests.security.attack import Place
 from tests.security.saves import reseal
 from tests.stage.runs import run, settings, workspace
@@ -21,7 +21,7 @@ class Interrupted(Exception):
 def interrupted(tmp_path, monkeypatch):
     """A run that crashed at step 3, with saves at 1 and 2; returns its config."""
     values = settings(workspace(tmp_path, rows=40), "sft", {"max_steps": 4, "save_every": 1})
-    check = evaluation.StopAtNonFinite.on_pre_optimizer_step
+    check = guarding.SkipSteps.on_pre_optimizer_step
 
     def crash(self, args, state, control, **kwargs):
         if state.global_step == 2:
@@ -29,7 +29,7 @@ def interrupted(tmp_path, monkeypatch):
         return check(self, args, state, control, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation.StopAtNonFinite, "on_pre_optimizer_step", crash)
+        patch.setattr(guarding.SkipSteps, "on_pre_optimizer_step", crash)
         with pytest.raises(Interrupted):
             run("sft", values)
     return values
