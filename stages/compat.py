@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +34,28 @@ def never_split() -> AbstractContextManager[None]:
     from transformers.modeling_utils import set_zero3_state
 
     return set_zero3_state()
+
+
+@contextmanager
+def files_of_weights(split: Callable[[dict[str, int]], dict[str, list[str]]]) -> Iterator[None]:
+    """Within the block `save_pretrained` of a model puts its tensors into the files that `split` (tensor -> bytes) says: file -> tensors.
+
+    transformers itself can only fill files up to a size, in the order of the state dict.
+    """
+    from transformers import modeling_utils
+
+    usual = modeling_utils.split_torch_state_dict_into_shards
+
+    def ours(state_dict: dict[str, Any], **options: Any) -> Any:
+        found = usual(state_dict, **options)
+        files = split({name: state_dict[name].numel() * state_dict[name].element_size() for name in found.tensor_to_filename})
+        return replace(found, filename_to_tensors=files, tensor_to_filename={name: file for file, names in files.items() for name in names})
+
+    modeling_utils.split_torch_state_dict_into_shards = ours
+    try:
+        yield
+    finally:
+        modeling_utils.split_torch_state_dict_into_shards = usual
 
 
 def remove_printers(trainer: Any) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,8 @@ from torch import nn
 from configs.errors import UserError
 from configs.references import is_reference, pin
 from configs.schema import Lora
-from stages import foreign
-from stages.compat import never_split
+from stages import foreign, shards
+from stages.compat import files_of_weights, never_split
 from stages.dropout import without_dropout
 from stages.registry import Checkpoint, Parent, Registry
 from stages.registry.leases import Held
@@ -422,9 +423,12 @@ def lora_config(lora: Lora, task: str) -> Any:
     return LoraConfig(**arguments, target_modules=lora.target_modules, task_type=task)
 
 
-def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, *, eos_ids: list[int], base: Origin | None = None, **extra: Any) -> None:
+def save_model(
+    model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, *, eos_ids: list[int], base: Origin | None = None, like: Origin | None = None, **extra: Any
+) -> None:
     """Write a plain Hugging Face folder: safetensors, tokenizer with its chat template, and a generation config that
-    stops at every EOS id and restricts sampling in no way. `base` is what lies under an adapter; `extra` goes to `save_pretrained`."""
+    stops at every EOS id and restricts sampling in no way. `base` is what lies under an adapter, `like` what whole weights were made from:
+    they are laid out in files as its are. `extra` goes to `save_pretrained`."""
     from transformers import GenerationConfig
 
     pad_id = tokenizer.pad_token_id
@@ -437,6 +441,8 @@ def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, *, 
             model.generation_config = GenerationConfig(
                 bos_token_id=tokenizer.bos_token_id, eos_token_id=eos_ids if len(eos_ids) > 1 else eos_ids[0], pad_token_id=pad_id
             )
-    model.save_pretrained(folder, **extra)
+    inherited = shards.layout_of(like.folder) if like is not None else {}
+    with files_of_weights(partial(shards.split, inherited=inherited)) if base is None else nullcontext():
+        model.save_pretrained(folder, **extra)
     tokenizer.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty card: what it would say is in the manifest

@@ -19,7 +19,7 @@ from configs.errors import UserError
 from stages.registry.holder import staging_name
 from stages.registry.integrity import walk
 from stages.registry.manifest import MANIFEST, MODEL
-from stages.registry.sealing import hash_file, seal
+from stages.registry.sealing import hash_files, seal
 from stages.registry.sharing import Holders, share
 from stages.registry.storage import fsync_dir, fsync_file, protect, storage_error, write_exclusive
 
@@ -56,7 +56,7 @@ def commit(
         write(model_dir)
         _refuse_strange(model_dir, what)
         check(model_dir)
-        files: dict[str, dict[str, Any]] = {name: {"size": status.st_size, "blake3": hash_file(staging / name)} for name, status in walk(staging)}
+        files = _hashed(staging)
         if holders is not None:
             share(staging, files, holders)
         for name in files:
@@ -74,6 +74,17 @@ def commit(
         raise
     _confirm(folder, final, what)
     return final
+
+
+def _hashed(staging: Path) -> dict[str, dict[str, Any]]:
+    """Relative path -> size (bytes) and hash of every file. Raises OSError."""
+    sizes = {staging / name: status.st_size for name, status in walk(staging)}
+    files = {}
+    for file, digest in hash_files(sizes).items():
+        if isinstance(digest, OSError):
+            raise digest
+        files[file.relative_to(staging).as_posix()] = {"size": sizes[file], "blake3": digest}
+    return files
 
 
 def _confirm(folder: Path, final: Path, what: str) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stages.registry.manifest import MANIFEST, Checkpoint
-from stages.registry.sealing import hash_file, unseal
+from stages.registry.sealing import hash_files, unseal
 
 
 @dataclass(frozen=True)
@@ -55,21 +55,27 @@ def check(path: Path, deep: bool = False) -> list[Problem]:
         return [Problem(os.path.relpath(error.filename or path, path), f"cannot be listed: {error.strerror}")]
     problems = [Problem(name, "is missing") for name in sorted(recorded.keys() - found.keys())]
     problems += [Problem(name, "was not part of what was published") for name in sorted(found.keys() - recorded.keys())]
+    whole = {}
     for name in sorted(recorded.keys() & found.keys()):
-        if problem := _check_file(path, name, recorded[name], found[name], deep):
+        if problem := _check_file(name, recorded[name], found[name]):
             problems.append(problem)
+        else:
+            whole[path / name] = found[name].st_size
+    if deep:
+        problems += [problem for file, digest in hash_files(whole).items() if (problem := _compare(path, file, digest, recorded))]
     return problems
 
 
-def _check_file(path: Path, name: str, entry: dict, status: os.stat_result, deep: bool) -> Problem | None:
+def _check_file(name: str, entry: dict, status: os.stat_result) -> Problem | None:
     if not stat.S_ISREG(status.st_mode):
         return Problem(name, "is not a plain file any more")
     if status.st_size != entry["size"]:
         return Problem(name, f"has {status.st_size} bytes, {entry['size']} were published")
-    if not deep:
-        return None
-    try:
-        digest = hash_file(path / name)
-    except OSError as error:
-        return Problem(name, f"cannot be read: {error.strerror}")
-    return None if digest == entry["blake3"] else Problem(name, "its content changed since it was published")
+    return None
+
+
+def _compare(path: Path, file: Path, digest: str | OSError, recorded: dict) -> Problem | None:
+    name = file.relative_to(path).as_posix()
+    if isinstance(digest, OSError):
+        return Problem(name, f"cannot be read: {digest.strerror}")
+    return None if digest == recorded[name]["blake3"] else Problem(name, "its content changed since it was published")

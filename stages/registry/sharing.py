@@ -23,15 +23,15 @@ from stages.registry.manifest import Checkpoint
 from stages.registry.sealing import hash_bytes, hash_file
 from stages.registry.storage import hardlink, protect, reflink, replace
 
-Holders = Callable[[int, str], Iterable[tuple[Path, str]]]  # (bytes, BLAKE3) -> (checkpoint's folder, file in it) that should hold just that
+Holders = Callable[[int, str], Iterable[tuple[Path, str]]]  # (bytes, BLAKE3) -> files that should hold just that, each with its origin
 _TRIES = 4  # candidates looked at per file: each is read whole
 
 
 def share(staging: Path, files: dict[str, dict[str, Any]], holders: Holders) -> None:
     """Replace files of a staging folder by ones that older checkpoints hold.
 
-    files: relative path -> {"size", "blake3"} of what lies there; a reflink is noted as "reflink_of": id/path, since nothing else tells
-    it from a copy (a hard link shows in the inode). Raises OSError for faults of the disk only.
+    files: relative path -> {"size", "blake3"} of what lies there; a reflink is noted as "reflink_of", its origin: id/path of the first that held
+    these blocks, since nothing else tells it from a copy (a hard link shows in the inode). Raises OSError for faults of the disk only.
     """
     can_reflink = True
     for name, entry in files.items():
@@ -39,8 +39,7 @@ def share(staging: Path, files: dict[str, dict[str, Any]], holders: Holders) -> 
             continue
         draft = (staging / name).with_name(f".shared-{hash_bytes(name.encode())[:16]}")
         found = holders(entry["size"], entry["blake3"])
-        for owner, held in islice((item for item in found if _usable(item[0] / item[1], entry["size"])), _TRIES):
-            source = owner / held
+        for source, origin in islice((item for item in found if _usable(item[0], entry["size"])), _TRIES):
             reflinked = can_reflink and reflink(source, draft)
             can_reflink = reflinked
             if not reflinked and not hardlink(source, draft):
@@ -50,7 +49,7 @@ def share(staging: Path, files: dict[str, dict[str, Any]], holders: Holders) -> 
                 continue
             replace(draft, staging / name)
             if reflinked:
-                entry["reflink_of"] = f"{owner.name}/{held}"
+                entry["reflink_of"] = origin
             break
 
 
@@ -60,7 +59,8 @@ def find_in(near: Sequence[Checkpoint], far: Callable[[], Holders] | None = None
     known: dict[tuple[int, str], list[tuple[Path, str]]] = {}
     for checkpoint in near:
         for name, entry in checkpoint.manifest["files"].items():
-            known.setdefault((entry["size"], entry["blake3"]), []).append((checkpoint.path, name))
+            origin = entry.get("reflink_of", f"{checkpoint.id}/{name}")
+            known.setdefault((entry["size"], entry["blake3"]), []).append((checkpoint.path / name, origin))
 
     def holders(size: int, digest: str) -> Iterator[tuple[Path, str]]:
         yield from (first := dict.fromkeys(known.get((size, digest), ())))

@@ -50,7 +50,7 @@ def publish(
 
     def write(folder: Path) -> None:
         models.save_model(
-            model, tokens.tokenizer, folder, eos_ids=tokens.eos_ids, base=origin if adapter else None,
+            model, tokens.tokenizer, folder, eos_ids=tokens.eos_ids, base=origin if adapter else None, like=origin,
             **({"state_dict": state} if state is not None else {}),
         )  # fmt: skip
 

@@ -1,5 +1,6 @@
 """Damage of every kind is found, and a damaged checkpoint is never used or silently passed over."""
 
+import os
 import shutil
 
 import pytest
@@ -165,3 +166,19 @@ def test_canonical_json_is_one_sequence_of_bytes_per_value():
     for broken in (b"", b"[]", b"{}", b'{"a":1,"hash":"00"}', b'{"a":NaN,"hash":"00"}', b"\xff"):
         with pytest.raises(ValueError, match=r"JSON|hash"):
             unseal(broken)
+
+
+def test_large_files_are_hashed_as_small_ones_are(tmp_path, monkeypatch):
+    from blake3 import blake3
+
+    from stages.registry import sealing
+
+    monkeypatch.setattr(sealing, "CHUNK", 1000)
+    sizes = (0, 1, 999, 1000, 1001, 2000, 5003, 20_000)
+    for size in sizes:
+        (tmp_path / str(size)).write_bytes(os.urandom(size))
+    expected = {tmp_path / str(size): blake3((tmp_path / str(size)).read_bytes()).hexdigest() for size in sizes}
+    assert {file: sealing.hash_file(file) for file in expected} == expected
+    found = sealing.hash_files({tmp_path / str(size): size for size in sizes} | {tmp_path / "absent": 9000})
+    assert isinstance(found.pop(tmp_path / "absent"), FileNotFoundError)
+    assert found == expected
