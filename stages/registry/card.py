@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import PurePath
 from typing import Any
 
+from configs.printable import printable
 from stages.registry.lineage import LineageNode
 from stages.registry.manifest import Checkpoint
 
@@ -116,9 +117,9 @@ def _data(item: Checkpoint) -> str:
     rows = [[part, _number(count)] for part, count in (data.get("rows") or {}).items()] if isinstance(data.get("rows"), Mapping) else []
     lines = [_table(["part", "rows after filtering"], rows)] if rows else []
     if dropped := data.get("dropped"):
-        lines.append(f"Left out: {public(_flat(dropped))}.")
+        lines.append(f"Left out: {inert(public(_flat(dropped)))}.")
     if split := data.get("split"):
-        lines.append(f"Split by prompt: {public(_flat(split))}.")
+        lines.append(f"Split by prompt: {inert(public(_flat(split)))}.")
     if data.get("fingerprint"):
         lines.append(f"Fingerprint of the rows in their order: `{data['fingerprint']}`.")
     return _section("Training data", "\n\n".join(lines))
@@ -168,7 +169,7 @@ def _metrics(facts: Facts) -> str:
         found = figures(result)
         if found and dict(result.get("metrics") or {}) != dict(own):
             count = result.get("prompts") or (result.get("metrics") or {}).get("prompts")
-            against = f", compared with {public(str(result['against']))}" if result.get("against") else ""
+            against = f", compared with {inert(public(str(result['against'])))}" if result.get("against") else ""
             parts.append(f"On evaluation set `{result.get('eval_set')}`{f', {count} prompts' if count else ''}{against}:\n\n" + _figure_table(found))
     return _section("Metrics", "\n\n".join(parts))
 
@@ -225,12 +226,17 @@ def _section(title: str, body: str) -> str:
 def _block(language: str, text: str) -> str:
     """A fenced block; the fence is longer than any run of backticks in the text."""
     fence = "`" * max([3, *(len(run) + 1 for run in re.findall(r"`+", text))])
-    return f"{fence}{language}\n{text}\n{fence}" if text else ""
+    return f"{fence}{language}\n{printable(text)}\n{fence}" if text else ""
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(inert(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def inert(text: str) -> str:
+    """Text of a manifest or an evaluation as one line of Markdown that is text: no HTML, no link, no code, nothing that a terminal obeys."""
+    return printable(" ".join(text.split())).replace("&", "&amp;").replace("<", "&lt;").replace("](", "]\\(").replace("`", "'")
 
 
 def _number(value: Any) -> str:

@@ -156,7 +156,7 @@ def read_samples(file: Path, count: int = 8) -> Sequence[Mapping[str, Any]]:
     try:
         with open(file, encoding="utf-8") as stream:
             rows = [json.loads(line) for line, _ in zip(stream, range(count), strict=False)]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"--samples {file}: cannot be read ({error}); give the samples.jsonl that align eval --output wrote") from None
     if not rows or any(not isinstance(row, dict) or "completion" not in row for row in rows):
         raise UserError(f"--samples {file}: expected a JSON object with prompt and completion on every line")

@@ -166,7 +166,7 @@ def named(call: Callable[[Any, Place], Any]) -> Callable[[Place], None]:
         from stages.registry import Registry
 
         registry = Registry(place.folder / "root" / "registry")
-        registry.publish("sft", "demo", lambda folder: _copy(place.sound, folder))
+        registry.publish("sft", "demo", lambda folder: copied(place.sound, folder))
         before = sorted(path for path in place.folder.rglob("*") if "registry" not in path.parts)
         try:
             call(registry, place)
@@ -176,7 +176,7 @@ def named(call: Callable[[Any, Place], Any]) -> Callable[[Place], None]:
     return run
 
 
-def _copy(source: Path, folder: Path) -> None:
+def copied(source: Path, folder: Path) -> None:
     for file in source.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
 
@@ -189,7 +189,7 @@ def hostile_manifest(**changes: Any) -> Callable[[Place], None]:
         from stages.registry.sealing import seal
 
         registry = Registry(place.folder / "registry")
-        checkpoint = registry.publish("sft", "demo", lambda folder: _copy(place.sound, folder))
+        checkpoint = registry.publish("sft", "demo", lambda folder: copied(place.sound, folder))
         body = {key: value for key, value in checkpoint.manifest.items() if key != "hash"} | changes
         (checkpoint.path / "manifest.json").write_bytes(seal(body))
         Registry(registry.root).list()
@@ -202,7 +202,7 @@ def manifest_without_end(place: Place) -> None:
     from stages.registry import Registry
 
     registry = Registry(place.folder / "registry")
-    checkpoint = registry.publish("sft", "demo", lambda folder: _copy(place.sound, folder))
+    checkpoint = registry.publish("sft", "demo", lambda folder: copied(place.sound, folder))
     (checkpoint.path / "manifest.json").write_text("[" * 200_000)
     Registry(registry.root).list()
     Registry(registry.root).resolve(checkpoint.id)
@@ -212,7 +212,7 @@ def file_becomes_a_link(place: Place) -> None:
     from stages.registry import Registry
 
     registry = Registry(place.folder / "registry")
-    checkpoint = registry.publish("sft", "demo", lambda folder: _copy(place.sound, folder))
+    checkpoint = registry.publish("sft", "demo", lambda folder: copied(place.sound, folder))
     weights = checkpoint.model_dir / "model.safetensors"
     weights.rename(place.folder / "moved")
     weights.symlink_to(place.folder / "moved")
@@ -225,7 +225,7 @@ def published_link(place: Place) -> None:
     secret = place.write("secret.txt", "secret")
 
     def write(folder: Path) -> None:
-        _copy(place.sound, folder)
+        copied(place.sound, folder)
         (folder / "notes.txt").symlink_to(secret)
 
     Registry(place.folder / "registry").publish("sft", "demo", write)
@@ -237,7 +237,7 @@ def claim_elsewhere(place: Place) -> None:
     from stages.registry.sealing import seal
 
     registry = Registry(place.folder / "registry")
-    registry.publish("sft", "demo", lambda folder: _copy(place.sound, folder))
+    registry.publish("sft", "demo", lambda folder: copied(place.sound, folder))
     (place.folder / "evil").mkdir()
     (registry.root / "versions" / "sft" / "demo" / "00000007.json").write_bytes(seal({"id": "../../evil"}))
     registry.resolve("sft/demo@7")
@@ -251,7 +251,7 @@ def open_to_all(place: Place) -> None:
     from stages.registry import Registry
 
     root = place.folder / "registry"
-    Registry(root).publish("sft", "demo", lambda folder: _copy(place.sound, folder))
+    Registry(root).publish("sft", "demo", lambda folder: copied(place.sound, folder))
     (root / "checkpoints").chmod(0o777)
     from stages.registry.layout import warn_where_anyone_writes
 
@@ -285,54 +285,11 @@ def data_of_hub(name: str) -> Callable[[Place], None]:
 
 
 def publish_as(stage: str, name: str) -> Callable[[Any, Place], Any]:
-    return lambda registry, place: registry.publish(stage, name, lambda folder: _copy(place.sound, folder))
-
-
-def imported(change: Callable[[Place, Path], Any], family: str = "sft/demo") -> Callable[[Place], None]:
-    """`align registry import` of a folder that was changed; what it publishes must hold nothing of the change."""
-
-    def run(place: Place) -> None:
-        from stages.registry import Registry
-        from stages.registry.importing import import_model
-
-        folder = place.model()
-        (folder / "evil.py").write_text(place.code)
-        place.write("secret.txt", "the secret")
-        change(place, folder)
-        checkpoint = import_model(Registry(place.folder / "registry"), str(folder), family)
-        assert not list(checkpoint.model_dir.glob("*.py"))
-        assert not any(path.is_symlink() or b"the secret" in path.read_bytes() or b"evil" in path.read_bytes() for path in checkpoint.model_dir.iterdir())
-
-    return run
-
-
-def linked_weights(place: Place, folder: Path) -> None:
-    (folder / "model.safetensors").rename(place.folder / "elsewhere.safetensors")
-    (folder / "model.safetensors").symlink_to(place.folder / "elsewhere.safetensors")
-
-
-def linked_notes(place: Place, folder: Path) -> None:
-    (folder / "notes.json").symlink_to(place.folder / "secret.txt")
-
-
-def pickled_only(place: Place, folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-    place.torch_save(folder / "pytorch_model.bin")
-
-
-def licence_with_escapes(place: Place, folder: Path) -> None:
-    (folder / "README.md").write_text("---\nlicense: \x1b[2Jevil\n---\n")
+    return lambda registry, place: registry.publish(stage, name, lambda folder: copied(place.sound, folder))
 
 
 ATTACKS = [
-    Attack("weights are a link out of the folder", "align registry import", REFUSED, imported(linked_weights), "link"),
-    Attack("a link to a secret", "align registry import", HARMLESS, imported(linked_notes)),
-    Attack("weights are a pickle", "align registry import", REFUSED, imported(pickled_only), "pickle"),
-    Attack("auto_map", "align registry import", HARMLESS, imported(lambda place, folder: place.settings(folder / "config.json", auto_map=AUTO_MAP))),
-    Attack("attn_implementation of a hub", "align registry import", REFUSED, imported(lambda place, folder: place.settings(folder / "config.json", attn_implementation="evil/kernel")), "download and run"),
-    Attack("licence with an escape sequence", "align registry import", HARMLESS, imported(licence_with_escapes)),
-    Attack("as ../../x", "align registry import", REFUSED, imported(lambda place, folder: None, "sft/../../x")),
-    Attack("template that loops", "align registry import", REFUSED, imported(lambda place, folder: (folder / "chat_template.jinja").write_text("{{ messages }}" + "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3)), "takes more than"),
+    Attack("manifest lists model/../../x", "a registry of somebody else's", REFUSED, hostile_manifest(files={"model/../../../x": {"size": 1, "blake3": "0"}}), "damaged"),
     *(Attack(f"weights: {name}", "init_from: a model folder", REFUSED, with_weights(name, beside=False), "a pickle") for name in ("pytorch_model.bin", "model.pt", "consolidated.00.pth")),
     Attack("weights: sharded pickles", "init_from: a model folder", REFUSED, pickled_shards, "a pickle"),
     Attack("pickle beside safetensors", "init_from: a model folder", HARMLESS, with_weights("pytorch_model.bin", beside=True)),

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from stages.data import trial
-from tests.security import folders, saves, texts
+from tests.security import carried, folders, saves, texts
 from tests.security.attack import Attack, attempt
 from tests.tiny import tiny_model
 
-TABLE = [*saves.ATTACKS, *folders.ATTACKS, *texts.ATTACKS]
+TABLE = [*saves.ATTACKS, *folders.ATTACKS, *carried.ATTACKS, *texts.ATTACKS]
 
 
 @pytest.fixture(scope="module")
