@@ -107,7 +107,7 @@ def apply(registry: Registry, plan: Plan, told: Callable[[str], None] = lambda l
     try:
         return _apply(registry, plan, told)
     except OSError as error:
-        if wrong := storage_error(error, "collecting garbage"):
+        if wrong := storage_error(error, "collecting garbage", "What was moved to the trash by then can be restored; gc goes on where it stopped when it is run again."):
             raise wrong from error
         raise
 

@@ -6,6 +6,7 @@ network file systems too, where flock and modification times do not. Aliases, ev
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -73,7 +74,8 @@ def link_new(path: Path, content: bytes) -> bool:
             ) from None
         raise
     finally:
-        draft.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it is done, or failed for a reason that matters more; gc removes what is left
+            draft.unlink(missing_ok=True)
     try:
         fsync_dir(path.parent)
     except OSError as error:

@@ -327,7 +327,7 @@ class Registry:
         try:
             return trash.bring_back(self.root, checkpoint_id, why)
         except OSError as error:
-            if told := storage_error(error, f"bringing {checkpoint_id} back from the trash"):
+            if told := storage_error(error, f"bringing {checkpoint_id} back from the trash", "It is in its place or still in the trash, whole; try again."):
                 raise told from error
             raise
 

@@ -141,8 +141,8 @@ def replace(source: Path, target: Path) -> None:
     source.unlink(missing_ok=True)  # of two names of one file, rename(2) leaves both
 
 
-def storage_error(error: BaseException, doing: str) -> UserError | None:
-    """The UserError for a full disk, missing permission and the like; None when `error` is something else.
+def storage_error(error: BaseException, doing: str, left: str = "The registry is unchanged.") -> UserError | None:
+    """The UserError for a full disk, missing permission and the like; None when `error` is something else. left: in what state things are.
 
     Rust writers (safetensors, tokenizers) raise their own exception types with the errno in the text.
     """
@@ -152,7 +152,7 @@ def storage_error(error: BaseException, doing: str) -> UserError | None:
     if number not in _ADVICE:
         return None
     file = getattr(error, "filename", None)
-    return UserError(f"{doing} failed{f' at {file}' if file else ''}: {_ADVICE[number]}. The registry is unchanged.")
+    return UserError(f"{doing} failed{f' at {file}' if file else ''}: {_ADVICE[number]}. {left}")
 
 
 def check_room(folder: Path, need: int) -> None:

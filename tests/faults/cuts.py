@@ -68,12 +68,12 @@ def record(scenario: Scenario, folder: Path, skip: str | None = None, die_at: in
 
 
 @contextmanager
-def unsynced_folder(fallback: Path) -> Iterator[Path]:
-    """Where disks are built to be looked at: in memory where there is such a file system, with fsync doing nothing."""
+def in_memory(fallback: Path) -> Iterator[Path]:
+    """Where programs are recorded and disks are built to be looked at: in memory where there is room, with fsync doing nothing."""
     memory = Path("/dev/shm")
-    place = memory if os.access(memory, os.W_OK) else fallback
-    with tempfile.TemporaryDirectory(dir=place) as made, mock.patch("os.fsync", return_value=None):
-        yield Path(made) / "disk"
+    roomy = os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 2**28
+    with tempfile.TemporaryDirectory(dir=memory if roomy else fallback) as made, mock.patch("os.fsync", return_value=None):
+        yield Path(made)
 
 
 def look(points: Sequence[Point], place: Path, chance: random.Random, most: int, *, on: bool = False, stop: bool = False, verdict: Verdict | None = None) -> Verdict:
@@ -98,9 +98,9 @@ def look(points: Sequence[Point], place: Path, chance: random.Random, most: int,
 
 def cut_everywhere(scenario: Scenario, folder: Path, seed: int, most: int) -> Verdict:
     """Power fails after each call; every disk that it may leave keeps what was acknowledged, and goes on."""
-    points, _ = record(scenario, folder / "recorded")
-    with unsynced_folder(folder) as place:
-        return look(points, place, random.Random(seed), most, on=True)
+    with in_memory(folder) as folder:
+        points, _ = record(scenario, folder / "recorded")
+        return look(points, folder / "disk", random.Random(seed), most, on=True)
 
 
 def without_each_fsync(scenarios: Sequence[Scenario], folder: Path, seed: int, most: int) -> dict[str, str | None]:
@@ -110,7 +110,8 @@ def without_each_fsync(scenarios: Sequence[Scenario], folder: Path, seed: int, m
     unsynced) are then deleted while power fails after a kill and what a second process did.
     """
     caught: dict[str, str | None] = {}
-    with unsynced_folder(folder) as place:
+    with in_memory(folder) as folder:
+        place = folder / "disk"
         for scenario in scenarios:
             for site in dict.fromkeys(record(scenario, folder / "recorded")[1]):
                 if not caught.get(site):
@@ -143,7 +144,8 @@ def seconds(scenario: Scenario, folder: Path, only: str | None = None, every: in
 def cut_after_a_kill(scenario: Scenario, folder: Path, seed: int, most: int, every: int = 1) -> Verdict:
     """A first process is killed before its k-th call, a second does what it may, then power fails: for every k."""
     verdict, chance = Verdict(), random.Random(seed)
-    with unsynced_folder(folder) as place:
+    with in_memory(folder) as folder:
+        place = folder / "disk"
         for at, after in seconds(scenario, folder, every=every):
             points, _ = record(scenario, folder / "recorded", die_at=at, after=after)
             look(points[-1:], place, chance, most, verdict=verdict)

@@ -10,10 +10,12 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
+from stages.registry.gc import Rules
 from tests.faults.promises import Promises, broken, leftovers
-from tests.faults.scenarios import Scenario, as_new_process, go_on, silent
+from tests.faults.scenarios import Scenario, as_new_process, collect, go_on, silent
 from tests.faults.shim import Call, Hook, watching, writes
 
 
@@ -73,6 +75,20 @@ def _last(said: bytes, promises: Promises) -> Promises:
     return promises
 
 
+def prepared(scenario: Scenario, folder: Path) -> Promises:
+    """Prepare a scenario once, for `copied` to copy."""
+    promises = Promises()
+    (folder / "prepared").mkdir()
+    scenario.prepare(folder / "prepared" / "registry", promises)
+    return promises
+
+
+def copied(folder: Path) -> Path:
+    """The folder around a copy of what was prepared; hard links stay hard links."""
+    subprocess.run(["cp", "-a", folder / "prepared", folder / "victim"], check=True)
+    return folder / "victim"
+
+
 @dataclass(frozen=True)
 class Death:
     """A kill and what did not hold afterwards."""
@@ -86,15 +102,16 @@ class Death:
 def deaths(scenario: Scenario, folder: Path, every: int = 1) -> Iterator[Death]:
     """Kill at every (`every`-th) call, and once more in the middle of each write, always beginning with the same registry."""
     seen = calls(scenario, folder / "whole")
-    promises = Promises()
-    (folder / "prepared").mkdir()
-    scenario.prepare(folder / "prepared" / "registry", promises)
+    promises = prepared(scenario, folder)
     for at, call in list(enumerate(seen, 1))[::every]:
         for torn in (False, True) if writes(call) else (False,):
-            top = folder / "victim"
-            subprocess.run(["cp", "-a", folder / "prepared", top], check=True)  # which keeps hard links
+            top = copied(folder)
             root = top / "registry"
             acknowledged = killed(scenario, top, promises.copy(), at, torn)
             problems = broken(root, acknowledged) or go_on(root, acknowledged)
-            yield Death(scenario.name, f"{call} ({at}{', torn' if torn else ''})", problems, leftovers(root) if root.exists() else [])
+            left = leftovers(root)
+            if not problems:
+                collect(root, Rules(keep=1000, grace=timedelta(0)))
+                problems = [f"gc leaves {name}" for name in leftovers(root)] + broken(root, acknowledged)
+            yield Death(scenario.name, f"{call} ({at}{', torn' if torn else ''})", problems, left)
             shutil.rmtree(top)

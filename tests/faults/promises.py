@@ -9,6 +9,7 @@ from pathlib import Path
 
 from configs.errors import UserError
 from stages.registry import Checkpoint, Registry, ledger
+from stages.registry.integrity import check
 from stages.registry.names import is_id
 
 
@@ -39,7 +40,7 @@ def broken(root: Path, promises: Promises) -> list[str]:
     """What does not hold: an acknowledged checkpoint or alias move that is lost or changed, anything invalid that is visible."""
     try:
         registry = Registry(root, create=False)
-        return _invisible(registry) + _lost(registry, promises) + _moved(registry, promises)
+        return _invisible(registry) + _trash(registry) + _lost(registry, promises) + _moved(registry, promises)
     except UserError as error:
         return [f"does not open: {error}"] if promises.opened else []
 
@@ -56,6 +57,13 @@ def _invisible(registry: Registry) -> list[str]:
         except UserError as error:
             found.append(f"{item.ref} has lost its claim on the number, which another could take: {error}")
     return found
+
+
+def _trash(registry: Registry) -> list[str]:
+    """Everything that can be restored is whole."""
+    folder = registry.root / "trash"
+    found = [] if not folder.is_dir() else [name for name in sorted(os.listdir(folder)) if is_id(name)]
+    return [f"{name} in the trash is not whole: {problem}" for name in found for problem in check(folder / name, deep=True)]
 
 
 def _lost(registry: Registry, promises: Promises) -> list[str]:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from unittest import mock
 
@@ -13,7 +14,8 @@ import numpy as np
 from safetensors.numpy import save
 
 from configs.errors import UserError
-from stages.registry import Checkpoint, Registry, storage
+from stages.registry import Checkpoint, Registry, gc, storage
+from stages.registry.gc import Rules
 from tests.faults.promises import Promises, broken
 
 Note = Callable[[], None]  # to be called after each acknowledgement
@@ -116,11 +118,45 @@ def _point_at_newest(root: Path, promises: Promises, note: Note) -> None:
         move(root, promises, note, "sft/demo", "newest")
 
 
+RULES = Rules(keep=2, grace=timedelta(0))
+
+
+def collect(root: Path, rules: Rules = RULES) -> None:
+    """gc as it would run an hour from now, so that the time of grace is over for what lies in the trash."""
+    registry = Registry(root)
+    gc.apply(registry, gc.make_plan(registry, rules, at=datetime.now(UTC) + timedelta(hours=1)))
+
+
+def _garbage(root: Path, promises: Promises) -> None:
+    """Version 1 has an alias, 2 is in the trash, 3 is about to go there, 4 and 5 stay."""
+    made = [publish(root, promises, silent, value) for value in (1.0, 2.0, 3.0)]
+    move(root, promises, silent, "sft/demo@1")
+    made.append(publish(root, promises, silent, 4.0))
+    collect(root)
+    publish(root, promises, silent, 5.0)
+    promises.released = {made[1].id, made[2].id}
+
+
+def _collect(root: Path, promises: Promises, note: Note) -> None:
+    collect(root)
+    registry = Registry(root)
+    third = next(key for key, ref in promises.checkpoints.items() if ref == "sft/demo@3")
+    registry.restore(third)
+    promises.released.discard(third)
+    note()
+
+
+def _collect_again(root: Path, promises: Promises, note: Note) -> None:
+    collect(root)
+    _another(root, promises, note)
+
+
 SCENARIOS = (
     Scenario("open", _nothing, _open, (_another,)),
     Scenario("first publish and alias", _empty, _first, (_another, _point_at_newest)),
     Scenario("publish", _one, _next, (_another, _point_at_newest)),
     Scenario("alias", _aliased, _moves, (_another, _point_at_newest)),
+    Scenario("gc and restore", _garbage, _collect, (_collect_again,)),
 )
 
 

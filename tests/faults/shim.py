@@ -178,6 +178,7 @@ def watching(root: Path, hook: Hook) -> Iterator[Shim]:
         number = handle if isinstance(handle, int) else handle.fileno()
         return shim.run("ioctl", (place(number),), lambda limit: _IOCTL(handle, request, *args))
 
+    before = {name: getattr(os, name) for name in _REAL}
     try:
         for name in _REAL:
             setattr(os, name, _guarded(shim, name))
@@ -185,7 +186,7 @@ def watching(root: Path, hook: Hook) -> Iterator[Shim]:
         fcntl.ioctl = ioctl  # type: ignore[assignment]
         yield shim
     finally:
-        for name, real in _REAL.items():
+        for name, real in before.items():
             setattr(os, name, real)
         builtins.open = io.open = _OPEN
         fcntl.ioctl = _IOCTL

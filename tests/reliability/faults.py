@@ -2,6 +2,162 @@
 
 from __future__ import annotations
 
-from tests.reliability.case import Case
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
 
-CASES: list[Case] = []
+from tests.faults import cuts, flips, kills, storage_faults
+from tests.faults.scenarios import SCENARIOS, light
+from tests.reliability.case import Case, Measured
+
+Run = Callable[[Path, int, bool], Measured]
+ROOT = Path(__file__).resolve().parents[2]
+SHIM = "in-process shim"
+REAL = "real processes"
+
+
+def _isolated(run: Run) -> Run:
+    """With no git and library look-ups per manifest, and an index of its own."""
+
+    @wraps(run)
+    def isolated(folder: Path, seed: int, quick: bool) -> Measured:
+        before = os.environ.get("XDG_CACHE_HOME")
+        os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+        try:
+            with light():
+                return run(folder, seed, quick)
+        finally:
+            os.environ.pop("XDG_CACHE_HOME")
+            if before is not None:
+                os.environ["XDG_CACHE_HOME"] = before
+
+    return isolated
+
+
+def _of(bad: list[Any], tried: int, what: str, detail: str) -> Measured:
+    first = f" First: {str(bad[0])[:300]}" if bad else ""
+    return Measured(f"{len(bad)} of {tried:,} {what}", not bad and tried > 0, detail + first)
+
+
+@_isolated
+def kill_everywhere(folder: Path, seed: int, quick: bool) -> Measured:
+    bad, tried, left, where = [], 0, 0, []
+    for scenario in SCENARIOS:
+        with tempfile.TemporaryDirectory(dir=folder) as place:
+            found = list(kills.deaths(scenario, Path(place), 5 if quick else 1))
+        tried, left = tried + len(found), left + sum(bool(death.left) for death in found)
+        bad += [f"{death.scenario}, killed at {death.call}: {death.problems[0]}" for death in found if death.problems]
+        where.append(f"{scenario.name} {len(found)}")
+    return _of(bad, tried, "kills did harm", f"kills per operation: {', '.join(where)}; {left} left drafts, all of which gc removed; writes also torn after one byte.")
+
+
+@_isolated
+def kill_at_random(folder: Path, seed: int, quick: bool) -> Measured:
+    count = 40 if quick else 1000
+    made = _module("tests.faults.random_kills", folder, count, seed)
+    detail = (
+        f"a forked process that publishes and moves an alias in a loop, SIGKILL after a random time: {made['checkpoints']} checkpoints and {made['moves']} moves "
+        f"acknowledged, {made['unacknowledged']} checkpoints complete but not yet acknowledged, {made['leftovers']} leftovers, which gc removed."
+    )
+    return _of(made["problems"], made["kills"], "kills lost or showed something", detail)
+
+
+@_isolated
+def cut_power(folder: Path, seed: int, quick: bool) -> Measured:
+    verdict = cuts.Verdict()
+    for scenario in SCENARIOS:
+        one = cuts.cut_everywhere(scenario, folder, seed, 8 if quick else 64)
+        verdict.points, verdict.disks = verdict.points + one.points, verdict.disks + one.disks
+        verdict.problems += [f"{scenario.name}: {problem}" for problem in one.problems]
+    detail = f"{verdict.points} moments in {len(SCENARIOS)} operations; of each all disks that the model allows, or a seeded sample of 64 where there are more."
+    return _of(verdict.problems, verdict.disks, "disks broke a promise", detail)
+
+
+@_isolated
+def cut_power_after_kill(folder: Path, seed: int, quick: bool) -> Measured:
+    verdict = cuts.Verdict()
+    for scenario in SCENARIOS:
+        one = cuts.cut_after_a_kill(scenario, folder, seed, 12, every=9 if quick else 1)
+        verdict.points, verdict.disks = verdict.points + one.points, verdict.disks + one.disks
+        verdict.problems += [f"{scenario.name}: {problem}" for problem in one.problems]
+    detail = f"{verdict.points} histories: one process killed before a call, a second publishes or moves an alias, then power fails; up to 12 sampled disks of each."
+    return _of(verdict.problems, verdict.disks, "disks broke a promise", detail)
+
+
+@_isolated
+def delete_each_fsync(folder: Path, seed: int, quick: bool) -> Measured:
+    caught = cuts.without_each_fsync(SCENARIOS[1:3] if quick else SCENARIOS, folder, seed, 8 if quick else 24)
+    missed = [site for site, problem in caught.items() if problem is None]
+    sites = ", ".join(site.split(" < ")[0].removeprefix("registry/") for site in caught)
+    told = f" Not noticed: {'; '.join(missed)}." if missed else ""
+    return Measured(f"{len(caught) - len(missed)} of {len(caught)} noticed", bool(caught) and not missed, f"lines of the code that ask for an fsync: {sites}.{told}")
+
+
+@_isolated
+def fail_storage(folder: Path, seed: int, quick: bool) -> Measured:
+    bad, tried, told = [], 0, 0
+    for scenario in SCENARIOS:
+        with tempfile.TemporaryDirectory(dir=folder) as place:
+            found = list(storage_faults.faults(scenario, Path(place), 7 if quick else 1))
+        tried, told = tried + len(found), told + sum(bool(fault.told) for fault in found)
+        bad += [f"{fault.what}: {fault.problems[0]}" for fault in found if fault.problems]
+    return _of(bad, tried, "faults did harm", f"ENOSPC once and from there on, EIO, short writes, at each call that changes something; {told} were told as a UserError, the others passed without harm.")
+
+
+@_isolated
+def write_together(folder: Path, seed: int, quick: bool) -> Measured:
+    writers, each = (4, 5) if quick else (16, 40)
+    made = _module("tests.faults.crowd", folder, writers, each, seed)
+    bad = made["publish"] + made["move"]
+    detail = f"versions are exactly 1 to {writers * each}, all verify deeply; {writers * each} compare-and-set moves form one chain in the history; {made['refused']} were refused and tried again."
+    return _of(bad, 2 * writers * each, "writes lost or doubled", detail)
+
+
+@_isolated
+def flip_every_bit(folder: Path, seed: int, quick: bool) -> Measured:
+    checkpoint = flips.small(folder / "registry")
+    tried, missed = flips.every_bit(checkpoint, 7 if quick else 1)
+    size = sum(path.stat().st_size for path in flips.files(checkpoint))
+    return _of(missed, tried, "flips missed", f"all 8 bits of every byte of all {len(flips.files(checkpoint))} files, the manifest too, {size:,} bytes.")
+
+
+@_isolated
+def flip_in_large(folder: Path, seed: int, quick: bool) -> Measured:
+    size, count = (2 * 2**20, 50) if quick else (100 * 2**20, 2000)
+    checkpoint = flips.large(folder / "registry", size, seed)
+    tried, missed = flips.random_bits(checkpoint, count, seed)
+    return _of(missed, tried, "flips missed", f"one bit each in {size / 2**20:.0f} MiB, flipped in place, the whole checkpoint hashed by the deep check, flipped back.")
+
+
+@_isolated
+def truncate(folder: Path, seed: int, quick: bool) -> Measured:
+    tried, missed = flips.truncations(flips.small(folder / "small"), 10**6, seed)
+    more, also = flips.truncations(flips.large(folder / "large", (2 if quick else 100) * 2**20, seed), 20 if quick else 200, seed)
+    return _of(missed + also, tried + more, "truncations missed", "every shorter length of every file of a small checkpoint; of a large one 200 lengths per file, one byte less among them.")
+
+
+def _module(name: str, folder: Path, *words: object) -> dict[str, Any]:
+    """What a driver of real processes prints: a process of its own, so that what it forks is small."""
+    done = subprocess.run([sys.executable, "-m", name, folder, *map(str, words)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+CASES = [
+    Case("registry: SIGKILL at every file system call", "0 kills lose, show or block anything", kill_everywhere, f"{REAL}, killed by an {SHIM}"),
+    Case("registry: random kill -9 of a publisher", "0 acknowledged lost, 0 invalid visible", kill_at_random, REAL),
+    Case("registry: power cut at every call", "0 acknowledged lost, 0 invalid visible", cut_power, f"a model of the disk, fed by an {SHIM}"),
+    Case("registry: power cut after a kill", "0 acknowledged lost, 0 invalid visible", cut_power_after_kill, f"a model of the disk, fed by an {SHIM}"),
+    Case("registry: each fsync deleted from the code", "all noticed by the power cuts", delete_each_fsync, f"a model of the disk, fed by an {SHIM}"),
+    Case("registry: ENOSPC, EIO, short write at every call", "one clear error, nothing changed, the next one works", fail_storage, SHIM),
+    Case("registry: 16 writers × 40 checkpoints, 16 × 40 alias moves", "0 lost, versions exactly 1 to 640", write_together, REAL),
+    Case("registry: every bit of a small checkpoint flipped", "100 % found by the deep check", flip_every_bit, "files on disk"),
+    Case("registry: 2,000 random flips in 100 MiB", "100 % found by the deep check", flip_in_large, "files on disk"),
+    Case("registry: truncated files", "100 % found by the quick check", truncate, "files on disk"),
+]

@@ -16,7 +16,7 @@ def _light():
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda item: item.name)
 def test_whoever_is_killed_leaves_what_was_acknowledged_and_nothing_invalid(tmp_path, scenario):
-    found = list(kills.deaths(scenario, tmp_path, every=7))
+    found = list(kills.deaths(scenario, tmp_path, every=11))
     assert found
     assert [death for death in found if death.problems] == []
 

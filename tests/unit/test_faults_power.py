@@ -2,7 +2,6 @@
 
 import os
 import random
-from itertools import islice
 
 import pytest
 
@@ -96,18 +95,17 @@ def test_a_power_cut_anywhere_keeps_what_was_acknowledged(tmp_path, scenario):
 @pytest.mark.parametrize(("scenario", "at"), [(OPEN, -1), (PUBLISH, -1), (FIRST, 0)], ids=lambda item: getattr(item, "name", item))
 def test_what_a_killed_process_left_unsynced_is_synced_by_the_next_one(tmp_path, scenario, at):
     """Killed before an fsync: of a folder just made, of the name of a checkpoint that a second process then puts an alias on."""
-    found = list(cuts.seconds(scenario, tmp_path, only="fsync"))
-    chosen = found[at:] if at else islice(found, 0, 4)
-    with cuts.unsynced_folder(tmp_path) as place:
-        for number, after in chosen:
-            points, _ = cuts.record(scenario, tmp_path / "recorded", die_at=number, after=after)
-            assert cuts.look(points[-1:], place, random.Random(0), 12).problems == []
+    with cuts.in_memory(tmp_path) as folder:
+        found = list(cuts.seconds(scenario, folder, only="fsync"))
+        for number, after in found[at:] if at else found[:4]:
+            points, _ = cuts.record(scenario, folder / "recorded", die_at=number, after=after)
+            assert cuts.look(points[-1:], folder / "disk", random.Random(0), 12).problems == []
 
 
 @pytest.mark.parametrize("line", ["commit.py", "link_new", "write_exclusive"])
 def test_a_deleted_fsync_is_found_out(tmp_path, line):
-    _, sites = cuts.record(PUBLISH, tmp_path / "recorded")
-    with cuts.unsynced_folder(tmp_path) as place:
+    with cuts.in_memory(tmp_path) as folder:
+        _, sites = cuts.record(PUBLISH, folder / "recorded")
         for site in dict.fromkeys(site for site in sites if line in site):
-            points, _ = cuts.record(PUBLISH, tmp_path / "recorded", skip=site)
-            assert cuts.look(points[-3:], place, random.Random(0), 12, stop=True).problems, site
+            points, _ = cuts.record(PUBLISH, folder / "recorded", skip=site)
+            assert cuts.look(points[-3:], folder / "disk", random.Random(0), 12, stop=True).problems, site
