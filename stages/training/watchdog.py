@@ -79,6 +79,8 @@ def start(cfg: Any, output: Path) -> None:
     """Watch this process from now on, with the limits of `cfg.watchdog` (minutes); files go to `output`. Once a process."""
     from stages.training.ranks import rank, world_size
 
+    if not hasattr(cfg, "watchdog"):  # an evaluation's config has none
+        return
     limits = {name: minutes * 60 if minutes else math.inf for name, minutes in cfg.watchdog.model_dump().items()}
     if all(map(math.isinf, limits.values())):
         return

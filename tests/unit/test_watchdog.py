@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from configs.exit_codes import HANG
+from configs.schema import EvalConfig
 from configs.schema.common import Watchdog
 from stages.training import hang, watchdog
 from tests.stage.runs import ROOT
@@ -122,6 +123,7 @@ def test_a_beat_costs_less_than_a_microsecond_or_two():
 HANGING = """
 import ctypes, sys, time
 from pathlib import Path
+from configs.schema import EvalConfig
 from configs.schema.common import Watchdog
 from stages.training import watchdog
 class cfg: watchdog = Watchdog(data=float(sys.argv[2]) / 60)
@@ -154,3 +156,8 @@ def test_a_process_that_hangs_leaves_its_stacks_and_a_code_of_its_own(tmp_path, 
         text = (tmp_path / "heartbeats" / "rank-0.stacks").read_text()
     assert "a_row_that_takes_for_ever" in text
     assert Path(tmp_path / "heartbeats" / "rank-0.json").exists()
+
+
+def test_a_config_without_limits_is_not_watched(tmp_path):
+    """An evaluation's: `align run` ended with a traceback at its last step."""
+    watchdog.start(EvalConfig(checkpoints={"a": "base"}, prompts=[{"path": "p.jsonl"}], scorers=[{"kind": "length", "target": 3}]), tmp_path)
