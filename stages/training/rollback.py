@@ -48,7 +48,7 @@ def restore(trainer: Any, save: Path) -> None:
         trainer.model_wrapped.load_checkpoint(str(save), load_module_strict=strict, load_optimizer_states=True, load_lr_scheduler_states=False)
     else:
         trainer._load_from_checkpoint(str(save))
-        state = torch.load(save / "optimizer.pt", map_location=trainer.args.device, weights_only=True)
+        state = torch.load(save / "optimizer.pt", map_location="cpu", weights_only=True)
         trainer.optimizer.load_state_dict(state)
     for group, rate in zip(inner.param_groups, rates, strict=True):
         group["lr"] = rate
