@@ -124,21 +124,27 @@ def _open(args: argparse.Namespace) -> Registry:
 
 
 def run_list(args: argparse.Namespace) -> int:
-    """Table or JSON of the checkpoints; those whose manifest is broken are told on stderr."""
+    """Table or JSON of the checkpoints; those whose manifest is broken are told on stderr. ADDS: bytes that no checkpoint above it holds too."""
+    from stages.registry.sizes import real_sizes
+
     registry = _open(args)
     stage, _, name = (args.family or "").partition("/")
-    found, damaged = registry.list(stage or None, name or None), registry.damaged()
+    damaged = registry.damaged()  # first: what it finds out, the list then knows
+    found = registry.list(stage or None, name or None)
+    real = real_sizes(found)
+    total = {"size": sum(item.size for item in found), "real_size": sum(real.values())}
     names = _aliases(registry, found)
     if args.json:
-        rows = [{**_summary(item), "aliases": names.get(item.id, [])} for item in found]
-        print_json({"checkpoints": rows, "damaged": {key: str(item) for key, item in damaged.items()}})
+        rows = [{**_summary(item), "real_size": real[item.id], "aliases": names.get(item.id, [])} for item in found]
+        print_json({"checkpoints": rows, "total": total, "damaged": {key: str(item) for key, item in damaged.items()}})
     elif found:
-        head = ("REF", "CREATED", "SIZE", "ALIASES", "MADE FROM", "ID")
+        head = ("REF", "CREATED", "SIZE", "ADDS", "ALIASES", "MADE FROM", "ID")
         body = [
-            (item.ref, item.manifest["created"], size(item.size), ", ".join(names.get(item.id, [])), _made_from(item), item.id)
+            (item.ref, item.manifest["created"], size(item.size), size(real[item.id]), ", ".join(names.get(item.id, [])), _made_from(item), item.id)
             for item in found
         ]  # fmt: skip
         print("\n".join(table([head, *body])))
+        print(f"{len(found)} checkpoint{'s' if len(found) > 1 else ''}: {size(total['size'])}, of which {size(total['real_size'])} on the disk (identical files are stored once)")
     else:
         print(f"no checkpoints{f' of {args.family}' if args.family else ''} in {args.registry}")
     for checkpoint_id, problem in damaged.items():

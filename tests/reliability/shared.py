@@ -41,11 +41,10 @@ def step(model: Any, trained: Any) -> None:
     torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2).step()
 
 
-def frozen(registry: Registry, parent: Checkpoint, layers: int, trained_layers: tuple[int, ...], *, everything_else: bool = False) -> Checkpoint:
-    """A child of which only some layers (and, with everything_else, embeddings, last norm and head) were trained."""
+def frozen(registry: Registry, parent: Checkpoint, trained_layers: tuple[int, ...]) -> Checkpoint:
+    """A child of which only some layers were trained."""
     model = models.load_policy(origin(registry, parent), dtype=torch.float32)
-    rest = tuple(f"layers.{layer}." for layer in range(layers) if layer not in trained_layers)
-    step(model, lambda name: not any(part in name for part in rest) if everything_else else any(f"layers.{layer}." in name for layer in trained_layers))
+    step(model, lambda name: any(f"layers.{layer}." in name for layer in trained_layers))
     return publish(registry, "sft/frozen", model, [Parent.of(parent, "init_from")], like=origin(registry, parent))
 
 
@@ -78,3 +77,13 @@ def shared_with(checkpoint: Checkpoint, parent: Checkpoint) -> float:
 
 def _files(checkpoint: Checkpoint) -> list[Path]:
     return [checkpoint.path / name for name in checkpoint.manifest["files"]]
+
+
+def llama_tensors(hidden: int, feed: int, kv: int, layers: int, vocabulary: int, tied: bool) -> dict[str, int]:
+    """Tensor -> bytes of a Llama in 16 bits."""
+    inner = {
+        "self_attn.q_proj": hidden * hidden, "self_attn.k_proj": hidden * kv, "self_attn.v_proj": hidden * kv, "self_attn.o_proj": hidden * hidden,
+        "mlp.gate_proj": hidden * feed, "mlp.up_proj": hidden * feed, "mlp.down_proj": hidden * feed, "input_layernorm": hidden, "post_attention_layernorm": hidden,
+    }  # fmt: skip
+    sizes = {f"model.layers.{layer}.{name}.weight": 2 * count for layer in range(layers) for name, count in inner.items()}
+    return sizes | {"model.embed_tokens.weight": 2 * hidden * vocabulary, "model.norm.weight": 2 * hidden} | ({} if tied else {"lm_head.weight": 2 * hidden * vocabulary})

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
-from stages.registry import Registry, index
-from tests.reliability import many
+from stages import shards
+from stages.registry import Checkpoint, Registry, index
+from tests.reliability import many, shared
 from tests.reliability.case import Case, Measured
 from tests.unit.registry_samples import publish
 
@@ -47,6 +49,105 @@ def _milliseconds(work: Callable[[], object], times: int, before: Callable[[], o
     return min(spent)
 
 
+# hidden, feed-forward, key/value heads of 4, layers: from what a test trains to what shows that files' headers do not matter
+SHAPES = {"8 layers of 32": (32, 112, 1, 8), "8 layers of 128": (128, 448, 1, 8), "12 layers of 256": (256, 896, 1, 12)}
+
+
+def _families(folder: Path, quick: bool) -> Iterator[tuple[str, Registry, Checkpoint, int]]:
+    for name, (hidden, feed, heads, layers) in list(SHAPES.items())[: 1 if quick else None]:
+        registry = Registry(folder / name.replace(" ", "-"))
+        yield name, registry, shared.base(registry, layers=layers, hidden=hidden, intermediate_size=feed, num_key_value_heads=heads), layers
+
+
+def frozen_layers(folder: Path, seed: int, quick: bool) -> Measured:
+    """A quarter of the layers, anywhere in the model, is trained for a step and the child published."""
+    drawn, shares = random.Random(seed), {}
+    for name, registry, parent, layers in _families(folder, quick):
+        trained = tuple(drawn.sample(range(layers), layers // 4))
+        shares[name] = shared.shared_with(shared.frozen(registry, parent, trained), parent)
+        assert all(registry.verify(item.id, deep=True) == [] for item in registry.list())
+    return Measured(f"{min(shares.values()):.1%} at least", min(shares.values()) >= 0.7, ", ".join(f"{name}: {share:.1%}" for name, share in shares.items()))
+
+
+def merged_adapter(folder: Path, seed: int, quick: bool) -> Measured:
+    """A LoRA on the query and value projections, trained, published, merged and published whole; and the same files for published shapes."""
+    shares, stored = {}, []
+    for name, registry, parent, _ in _families(folder, quick):
+        adapter, whole = shared.merged(registry, parent, ["q_proj", "v_proj"])
+        shares[name] = shared.shared_with(whole, parent)
+        stored += [file for file in adapter.manifest["files"] if file.endswith(".safetensors") and "adapter" not in file]
+        assert all(registry.verify(item.id, deep=True) == [] for item in registry.list())
+    planned = {name: _unchanged(shape) for name, shape in PUBLISHED.items()}
+    ok = min(*shares.values(), *planned.values()) >= 0.85 and not stored
+    told = ", ".join(f"{name}: {share:.1%}" for name, share in shares.items())
+    bound = _unchanged((4096, 11008, 4096, 32, 32000, False))
+    detail = (
+        f"on the disk: {told}; of the files planned for {', '.join(f'{name} {share:.1%}' for name, share in planned.items())}; "
+        f"base weights in adapter checkpoints: {len(stored)} files. Not reached where keys and values have every head and the feed-forward part is small: "
+        f"of Llama-2-7B {bound:.1%}, since its queries and values are {1 - bound:.1%} of all weights"
+    )
+    return Measured(f"{min(*shares.values(), *planned.values()):.1%} at least", ok, detail)
+
+
+# hidden, feed-forward, width of keys and values, layers, vocabulary, tied
+PUBLISHED = {"Llama-3-8B": (4096, 14336, 1024, 32, 128256, False), "Llama-3-70B": (8192, 28672, 1024, 80, 128256, False), "Qwen2.5-0.5B": (896, 4864, 128, 24, 151936, True)}
+
+
+def _unchanged(shape: tuple[int, int, int, int, int, bool]) -> float:
+    sizes = shared.llama_tensors(*shape)
+    kept = [names for names in shards.split(sizes).values() if not any("q_proj" in name or "v_proj" in name for name in names)]
+    return sum(sizes[name] for names in kept for name in names) / sum(sizes.values())
+
+
+def deep_verification(folder: Path, seed: int, quick: bool) -> Measured:
+    """Verifying contents and merely reading the same files, in turn, from memory and from the disk."""
+    count, size = (4, 8 * 2**20) if quick else (8, 64 * 2**20)
+
+    def write(place: Path) -> None:
+        for number in range(count):
+            (place / f"{number}.weights").write_bytes(random.Random(seed + number).randbytes(size))
+
+    registry = Registry(folder / "registry")
+    checkpoint = registry.publish("sft", "large", write, check_weights=False)
+    files = [checkpoint.path / name for name in checkpoint.manifest["files"]]
+    ratios, speeds = {}, []
+    for kind, forget in (("from memory", None), ("from the disk", _forget)):
+        best = {"read": float("inf"), "verified": float("inf")}
+        for _ in range(3 if quick else 7):
+            for what, work in (("read", lambda: _read(files)), ("verified", lambda: _verified(registry))):
+                best[what] = min(best[what], _milliseconds(work, 1, before=lambda forget=forget: forget(files) if forget else None))
+        ratios[kind] = best["read"] / best["verified"]
+        speeds.append(f"{kind}: verified at {_speed(count * size, best['verified'])}, read at {_speed(count * size, best['read'])}")
+    detail = f"{'; '.join(speeds)}; {count} files of {size // 2**20} MiB, best of {3 if quick else 7} in turn, {os.cpu_count()} cores"
+    return Measured(", ".join(f"{ratio:.2f} {kind}" for kind, ratio in ratios.items()), min(ratios.values()) >= 0.8, detail)
+
+
+def _verified(registry: Registry) -> None:
+    assert registry.verify("sft/large", deep=True) == []
+
+
+def _read(files: list[Path]) -> None:
+    buffer = memoryview(bytearray(2**21))
+    for path in files:
+        with open(path, "rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+
+
+def _forget(files: list[Path]) -> None:
+    for path in files:
+        handle = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(handle)
+
+
+def _speed(count: int, milliseconds: float) -> str:
+    return f"{count / 2**30 / milliseconds * 1000:.1f} GiB/s"
+
+
 CASES = [
-    Case("a registry of 10,000 checkpoints", "names ≤ 10 ms, cached list ≤ 50 ms, cold scan ≤ 4 s", ten_thousand, "in process, real files"),
+    Case("two of eight layers trained, the others frozen: shared with the parent", "≥ 70 % of the bytes", frozen_layers, "in process, real files"),
+    Case("a query-value LoRA merged: shared with the base; an adapter stores no base", "≥ 85 % of the bytes, 0 files", merged_adapter, "in process, real files"),
+    Case("10,000 checkpoints", "names ≤ 10 ms, cached list ≤ 50 ms, cold scan ≤ 4 s", ten_thousand, "in process, real files"),
+    Case("deep verification against reading without hashing", "≥ 0.8 × the speed", deep_verification, "in process, real files"),
 ]

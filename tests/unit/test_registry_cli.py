@@ -31,14 +31,29 @@ def align(registry, capsys):
 def test_list_is_a_table_with_aligned_columns(align, registry):
     registry.set_alias("sft/demo", "production", "sft/demo")
     code, out, err = align("list")
-    head, *rows = out.splitlines()
+    head, *rows, total = out.splitlines()
     assert (code, err, [row.split()[0] for row in rows]) == (0, "", ["ppo/demo@1", "sft/demo@1"])
+    assert total.startswith("2 checkpoints: ")
     assert rows[1][head.index("ALIASES") :].startswith("production ")
     assert rows[0][head.index("MADE FROM") :].startswith("sft/demo@1 ")
     code, out, _ = align("list", "sft", "--json")
     (row,) = json.loads(out)["checkpoints"]
     assert (row["ref"], row["aliases"], row["metrics"]) == ("sft/demo@1", ["production"], {"loss": 1.5})
     assert align("list", "dpo")[1].startswith("no checkpoints of dpo")
+
+
+def test_list_shows_what_each_checkpoint_adds_to_the_disk(align, registry):
+    publish(registry, "sft/again")  # files of 120, 13 and 2 bytes, which the others hold too
+    head, *rows, total = align("list")[1].splitlines()
+    sizes = {row.split()[0]: [row[head.index(column) :].split("  ")[0] for column in ("SIZE", "ADDS")] for row in rows}
+    listed = json.loads(align("list", "--json")[1])
+    found = {row["ref"]: (row["size"], row["real_size"]) for row in listed["checkpoints"]}
+    whole = found["ppo/demo@1"][0]
+    assert found["sft/again@1"] == (whole, 0)
+    assert sizes["sft/again@1"] == [f"{whole} B", "0 B"]
+    assert listed["total"] == {"size": 3 * whole, "real_size": sum(real for _, real in found.values())}
+    assert listed["total"]["real_size"] < 3 * whole
+    assert total.endswith(f"of which {listed['total']['real_size']} B on the disk (identical files are stored once)")
 
 
 def test_show_tells_what_is_recorded(align, registry):

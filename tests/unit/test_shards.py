@@ -21,16 +21,6 @@ SHAPES = {
 }  # fmt: skip
 
 
-def tensors(hidden, feed, kv, layers, vocabulary, tied):
-    """Tensor -> bytes of a Llama in 16 bits."""
-    inner = {
-        "self_attn.q_proj": hidden * hidden, "self_attn.k_proj": hidden * kv, "self_attn.v_proj": hidden * kv, "self_attn.o_proj": hidden * hidden,
-        "mlp.gate_proj": hidden * feed, "mlp.up_proj": hidden * feed, "mlp.down_proj": hidden * feed, "input_layernorm": hidden, "post_attention_layernorm": hidden,
-    }  # fmt: skip
-    sizes = {f"model.layers.{layer}.{name}.weight": 2 * count for layer in range(layers) for name, count in inner.items()}
-    return sizes | {"model.embed_tokens.weight": 2 * hidden * vocabulary, "model.norm.weight": 2 * hidden} | ({} if tied else {"lm_head.weight": 2 * hidden * vocabulary})
-
-
 def unchanged(sizes, changed):
     """Share of the bytes in files none of whose tensors match `changed`."""
     kept = [names for names in shards.split(sizes).values() if not any(re.search(changed, name) for name in names)]
@@ -39,7 +29,7 @@ def unchanged(sizes, changed):
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_few_files_for_any_size_and_what_adapters_and_frozen_layers_leave_alone_is_shared(name):
-    sizes = tensors(*SHAPES[name])
+    sizes = shared.llama_tensors(*SHAPES[name])
     files = shards.split(sizes)
     assert sorted(tensor for names in files.values() for tensor in names) == sorted(sizes)
     assert 10 < len(files) <= 2 * 8 + 32 + 3
@@ -53,7 +43,7 @@ def test_few_files_for_any_size_and_what_adapters_and_frozen_layers_leave_alone_
 
 def test_eight_layers_by_hand():
     # per layer 1 of q and v, 1 of k and o, 1 of MLP and norms; embeddings, head, last norm: 8 * 3 + 3
-    files = shards.split(tensors(64, 128, 32, 8, 5000, False))
+    files = shards.split(shared.llama_tensors(64, 128, 32, 8, 5000, False))
     assert next(iter(files)) == "model-00001-of-00027.safetensors"
     assert files["model-00001-of-00027.safetensors"] == ["model.embed_tokens.weight"]
     assert [re.sub(r"model\.layers\.|\.weight", "", name) for file in list(files)[1:4] for name in files[file]] == [
@@ -86,7 +76,7 @@ def family(tmp_path_factory):
     """A registry with a base of 8 layers and what was made of it."""
     registry = Registry(tmp_path_factory.mktemp("shards") / "registry")
     parent = shared.base(registry, layers=8, hidden=48, intermediate_size=168, num_key_value_heads=1)  # the proportions of Llama 3
-    frozen = shared.frozen(registry, parent, 8, (3, 6))
+    frozen = shared.frozen(registry, parent, (3, 6))
     adapter, merged = shared.merged(registry, parent, ["q_proj", "v_proj"])
     return registry, parent, frozen, adapter, merged
 
