@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
-from typing import Any
-
-from pydantic import BaseModel
+from typing import TYPE_CHECKING, Any
 
 from configs.errors import UserError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 GROUPS = {
     "data": "rows, their order, and the files they are read from",
@@ -51,6 +52,21 @@ def with_allowed(cfg: Any, keys: Sequence[str]) -> Any:
     if problems:
         raise UserError("\n".join(f"--allow-changed: {problem}" for problem in problems))
     return cfg.model_copy(update={"allow_changed": list(dict.fromkeys([*cfg.allow_changed, *keys]))}) if keys else cfg
+
+
+def chain_with_allowed(chain: Any, keys: Sequence[str]) -> Any:
+    """A chain whose stages allow these too, each those that it has.
+
+    Raises:
+        UserError: a key that no stage of the chain has.
+    """
+    from configs.schema.chain import STAGES
+
+    sections = {stage: getattr(chain, stage) for stage in STAGES if getattr(chain, stage) is not None}
+    fields = {stage: fields_of(type(section)) for stage, section in sections.items()}
+    if problems := unknown(keys, [field for own in fields.values() for field in own]):
+        raise UserError("\n".join(f"--allow-changed: {problem}" for problem in problems))
+    return chain.model_copy(update={stage: with_allowed(section, [key for key in keys if not unknown([key], fields[stage])]) for stage, section in sections.items()})
 
 
 def add_option(parser: Any) -> None:

@@ -7,6 +7,7 @@ import argparse
 
 def add_parser(verbs: argparse._SubParsersAction) -> None:
     """Add the verb `run`."""
+    from configs.allowed import add_option
     from launch.nodes import add_options
 
     parser = verbs.add_parser(
@@ -23,6 +24,7 @@ def add_parser(verbs: argparse._SubParsersAction) -> None:
     which.add_argument("--only", metavar="STAGE", choices=stages, help=f"just this stage and its preparation: {', '.join(stages)}")
     which.add_argument("--from", dest="start", metavar="STAGE", choices=stages, help="this stage and all after it again, even if done")
     add_options(parser)
+    add_option(parser)
     parser.add_argument("--dry-run", "--print-command", action="store_true", help="print what would run and why, with the commands; start nothing")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout; logs go to stderr")
     parser.set_defaults(handler=run)
@@ -36,4 +38,4 @@ def run(args: argparse.Namespace) -> int:
 
     nodes = nodes_of(args, {}, ships=True)
     overrides = machine_overrides(args.chain, args.overrides, args.machine, args.processes)
-    return run_chain(args.chain, overrides, only=args.only, start=args.start, dry_run=args.dry_run, as_json=args.json, nodes=nodes)
+    return run_chain(args.chain, overrides, only=args.only, start=args.start, dry_run=args.dry_run, as_json=args.json, nodes=nodes, allow_changed=args.allow_changed)

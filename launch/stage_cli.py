@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from configs.allowed import add_option, with_allowed
 from configs.errors import UserError
 from launch.nodes import Nodes, add_options
 
@@ -31,6 +32,7 @@ def add_parser(verbs: argparse._SubParsersAction) -> None:
         parser.add_argument("--config", required=True, metavar="FILE", help="the stage's YAML file")
         parser.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a key of the file, such as train.epochs=2")
         add_options(parser)
+        add_option(parser)
         parser.add_argument("--dry-run", "--print-command", action="store_true", help="check the config, print the command, start nothing")
         parser.add_argument("--json", action="store_true", help="print one JSON object on stdout; logs go to stderr")
         parser.set_defaults(handler=run_stage, stage=stage)
@@ -57,7 +59,7 @@ def run_stage(args: argparse.Namespace) -> int:
     from launch.nodes import nodes_of
 
     stage = args.stage
-    cfg = resolve(stage, args.config, args.overrides, args.machine, args.processes)
+    cfg = with_allowed(resolve(stage, args.config, args.overrides, args.machine, args.processes), args.allow_changed)
     machine = load_machine(cfg.machine, cfg.processes, args.nodes or 1)
     nodes = nodes_of(args, machine.settings, machine.ships)
     config_file = cfg.output / ("plan.yaml" if args.dry_run else "config.yaml")  # a dry run leaves a real run's config alone

@@ -103,7 +103,9 @@ class Decider:
         config, parts = self._inputs(section, f"stages.{step.before}")
         key = inputs.inputs_key(parts)
         attempt = read_attempt(config.output)
-        unfinished = attempt.get("key") == key and not attempt.get("finished")
+        same = attempt.get("key") == key
+        allowed = bool(attempt) and bool(set(section.allow_changed) - {"split"})  # the stage compares, and refuses what is not allowed
+        unfinished = (same or allowed) and not attempt.get("finished")
         published = self._published(step.before, section.name)
         matching = [c for c in published if c.info("inputs_key") == key]
 
@@ -119,7 +121,7 @@ class Decider:
         if step.mode == "given" and published:
             return decision("skip", f"{published[-1].ref} is taken as it is ({changed})", published[-1].ref)
         if unfinished:
-            return decision("continue", "was interrupted")
+            return decision("continue", "was interrupted" if same else f"was interrupted; {changed}, and allow_changed is given")
         if matching:
             return decision("run", f"{matching[-1].ref} is damaged")
         return decision("run", changed if attempt.get("key") not in (None, key) else "not published yet")

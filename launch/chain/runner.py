@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -36,16 +36,18 @@ CommandFor = Callable[[Step, Path, Any], Command]
 def run_chain(
     chain_file: str, overrides: list[str], *, only: str | None = None, start: str | None = None,
     dry_run: bool = False, as_json: bool = False, command_for: CommandFor | None = None, nodes: Nodes | None = None,
+    allow_changed: Sequence[str] = (),
 ) -> int:  # fmt: skip
     """Run (or with `dry_run` only show) the steps of a chain file; returns 0 or the exit code of the step that failed.
 
-    `command_for` replaces the commands of the steps, for tests of the chain without its stages. With several `nodes`, each of them calls
+    `allow_changed`: what may have changed in a stage that was interrupted, which is then continued. `command_for` replaces the commands of the steps, for tests of the chain without its stages. With several `nodes`, each of them calls
     this; node 0 decides and the others follow.
     Raises UserError for a chain that cannot run, before any process is started.
     """
+    from configs.allowed import chain_with_allowed
     from configs.load import load
 
-    chain = load(chain_file, "chain", overrides)
+    chain = chain_with_allowed(load(chain_file, "chain", overrides), allow_changed)
     steps = steps_of(chain, only, start)
     check_files(chain, steps)
     nodes = nodes or Nodes()

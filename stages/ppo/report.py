@@ -17,8 +17,8 @@ from stages.ppo.collect import Clock
 from stages.ppo.evaluation import EvaluationSet, Written
 from stages.ppo.monitor import Decision
 from stages.ppo.rollout import Experience, Rollout
+from stages.training.lines import Appended
 from stages.training.progress import duration
-from stages.training.ranks import say
 from stages.training.saves import write_durably
 
 
@@ -153,19 +153,15 @@ class Lines:
     """A file of JSON lines, each with its iteration; a resumed run first drops the lines of iterations that it will do again."""
 
     def __init__(self, path: Path, resumed_at: int | None) -> None:
-        self.path = path
+        self.path, self.lines = path, Appended(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         self.kept = [] if resumed_at is None else [row for row in lines_of(path) if row["iteration"] <= resumed_at]
         if path.exists():  # a run without evaluations has no samples
             write_durably(path, "".join(_json(row) for row in self.kept))
 
     def add(self, *rows: dict[str, Any]) -> None:
-        """Append rows. A full disk costs the rows, not the run."""
-        try:
-            with self.path.open("a", encoding="utf-8") as stream:
-                stream.write("".join(_json(row) for row in rows))
-        except OSError as error:
-            say(f"ppo: lines of {self.path} could not be written ({error}); the run goes on without them")
+        """Append rows; on a full disk they wait for room, and the run goes on."""
+        self.lines.add("".join(_json(row) for row in rows))
 
 
 def _json(row: dict[str, Any]) -> str:

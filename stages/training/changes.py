@@ -23,13 +23,15 @@ LAYOUT = "the optimizer's state lies in one part for each process and can't be c
 
 
 class Change(NamedTuple):
-    """One thing that differs: its name, before, now, the key of `allow_changed` that allows it (None: nothing does), and why not."""
+    """One thing that differs: its name, before, now, the key of `allow_changed` that allows it (None: nothing does), why not, and whether it is a
+    field of the config."""
 
     field: str
     was: Any
     now: Any
     key: str | None
     why: str = ""
+    of_config: bool = False
 
     def __str__(self) -> str:
         return f"{self.field}: {_shown(self.was)} → {_shown(self.now)}" + (f" ({self.why})" if self.why else "")
@@ -69,13 +71,13 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[Change]:
 
 def _change(part: str, name: str, was: Any, now: Any, zero: int) -> Change:
     if part == "config":
-        return Change(name, was, now, group_of(name))
+        return Change(name, was, now, group_of(name), of_config=True)
     if part == "zero_stage":
         return Change(part, was, now, None, f"the machine file's; 0: no DeepSpeed; {LAYOUT}")
     if part == "processes":
         return Change(part, was, now, None if zero else "processes", LAYOUT if zero else "")
     field = ".".join(filter(None, (part, name)))
-    return Change(field, was, now, {"steps": "schedule", "parents": "config"}.get(part, part))
+    return Change(field, was, now, {"steps": "schedule", "parents": "config"}.get(part, part), of_config=part in ("steps", "parents"))
 
 
 def group_of(field: str) -> str:
@@ -95,8 +97,7 @@ def refused(found: Iterable[Change], allowed: Iterable[str]) -> list[Change]:
             return False
         parts = change.field.split(".")
         named = {".".join(parts[:end]) for end in range(1, len(parts) + 1)}
-        of_config = change.key in ("config", "schedule") or (change.key in ("data", "template") and parts[0] in DATA | {"template"} and parts[1:] != [])
-        return bool(keys & (named | {change.key})) or ("config" in keys and of_config)
+        return bool(keys & (named | {change.key})) or ("config" in keys and change.of_config)
 
     return [change for change in found if not fine(change)]
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from configs.allowed import add_option, with_allowed
 from configs.errors import UserError
 from configs.printable import printable
 from stages.devices import hide_gpus_if_asked
@@ -34,6 +35,7 @@ def run(main: Callable[[Any], None], kind: str, argv: Sequence[str] | None = Non
     parser = argparse.ArgumentParser(prog=f"python -m stages.{kind}", description=main.__doc__)
     parser.add_argument("--config", required=True, metavar="FILE", help="the stage's YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the file's, such as train.epochs=2")
+    add_option(parser)
     arguments = parser.parse_args(argv)
     stop.listen()
     end_with_the_launcher()
@@ -48,7 +50,7 @@ def run(main: Callable[[Any], None], kind: str, argv: Sequence[str] | None = Non
         refuse_foreign_accumulation()
         machine.check_compiler()
         join.join()
-        cfg = agree.same_config(lambda: load(arguments.config, kind, arguments.overrides))
+        cfg = agree.same_config(lambda: with_allowed(load(arguments.config, kind, arguments.overrides), arguments.allow_changed))
         watchdog.start(cfg, ready.output_folder(cfg, kind))
         main(from_rank_0("looking up the checkpoints", lambda: models.pinned(cfg)))
     except UserError as error:

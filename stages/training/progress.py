@@ -9,8 +9,10 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from stages.training.lines import Appended
 from stages.training.plan import Plan
 from stages.training.ranks import say
+from stages.training.saves import write_durably
 
 # TRL's names in logs -> ours.
 NAMES = {
@@ -51,6 +53,7 @@ class Progress(TrainerCallback):
 
     def __init__(self, stage: str, plan: Plan, metrics_file: Path) -> None:
         self.stage, self.plan, self.file = stage, plan, metrics_file
+        self.lines = Appended(metrics_file)
         self.eval_loss: float | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -59,7 +62,7 @@ class Progress(TrainerCallback):
         self.first_step = self.last_step = state.global_step
         if state.is_world_process_zero:
             keep = [line for line in read_lines(self.file) if json.loads(line)["step"] <= state.global_step]
-            self.file.write_text("".join(line + "\n" for line in keep))
+            write_durably(self.file, "".join(line + "\n" for line in keep))  # a kill in between must not cost the lines of hours
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Write and print one log."""
@@ -69,9 +72,14 @@ class Progress(TrainerCallback):
             return  # the Trainer's closing summary
         self.eval_loss = metrics.get(f"{self.stage}/eval_loss", self.eval_loss)
         if state.is_world_process_zero:
-            with self.file.open("a") as file:
-                file.write(json.dumps({"step": state.global_step, **metrics}) + "\n")
+            self.lines.add(json.dumps({"step": state.global_step, **metrics}) + "\n")
         say(self.eval_line(state, metrics) if f"{self.stage}/loss" not in metrics else self.train_line(state, metrics))
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """What a save comes after must be in the file before a resume."""
+        self.lines.flush()
+
+    on_train_end = on_save
 
     def train_line(self, state: Any, metrics: dict[str, float]) -> str:
         """The line of a training log."""

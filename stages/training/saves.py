@@ -48,7 +48,9 @@ def attempted(function: Callable[[], Any]) -> Failure | None:
     except (OSError, SafetensorError) as error:
         return Failure(str(error), True)
     except Exception as error:
-        return Failure(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", bool(TORCH_WRITE.search(str(error))))
+        if isinstance(error, RuntimeError) and TORCH_WRITE.search(str(error)):
+            return Failure("torch.save could not write a file whole: no space left on the device, or the disk fails", True)
+        return Failure(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}", False)
     return None
 
 

@@ -18,27 +18,8 @@ import torch
 
 from stages.training import saves
 from stages.zero.leave import leave
-from tests.launch.zero_mortal import environment
+from tests.launch.zero_mortal import at_call, environment
 from tests.stage import ppo_runs
-
-
-def die(*_: Any, **__: Any) -> None:
-    """End this process now: nothing is flushed, nothing is closed."""
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def at_call(number: int, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, but the call of this number (from 1) does not return from dying instead."""
-    calls = 0
-
-    def counted(*arguments: Any, **keywords: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == number:
-            die()
-        return function(*arguments, **keywords)
-
-    return counted
 
 
 def arm(point: str, number: int) -> None:
@@ -55,13 +36,13 @@ def arm(point: str, number: int) -> None:
         saves.differs = at_call(number, saves.differs)
 
 
-def run_in_processes(values: dict[str, Any], world: int, death: tuple[str, int] | None = None, zero_stage: int = 0) -> list[int]:
+def run_in_processes(values: dict[str, Any], world: int, death: tuple[str, int] | None = None, zero_stage: int = 0, prepare: Callable[[int], None] | None = None) -> list[int]:
     """Run PPO in `world` new processes, under DeepSpeed where there is a `zero_stage`; how each ended: 0, an exit code, or minus the signal that killed it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     sys.stdout.flush()
-    children = [_fork(values, rank, world, port, death, zero_stage) for rank in range(world)]
+    children = [_fork(values, rank, world, port, death, zero_stage, prepare) for rank in range(world)]
     first, status = os.wait()
     ended = {first: os.waitstatus_to_exitcode(status)}
     for child in children:
@@ -73,7 +54,7 @@ def run_in_processes(values: dict[str, Any], world: int, death: tuple[str, int] 
     return [ended[child] for child in children]
 
 
-def _fork(values: dict[str, Any], rank: int, world: int, port: int, death: tuple[str, int] | None, zero_stage: int) -> int:
+def _fork(values: dict[str, Any], rank: int, world: int, port: int, death: tuple[str, int] | None, zero_stage: int, prepare: Callable[[int], None] | None) -> int:
     child = os.fork()
     if child:
         return child
@@ -86,7 +67,9 @@ def _fork(values: dict[str, Any], rank: int, world: int, port: int, death: tuple
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
         if zero_stage:
-            os.environ |= environment(zero_stage, rank, port)
+            os.environ |= environment(zero_stage, rank, port, world)
+        if prepare is not None:
+            prepare(rank)
         if death is not None:
             arm(*death)
         ppo_runs.run_alone(values)

@@ -1,4 +1,7 @@
-"""SFT and DPO under ZeRO-2 and 3, full and with adapters, killed and started again: they end as if nothing had happened, to the bit."""
+"""SFT, reward and DPO under ZeRO-2 and 3, full and with adapters, killed and started again: they end as if nothing had happened, to the bit.
+
+`make reliability` does this for every stage, layout and several deaths (tests/reliability/runs.py).
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,11 @@ import torch
 import trl  # noqa: F401
 
 from stages.registry import Registry
-from tests.launch.zero_mortal import run_in_two
+from tests.launch.zero_mortal import run_in_processes, run_in_two
 from tests.launch.zero_worker import LORA
 from tests.stage.runs import settings, weights, workspace
 
-TRAIN = {"max_steps": 6, "save_every": 2, "eval_every": 3, "micro_batch_size": 2}
+TRAIN = {"max_steps": 6, "save_every": 3, "eval_every": 3, "log_every": 2, "micro_batch_size": 2}  # the save lies between two logs
 
 
 @pytest.fixture(scope="module")
@@ -25,21 +28,21 @@ def place(tmp_path_factory):
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize(("stage", "zero_stage", "lora"), [("sft", 2, None), ("sft", 3, LORA), ("dpo", 2, LORA), ("dpo", 3, None)])
+@pytest.mark.parametrize(("stage", "zero_stage", "lora"), [("sft", 3, LORA | {"dropout": 0.1}), ("reward", 2, None), ("reward", 3, LORA), ("dpo", 2, LORA)])
 def test_killed_and_run_again_ends_as_if_nothing_had_happened(place, capfd, monkeypatch, stage, zero_stage, lora):
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     name = f"{stage}-{zero_stage}"
     whole, killed = (settings(place, stage, TRAIN, name=f"{name}-{label}", output=str(place / f"{name}-{label}"), lora=lora) for label in ("whole", "killed"))
     assert run_in_two(stage, whole, zero_stage) == [0, 0]
-    assert -signal.SIGKILL in run_in_two(stage, killed, zero_stage, dies_at=4)
-    save = Path(killed["output"]) / "resume" / "checkpoint-2"
+    assert -signal.SIGKILL in run_in_two(stage, killed, zero_stage, dies_at=5)
+    save = Path(killed["output"]) / "resume" / "checkpoint-3"
     assert (save / "sealed.json").exists()
     assert not list(save.glob("*.safetensors")), "shards are enough to go on from"
     assert run_in_two(stage, killed, zero_stage) == [0, 0]
-    assert "continuing from checkpoint-2" in capfd.readouterr().out
+    assert "continuing from checkpoint-3" in capfd.readouterr().out
     lines = [[json.loads(line) for line in (Path(v["output"]) / "metrics.jsonl").read_text().splitlines()] for v in (whole, killed)]
     assert lines[0] == lines[1]
-    assert len(lines[0]) == 6 + 2
+    assert len(lines[0]) == 3 + 2
     first, second = (weights(Registry(place / "registry").resolve(f"{stage}/{name}-{label}")) for label in ("whole", "killed"))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[n], second[n]) for n in first)
@@ -51,16 +54,35 @@ def test_a_save_is_not_continued_under_another_zero_stage(place, capfd, monkeypa
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     values = settings(place, "sft", TRAIN, name="moved", output=str(place / "moved"))
     assert -signal.SIGKILL in run_in_two("sft", values, 2, dies_at=4)
-    assert run_in_two("sft", values, 3) != [0, 0]
+    assert run_in_two("sft", values | {"allow_changed": ["config", "processes"]}, 3) != [0, 0]
     assert "zero_stage: 2 → 3 (the machine file's" in capfd.readouterr().err
-    assert (place / "moved" / "resume" / "checkpoint-2" / "sealed.json").exists()
+    assert (place / "moved" / "resume" / "checkpoint-3" / "sealed.json").exists()
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_another_number_of_processes_is_refused_and_where_allowed_takes_the_same_steps(place, capfd, monkeypatch):
+    """Without dropout, so that what one process computes is what two do: the rows of every step, the optimizer and the half of a logging window are handed on."""
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    whole, killed = (settings(place, "sft", TRAIN, name=f"world-{label}", output=str(place / f"world-{label}")) for label in ("whole", "killed"))
+    assert run_in_processes("sft", whole, 2) == [0, 0]
+    assert -signal.SIGKILL in run_in_processes("sft", killed, 2, death=("step", 6))
+    assert run_in_processes("sft", killed, 1) != [0]
+    assert "processes: 2 → 1\nChange it back to continue, allow it with --allow-changed processes" in capfd.readouterr().err
+    assert run_in_processes("sft", killed | {"allow_changed": ["processes"]}, 1) == [0]
+    said = capfd.readouterr().out
+    assert "allowed to have changed: processes: 2 → 1" in said
+    assert "continuing from checkpoint-3" in said
+    first, second = ([json.loads(line) for line in (Path(v["output"]) / "metrics.jsonl").read_text().splitlines()] for v in (whole, killed))
+    assert [line["step"] for line in second] == [line["step"] for line in first]
+    for one, other in zip(first, second, strict=True):
+        assert other == pytest.approx(one, rel=1e-4)
 
 
 @pytest.mark.usefixtures("one_thread")
 def test_a_gradient_that_is_not_finite_stops_zero_3_with_the_saves_of_before(place, capfd, monkeypatch):
     """DeepSpeed calls such steps off itself before its optimizer is asked; they are counted all the same."""
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-    train = TRAIN | {"learning_rate": 1e25, "save_every": 1}
+    train = TRAIN | {"learning_rate": 1e25, "save_every": 1, "log_every": 1}
     values = settings(place, "sft", train, name="diverged", output=str(place / "diverged"))
     assert run_in_two("sft", values, 3) != [0, 0]
     assert "the gradient is not finite at step 6" in capfd.readouterr().err

@@ -21,9 +21,9 @@ ENVIRONMENT = os.environ | {
 }  # fmt: skip
 
 
-def workspace(folder: Path, rows: int = 60) -> Path:
-    """A folder with base/, sft.jsonl and pairs.jsonl: prompts of different lengths, answers of different lengths."""
-    tiny_model(folder / "base")
+def workspace(folder: Path, rows: int = 60, **config: Any) -> Path:
+    """A folder with base/, sft.jsonl and pairs.jsonl: prompts of different lengths, answers of different lengths. `config` goes to the base's."""
+    tiny_model(folder / "base", **config)
     draw = random.Random(0)
     demonstrations, pairs = [], []
     for index in range(rows):

@@ -330,3 +330,23 @@ def test_numbers_stay_numbers(value):
     read = parse(to_yaml({"a": value}), "x").data["a"]
     assert read == value
     assert type(read) is type(value)
+
+
+def test_what_may_have_changed_is_checked_with_did_you_mean(tmp_path):
+    """In the file and on the command line; a chain hands each stage the keys that it has."""
+    from configs.allowed import chain_with_allowed, with_allowed
+
+    file = tmp_path / "sft.yaml"
+    file.write_text("name: a\ninit_from: base\ndata: rows.jsonl\nallow_changed: [data]\n")
+    cfg = load(file, "sft")
+    assert with_allowed(cfg, ["schedule", "train.learning_rate", "data"]).allow_changed == ["data", "schedule", "train.learning_rate"]
+    with pytest.raises(UserError, match=r"--allow-changed: 'shedule' can't be allowed to change; expected one of data, .*Did you mean 'schedule'"):
+        with_allowed(cfg, ["shedule"])
+    file.write_text("name: a\ninit_from: base\ndata: rows.jsonl\nallow_changed: [train.learning_rat]\n")
+    with pytest.raises(UserError, match=r"sft.yaml:4: allow_changed: .*Did you mean 'train.learning_rate'"):
+        load(file, "sft")
+    file.write_text("name: a\nbase: b\nsft: {data: rows.jsonl}\ndpo: {data: pairs.jsonl}\n")
+    chain = chain_with_allowed(load(file, "chain"), ["beta", "data"])
+    assert (chain.sft.allow_changed, chain.dpo.allow_changed) == (["data"], ["beta", "data"])
+    with pytest.raises(UserError, match=r"--allow-changed: 'betta'.*Did you mean 'beta'"):
+        chain_with_allowed(chain, ["betta"])
