@@ -75,7 +75,8 @@ def test_another_number_of_processes_is_refused_and_where_allowed_takes_the_same
     first, second = ([json.loads(line) for line in (Path(v["output"]) / "metrics.jsonl").read_text().splitlines()] for v in (whole, killed))
     assert [line["step"] for line in second] == [line["step"] for line in first]
     for one, other in zip(first, second, strict=True):
-        assert other == pytest.approx(one, rel=1e-4)
+        shown = [key for key in one if not key.endswith("accuracy")]  # TRL's is a mean of the means of micro-batches
+        assert {key: other[key] for key in shown} == pytest.approx({key: one[key] for key in shown}, rel=1e-4)
 
 
 @pytest.mark.usefixtures("one_thread")

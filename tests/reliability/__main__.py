@@ -22,6 +22,7 @@ AREAS: tuple[str, ...] = (
     "faults",
     "small",
     "security",
+    "runs",
 )  # fmt: skip
 ROOT = Path(__file__).resolve().parents[2]
 CASE_LIMIT = 1200  # seconds after which a case counts as hung
