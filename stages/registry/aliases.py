@@ -28,6 +28,15 @@ def move(registry: Registry, family: str, alias: str, ref: str, expect: str | No
     target = registry.resolve(ref)
     if (target.stage, target.name) != (stage, name):
         raise UserError(f"{family}@{alias} can only point at a version of {family}; {ref} is {target.ref}")
+    held = registry.lease(target, f"{family}@{alias} is moved to it", renewed=False)  # however long the reading takes, it can't be purged meanwhile
+    try:
+        return _move(registry, family, alias, target, expect, undoes)
+    finally:
+        if held is not None:
+            held.give_back()
+
+
+def _move(registry: Registry, family: str, alias: str, target: Checkpoint, expect: str | None, undoes: tuple[int, int] | None) -> Checkpoint:
     if problems := registry.verify(target.id, deep=True):
         raise UserError(f"{target.ref} is damaged, {family}@{alias} was not moved: {problems[0]}")
     wanted = registry.id_of(expect) if expect else expect

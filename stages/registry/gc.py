@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from configs.errors import UserError
 from stages.registry import trash
 from stages.registry.best import best_of_each_set
+from stages.registry.integrity import check
 from stages.registry.leases import Lease, counting, leases
 from stages.registry.manifest import Checkpoint
 from stages.registry.storage import storage_error
@@ -82,14 +83,14 @@ def make_plan(registry: Registry, rules: Rules, *, deep: bool = False, at: datet
         if rules.stage in (None, item.stage) and rules.name in (None, item.name):
             families.setdefault(f"{item.stage}/{item.name}", []).append(item)
     why = references(registry, at)
-    for key, told in (*_best(registry, families, rules), *_newest(registry, families, rules), *_restored(registry, families, rules, at)):
+    for key, told in (*_best(registry, families, rules), *_newest(families, rules), *_restored(registry, families, rules, at)):
         why.setdefault(key, told)
     inside = {item.id for items in families.values() for item in items}
     why |= {item.id: "outside of what was asked about" for item in everything if item.id not in inside}
     by_id = {item.id: item for item in everything}
     _with_parents(why, by_id)
     for items in families.values():
-        _one_that_verifies(registry, items, why, deep)
+        _one_that_verifies(items, why, deep)
     _with_parents(why, by_id)
     plan = Plan(damaged={key: str(item) for key, item in registry.damaged().items()})
     for item in everything:
@@ -178,14 +179,14 @@ def alias_families(root: Path) -> list[str]:
     return [f"{stage.name}/{name}" for stage in stages for name in sorted(os.listdir(stage)) if (stage / name).is_dir() and not name.startswith(".")]
 
 
-def _newest(registry: Registry, families: Mapping[str, list[Checkpoint]], rules: Rules) -> Iterable[tuple[str, str]]:
+def _newest(families: Mapping[str, list[Checkpoint]], rules: Rules) -> Iterable[tuple[str, str]]:
     """The newest `keep` sound ones, and what is newer than they are though it is damaged (somebody may want to look at it)."""
     for items in families.values():
         sound = 0
         for item in sorted(items, key=lambda item: item.version, reverse=True):
             if sound == rules.keep:
                 break
-            whole = not registry.verify(item.id)
+            whole = not check(item.path)
             sound += whole
             yield item.id, f"one of the newest {rules.keep}" if whole else "damaged, and newer than the sound ones"
 
@@ -224,14 +225,14 @@ def _with_parents(why: dict[str, str], by_id: Mapping[str, Checkpoint]) -> None:
                     waiting.append(by_id[parent])
 
 
-def _one_that_verifies(registry: Registry, items: list[Checkpoint], why: dict[str, str], deep: bool) -> None:
+def _one_that_verifies(items: list[Checkpoint], why: dict[str, str], deep: bool) -> None:
     """Of a name that would lose checkpoints, one that stays must verify: where none of them does, one that would go stays too."""
     newest_first = sorted(items, key=lambda item: item.version, reverse=True)
     going = [item for item in newest_first if item.id not in why]
     kept = [item for item in newest_first if item.id in why]
-    if not going or any(not registry.verify(item.id, deep) for item in kept):
+    if not going or any(not check(item.path, deep) for item in kept):
         return
-    sound = next((item for item in going if not registry.verify(item.id, deep)), None)
+    sound = next((item for item in going if not check(item.path, deep)), None)
     for item in [sound] if sound else going:  # where none verifies at all, nothing goes
         why[item.id] = "the newest that verifies" if sound else f"no checkpoint of {item.stage}/{item.name} verifies"
 

@@ -13,7 +13,7 @@ import contextlib
 import os
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -107,6 +107,7 @@ class Held:
         """Remove the leases; harmless when they are gone, and in a child that was forked meanwhile."""
         self.done.set()
         if os.getpid() == self.pid:
+            atexit.unregister(self.give_back)
             for file in self.files:
                 with contextlib.suppress(OSError):
                     file.unlink()
@@ -114,8 +115,10 @@ class Held:
                     file.parent.rmdir()  # stays while others hold leases on the checkpoint
 
 
-def take(root: Path, checkpoint_ids: Iterable[str], purpose: str) -> Held:
+def take(root: Path, checkpoint_ids: Iterable[str], purpose: str, *, renewed: bool = True) -> Held:
     """Take a lease on each checkpoint; they are renewed until `give_back`, or until this process ends. Raises OSError.
+
+    renewed false: for what takes far less than LASTS and gives back in a `finally`; it needs no thread.
 
     The caller looks only afterwards whether the checkpoints are still in their place: gc moves first and looks for leases afterwards, so of
     the two at least one sees the other.
@@ -127,26 +130,17 @@ def take(root: Path, checkpoint_ids: Iterable[str], purpose: str) -> Held:
     except OSError:
         held.give_back()
         raise
+    if not renewed:
+        return held
     atexit.register(held.give_back)
     threading.Thread(target=_keep, args=(held,), name="registry leases", daemon=True).start()
     return held
 
 
-@contextlib.contextmanager
-def hold(root: Path, checkpoint_ids: Iterable[str], purpose: str) -> Iterator[None]:
-    """Hold leases within a block. Where they can't be written (a registry that may only be read) a warning is printed and the block runs."""
-    held = take_if_possible(root, checkpoint_ids, purpose)
-    try:
-        yield
-    finally:
-        if held is not None:
-            held.give_back()
-
-
-def take_if_possible(root: Path, checkpoint_ids: Iterable[str], purpose: str) -> Held | None:
+def take_if_possible(root: Path, checkpoint_ids: Iterable[str], purpose: str, *, renewed: bool = True) -> Held | None:
     """`take`, or None and a warning on stderr where the registry can't be written."""
     try:
-        return take(root, checkpoint_ids, purpose)
+        return take(root, checkpoint_ids, purpose, renewed=renewed)
     except OSError as error:
         print(f"warning: no lease could be written in {root} ({error.strerror}); gc may move the checkpoints that are in use", file=sys.stderr)
         return None

@@ -304,12 +304,12 @@ class Registry:
 
     # ---- what gc moves, and what keeps it from moving
 
-    def lease(self, checkpoint: Checkpoint, purpose: str) -> leases.Held | None:
+    def lease(self, checkpoint: Checkpoint, purpose: str, *, renewed: bool = True) -> leases.Held | None:
         """Hold a checkpoint until the lease is given back or this process ends; None, and a warning, in a registry that can't be written.
 
-        Raises UserError when the checkpoint was purged meanwhile.
+        renewed: see `leases.take`. Raises UserError when the checkpoint was purged meanwhile.
         """
-        held = leases.take_if_possible(self.root, [checkpoint.id], purpose)
+        held = leases.take_if_possible(self.root, [checkpoint.id], purpose, renewed=renewed)
         if not self._recall(checkpoint.id, f"in use: {purpose}"):
             raise UserError(f"{checkpoint.ref} ({checkpoint.id}) was removed from {self.root} meanwhile; name another version")
         return held

@@ -21,6 +21,7 @@ from tests.reliability.case import Case, Measured
 AREAS: tuple[str, ...] = (
     "faults",
     "small",
+    "collection",
     "security",
     "runs",
 )  # fmt: skip
