@@ -89,12 +89,17 @@ def _add_collection(commands: Any) -> None:
     command = _command(commands, "gc", collect.run_gc, "show which checkpoints no rule keeps, or with --apply move them to the trash")
     command.add_argument("family", nargs="?", metavar="STAGE[/NAME]", help="only this stage, or only this name (default: all)")
     command.add_argument("--keep", type=int, default=3, metavar="K", help="newest sound checkpoints of each name that stay (default: 3)")
+    command.add_argument("--keep-resume", type=int, default=1, metavar="N", help="of the newest N of these the resumable state stays too, if it is there (default: 1)")
     command.add_argument("--best", action="append", default=[], metavar="METRIC", help="the best by this metric stays too; may be repeated")
     command.add_argument("--grace", type=duration, default=timedelta(days=7), metavar="TIME", help="how long the trash is kept: 7d (default), 12h, 30m or 0")
     command.add_argument("--apply", action="store_true", help="do it; without this only the plan is shown")
 
     command = _command(commands, "restore", collect.run_restore, "bring a checkpoint back from the trash")
     command.add_argument("ref", nargs="?", metavar="ID", help="its id, or STAGE/NAME@VERSION; what the trash holds is listed when left out")
+
+    command = _command(commands, "resume", collect.run_resume, "write the resumable state of a published run to an output folder, to train on from it")
+    command.add_argument("ref", metavar="REF", help=FORMS)
+    command.add_argument("folder", type=Path, metavar="OUTPUT", help="the `output` of the run that goes on")
 
 
 def duration(text: str) -> timedelta:

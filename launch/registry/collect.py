@@ -22,7 +22,7 @@ def run_gc(args: argparse.Namespace) -> int:
     registry = Registry(args.registry, create=False)
     if args.family and not registry.list(stage, name or None):
         raise UserError(f"no checkpoints of {args.family} in {args.registry}; see: align registry list --registry {args.registry}")
-    rules = gc.Rules(args.keep, tuple(args.best), args.grace, stage or None, name or None)
+    rules = gc.Rules(args.keep, args.keep_resume, tuple(args.best), args.grace, stage or None, name or None)
     plan = gc.make_plan(registry, rules, deep=args.apply)
     done = gc.apply(registry, plan, _progress) if args.apply else None
     if args.json:
@@ -60,6 +60,8 @@ def _show(plan: Plan, done: Done | None, args: argparse.Namespace) -> None:
     rows = [("trashed" if done else "trash", item.ref, size(item.size), "no rule keeps it", item.id) for item in going]
     rows += [("purged" if done else "purge", item.ref, size(item.size or 0), f"in the trash since {item.since:%Y-%m-%d %H:%M}", item.id) for item in (done.purged if done else plan.overdue)]
     rows += [("restored" if done else "restore", item.ref, size(item.size or 0), "something refers to it", item.id) for item in plan.returning]
+    rows += [("trashed" if done else "trash", f"{item.ref} (resume)", size(item.size), "no rule keeps its resumable state", item.id) for item in plan.resume]
+    rows += [("purged" if done else "purge", f"{item.ref} (resume)", size(item.size or 0), f"in the trash since {item.since:%Y-%m-%d %H:%M}", item.id) for item in plan.resume_overdue]
     rows += [("removed" if done else "remove", path.name, "", "left by a writer that is gone", str(path.parent)) for path in plan.leftovers]
     rows += [("kept", item.ref, size(item.size), plan.why[item.id], item.id) for item in plan.kept]
     if rows:
@@ -67,7 +69,17 @@ def _show(plan: Plan, done: Done | None, args: argparse.Namespace) -> None:
     freed = sum(item.size for item in going)
     waiting = f"; {len(plan.waiting)} wait in the trash" if plan.waiting else ""
     print(f"{len(plan.kept)} kept, {len(going)} {'trashed' if done else 'would go to the trash'} ({size(freed)}){waiting}")
-    if done is None and (plan.going or plan.overdue or plan.returning or plan.leftovers):
+    if done is None and (plan.going or plan.resume or plan.resume_overdue or plan.overdue or plan.returning or plan.leftovers):
         print(f"nothing was changed; to do it: {shlex.join(['align', *sys.argv[1:], '--apply'])}")
     elif done is not None and done.trashed:
         print(f"until the grace ends they can be brought back: align registry restore ID --registry {args.registry}")
+
+
+def run_resume(args: argparse.Namespace) -> int:
+    """Write the resumable state of a published run to an output folder."""
+    from stages.registry import Registry, resumable
+
+    save = resumable.restore(Registry(args.registry, create=False), args.ref, args.folder)
+    told = f"wrote {save}; a run of the same config with output: {args.folder} goes on from it (what may differ: --allow-changed)"
+    print_json({"ref": args.ref, "save": str(save)}) if args.json else print(told)
+    return 0

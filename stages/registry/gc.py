@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.errors import UserError
-from stages.registry import trash
+from stages.registry import resumable, trash
 from stages.registry.best import best_of_each_set
 from stages.registry.integrity import check
 from stages.registry.leases import Lease, counting, leases
@@ -28,10 +28,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Rules:
-    """keep: the newest checkpoints of each name that stay. best: metrics of which each name's best stays, of every evaluation set.
+    """keep: the newest checkpoints of each name that stay. keep_resume: of how many of them the resumable state stays, if it is there. best: metrics of which each name's best stays, of every evaluation set.
     grace: how long the trash is kept. stage, name: only there (None: everywhere)."""
 
     keep: int = 3
+    keep_resume: int = 1
     best: tuple[str, ...] = ()
     grace: timedelta = timedelta(days=7)
     stage: str | None = None
@@ -40,6 +41,8 @@ class Rules:
     def __post_init__(self) -> None:
         if self.keep < 1:
             raise UserError(f"keep {self.keep}: at least the newest checkpoint of each name stays; give 1 or more")
+        if self.keep_resume < 0:
+            raise UserError(f"keep_resume {self.keep_resume}: give 0 or more")
         if self.grace < timedelta(0):
             raise UserError("grace: a time of grace can't be negative; give for example 7d, 12h or 0")
 
@@ -57,12 +60,14 @@ class Plan:
     leftovers: list[Path] = field(default_factory=list)  # of killed writers
     in_progress: list[Path] = field(default_factory=list)  # drafts whose writer may live
     lapsed: list[Lease] = field(default_factory=list)
+    resume: list[Checkpoint] = field(default_factory=list)  # resumable states that go; their models may stay
+    resume_overdue: list[trash.Trashed] = field(default_factory=list)
     damaged: dict[str, str] = field(default_factory=dict)  # id -> what is wrong with its manifest: never moved
 
 
 @dataclass(frozen=True)
 class Done:
-    """What gc did. saved: checkpoints that were moved back, because something came to refer to them meanwhile."""
+    """What gc did. saved: checkpoints that stay after all, because something came to refer to them meanwhile."""
 
     trashed: list[Checkpoint]
     saved: list[str]
@@ -98,6 +103,7 @@ def make_plan(registry: Registry, rules: Rules, *, deep: bool = False, at: datet
             (plan.kept if item.id in why else plan.going).append(item)
     plan.why = {item.id: why[item.id] for item in plan.kept}
     _look_at_trash(registry, plan, why, rules, at)
+    _look_at_resume(registry, plan, rules, at)
     plan.leftovers, plan.in_progress = trash.leftovers(registry.root, rules.grace, at)
     plan.lapsed = [lease for lease in leases(registry.root) if lease.lapsed(at)]
     return plan
@@ -116,23 +122,36 @@ def apply(registry: Registry, plan: Plan, told: Callable[[str], None] = lambda l
 def _apply(registry: Registry, plan: Plan, told: Callable[[str], None]) -> Done:
     root = registry.root
     returned = [item.id for item in plan.returning if trash.bring_back(root, item.id, "something refers to it")]
-    moved = []
-    for item in plan.going:
-        if trash.put(root, item.id, item.ref, "no rule keeps it"):
+    moved, spared = _move_away(registry, plan.going)
+    saved = spared + _save_referenced(registry, {item.id for item in moved})
+    for item in moved:
+        if item.id not in saved:
             told(f"trashed {item.ref} ({item.id})")
-            moved.append(item)
-    saved = _save_referenced(registry, {item.id for item in moved})
     for checkpoint_id in saved:
-        told(f"moved back {checkpoint_id}: something came to refer to it")
+        told(f"kept {checkpoint_id}: something came to refer to it")
     trash.finish_purges(root, all_references(registry))
     for waiting in plan.waiting:
         if waiting.since is None:  # its record was lost: its time of grace begins now
             trash.record(root, waiting.id, "trashed", waiting.ref, "no record said since when")
     deleted = trash.purge(root, [item.id for item in plan.overdue], lambda: all_references(registry))
+    _collect_resume(registry, plan)
     trash.remove(plan.leftovers)
     for lease in plan.lapsed:
         lease.file.unlink(missing_ok=True)
     return Done([item for item in moved if item.id not in saved], saved, [item for item in plan.overdue if item.id in deleted], returned, plan.leftovers)
+
+
+def _move_away(registry: Registry, going: list[Checkpoint]) -> tuple[list[Checkpoint], list[str]]:
+    """Announce, look once more whether something refers to what goes, move the rest. What was moved, ids of what was spared."""
+    for item in going:
+        trash.announce(registry.root, item.id, item.ref, "no rule keeps it")
+    leaving = {item.id: item for item in going}
+    why = references(registry) | {parent: f"{item.ref} was made from it" for item in registry.list() if item.id not in leaving for parent in parents_of(item)}
+    _with_parents(why, leaving)
+    spared = [key for key in leaving if key in why]
+    for key in spared:
+        trash.spare(registry.root, key, leaving[key].ref, why[key])
+    return [item for item in going if item.id not in why and trash.put(registry.root, item.id)], spared
 
 
 def _save_referenced(registry: Registry, moved: set[str]) -> list[str]:
@@ -144,6 +163,31 @@ def _save_referenced(registry: Registry, moved: set[str]) -> list[str]:
             break
         saved += back
     return saved
+
+
+def _look_at_resume(registry: Registry, plan: Plan, rules: Rules, at: datetime) -> None:
+    """Resumable states go by a rule of their own: those of the newest `keep_resume` checkpoints of each name stay."""
+    stays = {item.id for item in plan.kept if not plan.why[item.id].startswith("damaged")}
+    counted: dict[str, int] = {}
+    for item in reversed(resumable.kept(registry)):
+        if rules.stage not in (None, item.stage) or rules.name not in (None, item.name):
+            continue
+        family = f"{item.stage}/{item.name}"
+        number = counted.get(family, 0)
+        counted[family] = number + (item.id in stays)
+        if item.id not in stays or number >= rules.keep_resume:
+            plan.resume.insert(0, item)
+    old = trash.trashed(resumable.root_of(registry))
+    plan.resume_overdue = [item for item in old if item.since is not None and at - item.since > rules.grace]
+
+
+def _collect_resume(registry: Registry, plan: Plan) -> None:
+    root = resumable.root_of(registry)
+    for item in plan.resume:
+        trash.announce(root, item.id, item.ref, "no rule keeps its resumable state")
+        trash.put(root, item.id)
+    trash.purge(root, [item.id for item in plan.resume_overdue], lambda: ())
+    trash.finish_purges(root, ())
 
 
 def references(registry: Registry, at: datetime | None = None) -> dict[str, str]:
@@ -256,6 +300,7 @@ def to_json(plan: Plan, done: Done | None) -> dict[str, Any]:
         "applied": done is not None, "trash": names(done.trashed if done else plan.going),
         "keep": [{**entry, "why": plan.why[entry["id"]]} for entry in names(plan.kept)],
         "purge": [item.to_json() for item in (done.purged if done else plan.overdue)], "waiting": [item.to_json() for item in plan.waiting],
+        "resume": names(plan.resume), "purge_resume": [item.to_json() for item in plan.resume_overdue],
         "restore": done.returned if done else [item.id for item in plan.returning], "leftovers": [str(path) for path in plan.leftovers],
         "in_progress": [str(path) for path in plan.in_progress], "lapsed_leases": [str(lease) for lease in plan.lapsed], "damaged": plan.damaged,
     }  # fmt: skip

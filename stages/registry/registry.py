@@ -1,11 +1,12 @@
 """The registry as the stages and the command line use it.
 
 ROOT/registry.json
-ROOT/checkpoints/<id>/{manifest.json, model/}                  immutable; resume/ is reserved beside model/
+ROOT/checkpoints/<id>/{manifest.json, model/}                  immutable
 ROOT/versions/<stage>/<name>/<number>.json                     which checkpoint claimed which version number
 ROOT/aliases/<stage>/<name>/<alias>/<number>.json              the highest number is where the alias points
 ROOT/evaluations/<id>/<number>.json                            results, oldest first
 ROOT/trash/<id>/ ROOT/trash/records/<id>/<number>.json         what gc moved away, and when
+ROOT/resume/checkpoints/<id>/ ROOT/resume/trash/               resumable state of the run that made a checkpoint
 ROOT/leases/<id>/<lease id>.json                               which running jobs use a checkpoint
 """
 

@@ -3,14 +3,17 @@
 ROOT/trash/<id>/                         a checkpoint as it was published
 ROOT/trash/records/<id>/<number>.json    what happened to it: trashed (why), restored, purged; its time of grace begins with the record
 
-Who moves a checkpoint here looks afterwards whether something refers to it; who makes something refer to a checkpoint (an alias, a
-lease, a child) looks afterwards whether it is still in its place. So of two that act at once, at least one sees the other and moves it back.
+gc announces with a record what it is about to move, then looks whether something refers to it, then moves. Who makes something refer to a
+checkpoint (an alias, a lease, a child) looks afterwards for an announcement, waits for what comes of it, and moves the checkpoint back if it went.
+Of two that act at once at least one sees the other, so that whoever was told "done" never misses the checkpoint for a moment. gc looks once
+more when it has moved: that covers who waited too long for it, and who was killed before it had looked.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -19,13 +22,14 @@ from typing import Any
 
 from configs.errors import UserError
 from stages.registry import ledger
-from stages.registry.holder import draft_name, is_leftover
+from stages.registry.holder import Holder, draft_name, is_leftover, provably_dead, this_process
 from stages.registry.integrity import read_checkpoint
 from stages.registry.manifest import Checkpoint
 from stages.registry.names import is_id, now
 from stages.registry.storage import durable_mkdir, durable_move
 
 RECORDS = "records"
+PATIENCE = 30.0  # seconds that somebody waits for a move that was announced by a process of which nothing is known
 PURGED = ".purged-"  # before the id: what is being deleted
 
 
@@ -68,26 +72,53 @@ def last_event(root: Path, checkpoint_id: str) -> dict[str, Any]:
 
 
 def record(root: Path, checkpoint_id: str, event: str, ref: str, why: str = "") -> None:
-    """Write down what happens to a checkpoint. Raises OSError."""
-    body = {"id": checkpoint_id, "event": event, "ref": ref, "why": why, "created": now()}
+    """Write down what happens to a checkpoint, and who does it. Raises OSError."""
+    body = {"id": checkpoint_id, "event": event, "ref": ref, "why": why, "created": now(), "by": this_process().to_json()}
     ledger.append(root / "trash" / RECORDS / checkpoint_id, lambda number: body)
 
 
-def put(root: Path, checkpoint_id: str, ref: str, why: str) -> bool:
-    """Record, then move a checkpoint to the trash; False when another process has moved it. Raises OSError."""
+def announce(root: Path, checkpoint_id: str, ref: str, why: str) -> None:
+    """Say that a checkpoint is about to be moved to the trash. Raises OSError."""
     record(root, checkpoint_id, "trashed", ref, why)
+
+
+def spare(root: Path, checkpoint_id: str, ref: str, why: str) -> None:
+    """Take an announcement back. Raises OSError."""
+    record(root, checkpoint_id, "kept", ref, why)
+
+
+def put(root: Path, checkpoint_id: str) -> bool:
+    """Move an announced checkpoint to the trash; False when another process has moved it. Raises OSError."""
     return _move(root / "checkpoints" / checkpoint_id, root / "trash" / checkpoint_id)
 
 
 def bring_back(root: Path, checkpoint_id: str, why: str) -> bool:
-    """Move a checkpoint from the trash to its place; whether it is in its place now, whoever moved it. Raises OSError."""
+    """Wait for a move that is announced, and undo it; whether the checkpoint is in its place now, whoever moved it. Raises OSError."""
     place, waiting = root / "checkpoints" / checkpoint_id, root / "trash" / checkpoint_id
+    if place.is_dir():
+        _await_mover(root, checkpoint_id)
     if not waiting.is_dir():
         return place.is_dir()
     item = read_checkpoint(waiting)
     if _move(waiting, place):
         record(root, checkpoint_id, "restored", item.ref if isinstance(item, Checkpoint) else checkpoint_id, why)
     return place.is_dir()
+
+
+def _await_mover(root: Path, checkpoint_id: str) -> None:
+    """Return when nobody is about to move a checkpoint that is in its place: it went, it was spared, or who announced it is dead or takes too long."""
+    began = time.monotonic()
+    while (last := last_event(root, checkpoint_id)).get("event") == "trashed" and (root / "checkpoints" / checkpoint_id).is_dir():
+        if time.monotonic() - began > PATIENCE or _dead(last):
+            return spare(root, checkpoint_id, str(last.get("ref", checkpoint_id)), "whoever announced the move did not make it")
+        time.sleep(0.01)
+
+
+def _dead(entry: dict[str, Any]) -> bool:
+    try:
+        return provably_dead(Holder.from_json(entry["by"]))
+    except (KeyError, ValueError, TypeError, AttributeError):
+        return False
 
 
 def find(root: Path, ref: str) -> str | None:

@@ -11,7 +11,7 @@ from stages.training.ranks import world_size
 from stages.zero.machine import zero_stage
 
 # Fields that do not change what is computed.
-NOT_COMPARED = {"allow_changed", "machine", "processes", "output", "registry", "health", "guard", "offload_frozen", "watchdog", "train.save_every"}
+NOT_COMPARED = {"allow_changed", "machine", "processes", "output", "registry", "health", "guard", "offload_frozen", "watchdog", "keep_resume", "train.save_every"}
 SCHEDULE = {
     f"train.{name}" for name in (
         "epochs", "max_steps", "batch_size", "micro_batch_size", "learning_rate", "schedule", "warmup", "iterations", "rollout_batch_size", "num_ppo_epochs",

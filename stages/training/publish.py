@@ -11,10 +11,11 @@ from configs.errors import UserError
 from configs.schema import StageConfig, TRLStage
 from stages import models
 from stages.nodes import agree
-from stages.registry import Parent, Registry
+from stages.registry import Checkpoint, Parent, Registry, resumable
 from stages.tokens import ModelTokens
-from stages.training import stop, watchdog
+from stages.training import saves, stop, watchdog
 from stages.training.ranks import from_rank_0, say, world_size
+from stages.training.ready import output_folder
 from stages.zero import gather
 
 
@@ -87,9 +88,24 @@ def publish_checkpoint(
         checkpoint = registry.publish(stage, cfg.name, write, parents=parents, info=record)
         if eval_set and info.get("metrics"):
             registry.add_evaluation(checkpoint, {"eval_set": eval_set, "metrics": info["metrics"]})
+        if cfg.keep_resume:
+            keep_resume(registry, checkpoint, output_folder(cfg, stage) / "resume")
         return checkpoint.ref, checkpoint.id
 
     ref, checkpoint_id = from_rank_0(f"publishing {stage}/{cfg.name}", on_rank_0)
     agree.check_published(cfg.registry, ref, checkpoint_id)
     say(f"published {ref} ({checkpoint_id}) in {cfg.registry}")
     return str(ref)
+
+
+def keep_resume(registry: Registry, checkpoint: Checkpoint, folder: Path) -> None:
+    """Keep the newest sound save of the run that made a checkpoint; without one, or without room for it, a line says so. On one rank."""
+    save = next((save for save in saves.saves(folder) if saves.problem(save) is None), None)
+    if save is None:
+        print(f"keep_resume: {folder} holds no sound save, so none is kept; a run that ends before train.save_every steps makes none", flush=True)
+        return
+    try:
+        resumable.keep(registry, checkpoint, save)
+        print(f"keep_resume: kept {save.name}; to go on from it: align registry resume {checkpoint.ref} OUTPUT --registry {registry.root}", flush=True)
+    except UserError as error:  # the model is published; its state must not cost the run its end
+        print(f"warning: keep_resume: {error}", flush=True)

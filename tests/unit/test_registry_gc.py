@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from datetime import UTC, datetime, timedelta
 
@@ -159,28 +160,53 @@ def test_without_a_record_the_grace_begins_anew(registry):
     assert trash.trashed(registry.root)[0].since is not None
 
 
+@pytest.mark.parametrize("moment", ["announce", "put"])
 @pytest.mark.parametrize("refer", ["alias", "lease", "child"])
-def test_what_is_referred_to_while_gc_moves_it_ends_in_its_place(registry, monkeypatch, refer):
+def test_what_is_referred_to_while_gc_moves_it_ends_in_its_place(registry, monkeypatch, refer, moment):
+    """The other process refers to the checkpoint just before gc looks whether anybody does ("announce"), or just after it has looked ("put")."""
     first = publish(registry)
     publish(registry)
-    real, held = trash.put, []
+    real, held = getattr(trash, moment), []
+    monkeypatch.setattr(trash, "PATIENCE", 0)  # who refers to it is this very process, which can't wait for itself
 
-    def meanwhile(root, checkpoint_id, ref, why):
-        """The other process has looked at the checkpoint before gc moves it, and refers to it before gc looks again."""
-        monkeypatch.setattr(trash, "put", real)
+    def meanwhile(root, checkpoint_id, *rest):
+        monkeypatch.setattr(trash, moment, real)
         if refer == "alias":
-            ledger.append(registry.root / "aliases/sft/demo/production", lambda n: {"id": checkpoint_id, "ref": ref, "created": "2026-01-01T00:00:00Z"})
+            ledger.append(registry.root / "aliases/sft/demo/production", lambda n: {"id": checkpoint_id, "ref": first.ref, "created": "2026-01-01T00:00:00Z"})
         elif refer == "lease":
             held.append(leases.take(registry.root, [checkpoint_id], "ppo"))
         else:
             publish(registry, "reward/demo", parents=[Parent.of(first, "init_from")])
-        return real(root, checkpoint_id, ref, why)
+        return real(root, checkpoint_id, *rest)
 
-    monkeypatch.setattr(trash, "put", meanwhile)
+    monkeypatch.setattr(trash, moment, meanwhile)
     done = collect(registry)
     assert (done.saved, done.trashed, versions(registry)) == ([first.id], [], [1, 2])
+    assert trash.last_event(registry.root, first.id)["event"] == ("kept" if moment == "announce" else "restored")
     for lease in held:
         lease.give_back()
+
+
+def test_who_takes_a_lease_waits_for_a_move_that_is_announced(registry):
+    """Else gc, which looked before the lease was there, would move the checkpoint away while it is read, and back again."""
+    first = publish(registry)
+    publish(registry)
+    trash.announce(registry.root, first.id, first.ref, "no rule keeps it")
+    began, moves = time.monotonic(), threading.Timer(0.3, trash.put, (registry.root, first.id))
+    moves.start()
+    held = registry.lease(first, "ppo")
+    assert time.monotonic() - began > 0.25
+    assert registry.verify(first.id) == []
+    moves.join()
+    assert trash.last_event(registry.root, first.id)["event"] == "restored"
+    held.give_back()
+    dead = subprocess.run([sys.executable, "-c", "import json; from stages.registry.holder import this_process; print(json.dumps(this_process().to_json()))"], cwd=ROOT, capture_output=True, text=True, check=True)
+    body = trash.last_event(registry.root, first.id) | {"event": "trashed", "by": json.loads(dead.stdout)}
+    body.pop("hash")
+    ledger.append(registry.root / "trash" / "records" / first.id, lambda n: body)
+    began = time.monotonic()
+    registry.lease(first, "ppo").give_back()  # nobody waits for the dead
+    assert time.monotonic() - began < 5
 
 
 @pytest.mark.parametrize("refer", ["alias", "lease", "child"])
