@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from stages.guard.skip import innermost
-from stages.training import saves
+from stages.training import pickles, saves
 from stages.training.ranks import from_rank_0
 
 
@@ -41,6 +41,7 @@ def restore(trainer: Any, save: Path) -> None:
 
     Learning rates stay as the schedule has set them for the next step.
     """
+    pickles.check(save)
     inner = innermost(trainer.optimizer)
     rates = [group["lr"] for group in inner.param_groups]
     if trainer.is_deepspeed_enabled:

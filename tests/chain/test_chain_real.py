@@ -15,6 +15,7 @@ import pytest
 
 from launch.cli import main
 from stages.registry import Registry
+from stages.registry.exporting import export
 from tests.security import canaries
 from tests.tiny import tiny_data, tiny_model
 
@@ -79,6 +80,7 @@ def test_killed_in_the_reward_stage_then_run_again(chain, capfd, monkeypatch):
     said = capfd.readouterr().out
     assert "[reward] resume: continuing from checkpoint-" in said
     assert "perplexity" in said or "KL" in said  # the table
+    export(Registry(out / "registry"), "ppo/tiny", out / "export")  # with its model card
     files, leaks = canaries.found(out, printed=said)
     assert leaks == []
     assert files > 50

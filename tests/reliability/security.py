@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from stages.registry import Registry
+from stages.registry.exporting import export
 from tests.reliability.case import Case, Measured
 from tests.security import canaries
 from tests.security.attack import attempt
@@ -63,6 +65,8 @@ def canaries_of_a_chain(folder: Path, seed: int, quick: bool) -> Measured:
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     if done.returncode != 0:
         return Measured("the chain failed", False, done.stderr.strip()[-300:])
+    for stage in ("sft", "reward", "dpo", "ppo"):
+        export(Registry(folder / "out" / "registry"), f"{stage}/tiny", folder / "out" / "export" / stage)  # with its model card
     files, leaks = canaries.found(folder / "out", printed=done.stdout + done.stderr)
     kinds = "secrets and a prompt, as UTF-8, -16 and -32, base64, hex, reversed, packed; samples.jsonl may hold prompts"
     return Measured(f"{len({leak.split(':')[0] for leak in leaks})} of {files}", not leaks, "; ".join(leaks)[:300] or kinds)
