@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 from configs.errors import UserError
 from launch.cli import main
 from stages import models
-from stages.registry import Registry
+from stages.registry import Registry, resumable
 from stages.registry.importing import import_model, licence_of
 from stages.registry.leases import leases_of
 from stages.tokens import load_tokens
+from stages.training import saves
 from tests.stage.runs import run, settings, workspace
 from tests.tiny import tiny_model
 
@@ -75,8 +76,12 @@ def test_pad_that_is_eos_is_mended_and_the_import_is_the_parent_of_a_reward_mode
     assert facts["pad_id"] not in facts["eos_ids"]
     rows = load_file(checkpoint.model_dir / "model.safetensors")["model.embed_tokens.weight"].shape[0]
     assert rows > facts["pad_id"]
-    train = {"epochs": 1, "batch_size": 8, "micro_batch_size": 8, "eval_every": 50}
-    made = run("reward", settings(there, "reward", train, init_from="sft/mended"))
+    train = {"epochs": 1, "batch_size": 8, "micro_batch_size": 8, "eval_every": 50, "save_every": 2}
+    made = run("reward", settings(there, "reward", train, init_from="sft/mended", keep_resume=True))
+    assert not (there / "out-reward" / "resume").exists()
+    assert registry.verify(made.id, deep=True) == []  # the kept save is no part of the checkpoint
+    save = resumable.restore(registry, made.ref, there / "again")
+    assert (saves.problem(save), save.parent) == (None, there / "again" / "resume")
     assert made.manifest["parents"][0]["id"] == checkpoint.id
     (lease,) = leases_of(registry.root, checkpoint.id)  # held until the process ends
     assert (lease.purpose, lease.holder.pid) == ("reward/tiny trains from it", os.getpid())
