@@ -27,7 +27,7 @@ VERBS = {
     "slurm": ("launch.slurm_cli", "write sbatch scripts that run a chain on many nodes"),
     "k8s": ("launch.k8s_cli", "write a Kubernetes manifest that runs a chain on many nodes"),
     "data": ("launch.data_cli", "check data files and show what the stages make of them"),
-    "registry": ("launch.registry_cli", "list, show, verify and name checkpoints"),
+    "registry": ("launch.registry_cli", "list, verify, name, collect, import and export checkpoints"),
     "launch": ("launch.launch_cli", "show machine files and the accelerate launch command a config gets"),
     "doctor": ("launch.doctor_cli", "examine this machine: versions, devices, network, disks, and a tiny training run"),
     "config": ("launch.config_cli", "explain configuration keys and print their schema"),

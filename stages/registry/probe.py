@@ -19,8 +19,6 @@ from configs.errors import UserError
 from stages.registry.holder import draft_name
 from stages.registry.storage import fsync_dir, fsync_file, reflink
 
-WORDS = {number: name for number, name in errno.errorcode.items()}
-
 
 @dataclass(frozen=True)
 class Probe:
@@ -63,7 +61,7 @@ def _try(folder: Path, name: str, needed: bool, probe: Callable[[Path], None], w
         folder.mkdir()
         probe(folder)
     except OSError as error:
-        problem = f"{WORDS.get(error.errno or 0, '?')}: {error.strerror or error}"
+        problem = f"{errno.errorcode[error.errno]}: {error.strerror}" if error.errno in errno.errorcode else str(error.strerror or error)
     return Probe(name, problem is None, needed, works if problem is None else fails, round((time.monotonic() - began) * 1e3, 2), problem)
 
 
