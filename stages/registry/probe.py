@@ -61,7 +61,7 @@ def _try(folder: Path, name: str, needed: bool, probe: Callable[[Path], None], w
         folder.mkdir()
         probe(folder)
     except OSError as error:
-        problem = f"{errno.errorcode[error.errno]}: {error.strerror}" if error.errno in errno.errorcode else str(error.strerror or error)
+        problem = f"{errno.errorcode[error.errno]}: {error.strerror}" if error.errno and error.errno in errno.errorcode else str(error.strerror or error)
     return Probe(name, problem is None, needed, works if problem is None else fails, round((time.monotonic() - began) * 1e3, 2), problem)
 
 
