@@ -50,11 +50,11 @@ def compare(folder: Path, world: str, layout: str, chosen: list[str]) -> list[di
     """The records of one world and layout: bytes, and |predicted - measured| / measured."""
     machine = cases.machine(folder, layout)
     processes = 1 if layout == "one" else cases.PROCESSES
-    worker = ["tests.bench.plan_worker", str(folder), layout, *chosen]
-    launch = ["-m", *worker]
-    if processes > 1:
-        launch = ["-m", "accelerate.commands.launch", "--config_file", str(machine), "--num_processes", str(processes), "--main_process_port", "0", "-m", *worker]
-    _run([sys.executable, *launch])
+    for part in parts(chosen, processes):
+        launch = ["-m", "tests.bench.plan_worker", str(folder), layout, *part]
+        if processes > 1:
+            launch = ["-m", "accelerate.commands.launch", "--config_file", str(machine), "--num_processes", str(processes), "--main_process_port", "0", *launch]
+        _run([sys.executable, *launch])
     measured: dict[tuple[str, str], dict[str, Any]] = {}
     for rank in range(processes):
         for line in (folder / f"measured-{layout}-{rank}.jsonl").read_text().splitlines():
@@ -74,6 +74,12 @@ def compare(folder: Path, world: str, layout: str, chosen: list[str]) -> list[di
         records.append({"case": case, "predicted": guess["peak_bytes"], "measured": found["measured"], "error": round(error, 4), "resident": found["resident"],
                         "phase": guess["peak_phase"], "parts": guess["parts_bytes"]})  # fmt: skip
     return records
+
+
+def parts(chosen: list[str], processes: int) -> list[list[str]]:
+    """The cases that share processes: all of them alone, of one stage under DeepSpeed, which leaves things behind in a process."""
+    stages = dict.fromkeys(case.partition(":")[0] for case in chosen)
+    return [[case for case in chosen if case.startswith(f"{stage}:")] for stage in stages] if processes > 1 else [chosen]
 
 
 def predict(folder: str, layout: str, machine: str, *chosen: str) -> None:
