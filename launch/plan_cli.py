@@ -109,7 +109,7 @@ def _scaled(plans: list[Any], counts: list[int]) -> list[dict[str, Any]]:
     rows = [(p, row) for p in plans for row in scale(facts_of(p.work, p.layout), counts, hardware_of(p.layout.device))]
     return [
         {"stage": p.work.stage, "gpus": row.gpus, "nodes": row.nodes, "step_seconds": row.seconds, "tokens_per_second": row.tokens_per_second,
-         "hours": row.hours if p.work.steps else None, "efficiency": row.efficiency, "bound": row.bound, "notes": list(row.notes)}
+         "hours": row.hours * p.work.members if p.work.steps else None, "efficiency": row.efficiency, "bound": row.bound, "notes": list(row.notes)}
         for p, row in rows
     ]  # fmt: skip
 

@@ -24,5 +24,5 @@ def corrected(planned: Planned) -> Planned:
     if found["seconds"] is not None and work.steps:
         rows = MICRO_STEPS * work.job.micro_batch * layout.processes
         per_step = found["seconds"] * (work.job.rollout_rows / rows * work.cfg.train.num_ppo_epochs if work.stage == "ppo" else work.job.accumulation)
-        hours = per_step * work.steps / 3600
+        hours = work.members * per_step * work.steps / 3600
     return replace(planned, measured=found["peak_bytes"], measured_hours=hours)

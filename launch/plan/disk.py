@@ -12,7 +12,7 @@ SAVES = 3  # two that are kept, and one that is being written
 
 @dataclass(frozen=True)
 class Disk:
-    """Bytes of one save, of all saves at once, and of the published checkpoint."""
+    """Bytes of one save, of all saves at once, and of what is published; of all members of an ensemble in the last two."""
 
     save: int
     saves: int
@@ -24,4 +24,5 @@ def disk_of(work: Work) -> Disk:
     shape = shape_of(work.job.config, work.job.lora, scores=work.stage == "reward")
     trained = shape.trained * (2 if work.stage == "ppo" and work.job.value_function != "head" else 1)
     save = 12 * trained
-    return Disk(save, SAVES * save, (4 * shape.trained) if work.job.lora else 4 * shape.parameters)
+    published = 4 * (shape.trained if work.job.lora else shape.parameters)
+    return Disk(save, work.members * SAVES * save, work.members * published)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +37,10 @@ class Estimate:
         """Its peak."""
         return self.phases[self.where]
 
+    def most(self, kind: str) -> int:
+        """The most bytes of one kind in any phase."""
+        return max(peak.parts.get(kind, 0) for peak in self.phases.values())
+
 
 def estimate(job: Job, cfg: Any, layout: Layout) -> Estimate:
     """Simulate a stage. Models of more than a few layers are simulated twice at small depth: what a phase holds is linear in the depth."""
@@ -50,11 +56,12 @@ def estimate(job: Job, cfg: Any, layout: Layout) -> Estimate:
 
 def _clamped(job: Job, layout: Layout, phases: dict[str, Peak]) -> Estimate:
     """Of weights that are split, only so many are whole at once."""
-    width = 2 if job.bf16 else 4
+    width, text = 2 if job.bf16 else 4, job.config.get_text_config()
+    head = max(job.vocabulary or 0, text.vocab_size) * text.hidden_size * width
     out = {}
     for name, peak in phases.items():
         whole = peak.parts.get(GATHERED, 0)
-        at_once = whole if job.gathers_once and name.startswith("rollout") else gathered(layout, whole, job.layers, width, keeps=job.stage != "ppo")
+        at_once = whole if job.gathers_once and name.startswith("rollout") else gathered(layout, whole, job.layers, head, keeps=job.keeps_gathered, width=width)
         parts = {**peak.parts, GATHERED: at_once} if whole else peak.parts
         out[name] = Peak(sum(parts.values()), parts, peak.operation)
     return Estimate(out)
@@ -88,7 +95,7 @@ def simulated(job: Job, cfg: Any, layout: Layout) -> dict[str, Peak]:
     def kind_of(tensor: Tensor) -> str | None:
         return "logits" if tensor.dim() > 1 and tensor.shape[-1] in (vocabulary, TILE) else None
 
-    with simulation() as running:
+    with _collected(), simulation() as running:
         running.kind_of = kind_of
         around = spread(job, layout, running)
         if job.stage == "ppo":
@@ -96,9 +103,22 @@ def simulated(job: Job, cfg: Any, layout: Layout) -> dict[str, Peak]:
         else:
             supervised.simulate(job, running, around)
         peaks = dict(running.peaks)
-    gc.collect()
     dropped = {"start", "-"} | ({"load"} if layout.zero == 3 or layout.fsdp else set())  # split while it is loaded
     return {name: peak for name, peak in peaks.items() if name not in dropped}
+
+
+@contextmanager
+def _collected() -> Iterator[None]:
+    """Free what the block leaves in cycles, looking at no older object: libraries have millions, which took longer than a small simulation.
+
+    Left to a later time, tensors without data would go within another simulation, which crashes the process.
+    """
+    gc.freeze()
+    try:
+        yield
+        gc.collect()
+    finally:
+        gc.unfreeze()
 
 
 TILE = 32768  # columns of the tiles in which TRL computes logits

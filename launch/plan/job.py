@@ -33,7 +33,7 @@ class Job:
     value_function: str = "copy"  # PPO: adapter, copy or head
     own_reference: bool = True  # DPO and PPO: a reference that is a model of its own
     reward_models: tuple[Any, ...] = ()  # PPO: configs of the reward models that are models of their own
-    reward_lora: Lora | None = None  # PPO: of a reward adapter on the shared backbone; the value adapter starts as its copy
+    reward_adapters: tuple[Lora, ...] = ()  # PPO: reward models that are adapters on the shared backbone; the value adapter starts as a copy of the first
     offload_frozen: bool = False
     quantized: bool = False  # PPO: the shared backbone in 4 bits
     ema: bool = False
@@ -45,6 +45,16 @@ class Job:
     def sequences(self) -> int:
         """Rows of one forward pass in training."""
         return self.micro_batch * SCORES[self.stage]
+
+    @property
+    def keeps_gathered(self) -> bool:
+        """Whether DeepSpeed keeps split weights whole from one use to the next, while they fit: it must have seen the order of uses.
+
+        PPO tells it not to. DPO whose reference is its policy without adapters goes through the model twice before the backward pass: DeepSpeed
+        takes each forward pass for a step of its own (`reset_step` of partitioned_param_coordinator.py, 0.19.8), finds another order in each
+        and forgets what it has seen.
+        """
+        return self.stage != "ppo" and (self.stage != "dpo" or self.own_reference)
 
     @property
     def layers(self) -> int:

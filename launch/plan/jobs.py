@@ -29,6 +29,12 @@ class Work:
     steps: int | None  # optimizer steps (PPO: iterations); None where the number of rows is not known
     tokens_per_step: float  # tokens that one optimizer step (PPO: iteration) trains on, all processes
 
+    @property
+    def members(self) -> int:
+        """How many times the stage runs: once for each member of a reward ensemble."""
+        ensemble = getattr(self.cfg, "ensemble", None)
+        return int(ensemble.members) if ensemble is not None else 1
+
 
 def work_of(stage: str, cfg: Any, layout: Layout, sources: Sources, chain: Any = None) -> Work:
     """Read the shapes and the rows of a stage.
@@ -68,35 +74,40 @@ def _ppo(cfg: Any, layout: Layout, sources: Sources, chain: Any, tokens: Any, li
     rows = rows_of("ppo", cfg, tokens, limit - new)
     share = train.rollout_batch_size // layout.processes
     per_step = share // train.num_minibatches
-    reward_lora, reward_models = _reward_models(cfg, sources, chain)
+    reward_adapters, reward_models = _reward_models(cfg, sources, chain)
     job = Job(
         "ppo", micro_batch=min(train.micro_batch_size, per_step), accumulation=math.ceil(per_step / train.micro_batch_size),
         row_tokens=rows.longest + new, prompt_tokens=rows.longest, completion_tokens=new,
         generate_batch=min(cfg.sampling.generate_batch_size, share), rollout_rows=train.rollout_batch_size, evaluates=cfg.evaluation is not None,
         value_function="adapter" if cfg.lora else ("head" if cfg.value_function == "head" else "copy"),
         own_reference=cfg.lora is None or (cfg.reference is not None and cfg.reference != cfg.init_from), reward_models=reward_models,
-        reward_lora=reward_lora, offload_frozen=cfg.offload_frozen, quantized=cfg.quantization is not None, ema=cfg.ema_decay is not None,
+        reward_adapters=reward_adapters, offload_frozen=cfg.offload_frozen, quantized=cfg.quantization is not None, ema=cfg.ema_decay is not None,
         gathers_once=getattr(cfg.engine, "gather", "layer") != "layer", **shared,
     )  # fmt: skip
     return Work("ppo", cfg, job, rows, train.iterations, train.rollout_batch_size * (rows.mean + new))
 
 
-def _reward_models(cfg: Any, sources: Sources, chain: Any) -> tuple[Any, tuple[Any, ...]]:
-    """(adapter config of a reward adapter that shares the backbone, configs of reward models that are models of their own)."""
+def _reward_models(cfg: Any, sources: Sources, chain: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """(shapes of the reward adapters that share the backbone, configs of reward models that are models of their own).
+
+    An adapter shares it that was trained on the weights which the policy starts from; one on others is merged into a base of its own.
+    """
     own: list[Any] = []
-    shared = None
+    shared: list[Any] = []
     for name in reward_model_names(cfg.scorers):
         step = made_by(chain, name) if getattr(chain, "reward", None) is not None else None
         if step is not None:
             section = sections(chain)[step]
             lora, start = section.lora, section.init_from
+            fits = section.init_from == cfg.init_from
         else:
             lora, start = sources.adapter(name, cfg.registry), name
-        if cfg.lora is not None and lora is not None and shared is None:
-            shared = lora  # an adapter on the weights that the policy starts from
+            fits = lora is not None and sources.lies_on(name, cfg.init_from, cfg.registry)
+        if cfg.lora is not None and lora is not None and fits:
+            shared.append(lora)
         else:
             own.append(sources.config(start, cfg.registry))
-    return shared, tuple(own)
+    return tuple(shared), tuple(own)
 
 
 def _bf16(cfg: Any, layout: Layout) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from configs.errors import UserError
 from launch.plan.disk import disk_of
-from launch.plan.estimate import Estimate, estimate
+from launch.plan.estimate import estimate
 from launch.plan.gpus import Device
 from launch.plan.jobs import Work, work_of
 from launch.plan.layout import Layout, layout_of
@@ -52,11 +52,10 @@ def plan_stage(work: Work, layout: Layout, *, knobs: bool = True) -> Planned:
     return planned
 
 
-def knobs_of(work: Work, layout: Layout, now: Estimate) -> tuple[tuple[str, int], ...]:
+def knobs_of(planned: Planned) -> tuple[tuple[str, int], ...]:
     """What would lower the peak, and by how many bytes; the largest saving first."""
+    work, layout, now = planned.work, planned.layout, planned.estimate
     job, tries = work.job, {}
-    if not job.checkpointing:
-        tries["train.gradient_checkpointing=true"] = (replace(job, checkpointing=True), layout)
     if job.micro_batch > 1:
         tries[f"train.micro_batch_size={job.micro_batch // 2}"] = (replace(job, micro_batch=job.micro_batch // 2, accumulation=max(2, job.accumulation)), layout)
     if layout.processes > 1 and layout.zero < 3 and not layout.fsdp and not (job.stage == "ppo" and job.lora):
@@ -71,6 +70,8 @@ def knobs_of(work: Work, layout: Layout, now: Estimate) -> tuple[tuple[str, int]
     if job.stage == "ppo" and job.gathers_once and layout.zero == 3 and now.where.startswith("rollout"):
         tries["engine.gather=layer"] = (replace(job, gathers_once=False), layout)
     saved = {name: now.peak.total - estimate(changed, work.cfg, place).peak.total for name, (changed, place) in tries.items()}
+    if not job.checkpointing and planned.other is not None:
+        saved["train.gradient_checkpointing=true"] = now.peak.total - planned.other.peak.total
     return tuple(sorted(((name, size) for name, size in saved.items() if size > 0), key=lambda pair: -pair[1]))
 
 
@@ -116,7 +117,9 @@ def plan(config: Any, kind: str, *, gpus: int, device: Device, nodes: int, machi
     sources = Sources(base=getattr(config, "base", None))
     found = works(config, kind, lambda cfg: layout_for(cfg, machine, gpus, device, nodes), sources, only)
     out = [plan_stage(work, layout, knobs=knobs) for work, layout in found]
+    if knobs:
+        out = [replace(p, other=estimate(replace(p.work.job, checkpointing=not p.work.job.checkpointing), p.work.cfg, p.layout)) for p in out]
     highest = max(out, key=lambda planned: planned.needed)
     if knobs:
-        out = [replace(p, knobs=knobs_of(p.work, p.layout, p.estimate)) if p is highest or p.fits is False else p for p in out]
+        out = [replace(p, knobs=knobs_of(p)) if p is highest or p.fits is False else p for p in out]
     return out, sources.notes

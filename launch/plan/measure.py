@@ -87,7 +87,7 @@ def measure(cfg: Any, stage: str) -> dict[str, Any]:
     times: list[float] = []
     with ExitStack() as stack:
         stack.enter_context(_longest_rows())
-        stack.enter_context(_timed(stage, times))
+        stack.enter_context(step_times(stage, times))
         for module in ("stages.training.publish", "stages.ppo.train"):
             stack.enter_context(mock.patch(f"{module}.publish_checkpoint", return_value=""))
         if not torch.cuda.is_available():
@@ -117,8 +117,10 @@ def _longest_rows() -> Iterator[None]:
 
 
 @contextmanager
-def _timed(stage: str, times: list[float]) -> Iterator[None]:
+def step_times(stage: str, times: list[float]) -> Iterator[None]:
     """Within the block the seconds of each micro-step (PPO: of each iteration) go into `times`."""
+    import torch
+
     owner: Any = importlib.import_module("stages.ppo.train") if stage == "ppo" else importlib.import_module("transformers").Trainer
     name = "run_iteration" if stage == "ppo" else "training_step"
     original = getattr(owner, name)
@@ -126,6 +128,8 @@ def _timed(stage: str, times: list[float]) -> Iterator[None]:
     def timed(*args: Any, **kwargs: Any) -> Any:
         began = time.monotonic()
         out = original(*args, **kwargs)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # else the clock stops when the work has been asked for
         times.append(time.monotonic() - began)
         return out
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -15,6 +16,8 @@ from configs.schema import PPOStage
 from launch.plan import blueprint
 from launch.plan.allocations import Allocations
 from launch.plan.job import Job
+from launch.plan.simulate import Simulation
+from launch.plan.spread import micro_batches
 from stages.ppo import logprobs as heads
 from stages.ppo import maths
 from stages.ppo.modules import (
@@ -29,7 +32,7 @@ from stages.ppo.modules import (
 )
 from stages.ppo.sampling import Sample, sample
 
-NEW = 2  # tokens that a simulated generation samples: one after the prompt, one with a cache
+NEW = 2  # tokens that the longest simulated generation samples: one after the prompt, one with a cache
 ROLLOUT_NUMBERS = 12  # float32 numbers per completion token in a rollout and in what is computed from it
 
 
@@ -90,7 +93,7 @@ class HeldReference(Reference):
         return self.frozen.used()
 
 
-def simulate(job: Job, cfg: PPOStage, running: Allocations, around: Callable[[Any, Any], AbstractContextManager[Any]]) -> None:
+def simulate(job: Job, cfg: PPOStage, running: Simulation, around: Callable[[Any, Any], AbstractContextManager[Any]]) -> None:
     """Load the models, roll out, and take an optimizer step. `around(module, trained)` is what the launcher makes of them."""
     from stages.guard.verdict import GoneBadError
     from stages.ppo.collect import Clock, PromptSet, collect_rollout, experience_of
@@ -100,7 +103,7 @@ def simulate(job: Job, cfg: PPOStage, running: Allocations, around: Callable[[An
     module, reference, scoring = (_one_backbone if job.lora else _separate)(job, cfg, running)
     module.running = running
     trained = [p for p in module.parameters() if p.requires_grad]
-    rows = job.micro_batch * min(job.accumulation, 2)
+    rows = job.micro_batch  # of the rollout too: micro-batches pass one after the other, and all of them hold the same
     small = cfg.model_copy(update={"train": cfg.train.model_copy(update={"rollout_batch_size": rows, "micro_batch_size": job.micro_batch, "num_ppo_epochs": 1, "num_minibatches": 1, "value_warmup_iterations": 0})})
     prompts = PromptSet([[1] * job.prompt_tokens] * rows, [""] * rows, [{}] * rows)
     tokens: Any = SimpleNamespace(pad_id=0, key="", formatter=SimpleNamespace(completion_text=lambda ids: ""))
@@ -113,8 +116,9 @@ def simulate(job: Job, cfg: PPOStage, running: Allocations, around: Callable[[An
         if job.checkpointing:
             module.train()
         stepped: Any = SimpleNamespace(step=step, zero_grad=lambda **_: None, param_groups=[])
+        again = torch.arange(rows).repeat(micro_batches(job, running))
         with suppress(GoneBadError):  # what is simulated has no numbers
-            update_policy(module, stepped, _Alone(job), experience, small, 0)
+            update_policy(module, stepped, _Alone(job), experience.select(again), small, 0)
 
 
 def _separate(job: Job, cfg: PPOStage, running: Allocations) -> tuple[Watched, Reference, list[Any]]:
@@ -136,8 +140,9 @@ def _one_backbone(job: Job, cfg: PPOStage, running: Allocations) -> tuple[Watche
 
     assert job.lora is not None
     peft_model = blueprint.adapted(blueprint.policy(job), job, "CAUSAL_LM", name=POLICY)
-    for name in (VALUE, *([REWARD] if job.reward_lora else [])):
-        peft_model.add_adapter(name, models.lora_config(job.reward_lora or job.lora, "CAUSAL_LM"))
+    rewards = {f"{REWARD}_{number}" if number else REWARD: lora for number, lora in enumerate(job.reward_adapters)}
+    for name, lora in {VALUE: next(iter(rewards.values()), job.lora), **rewards}.items():
+        peft_model.add_adapter(name, models.lora_config(lora, "CAUSAL_LM"))
     backbone = peft_model.get_base_model()
     if job.bf16:
         store_linear_weights(backbone, torch.bfloat16)
@@ -150,8 +155,7 @@ def _one_backbone(job: Job, cfg: PPOStage, running: Allocations) -> tuple[Watche
     module = Watched(backbone, None, _head(backbone), temperature=cfg.sampling.temperature, switch=switch)
     running.label(module.parameters(), "parameters")
     scoring = _reward_models(job, running)
-    if job.reward_lora:
-        scoring.append((backbone, _head(backbone), lambda: switch.on(REWARD)))
+    scoring += [(backbone, _head(backbone), partial(switch.on, name)) for name in rewards]
     temperature = cfg.sampling.temperature
     if job.own_reference:
         return module, HeldReference(Frozen(job, running, blueprint.policy(job), "reference"), temperature=temperature), scoring
@@ -225,7 +229,7 @@ def _generate(job: Job, cfg: PPOStage, module: PolicyAndValue, running: Allocati
     settings = cfg.sampling.model_copy(update={"max_new_tokens": NEW, "stop_at_eos": False})
     batch = job.generate_batch
     total = job.prompt_tokens + job.completion_tokens
-    for length, phases in ((job.prompt_tokens, ("rollout: prompts", "rollout: tokens")), (total - NEW, ("-", "rollout: tokens"))):
+    for length, phases in ((job.prompt_tokens, ("rollout: prompts",)), (total - NEW, ("-", "rollout: tokens"))):
         calls = iter(phases)
 
         def before(*_: Any, calls: Iterator[str] = calls) -> None:
@@ -233,12 +237,12 @@ def _generate(job: Job, cfg: PPOStage, module: PolicyAndValue, running: Allocati
 
         hook = module.policy.register_forward_pre_hook(before)
         with torch.no_grad(), _Alone(job).autocast(), _caches(running):
-            sample(module.policy, [[1] * length] * batch, sampling=settings, eos_ids=[2], pad_id=0, seeds=list(range(batch)))
+            new = settings.model_copy(update={"max_new_tokens": len(phases)})
+            sample(module.policy, [[1] * length] * batch, sampling=new, eos_ids=[2], pad_id=0, seeds=list(range(batch)))
         hook.remove()
     running.peaks.pop("-", None)
     running.begin("scoring")
-    rows = job.micro_batch * min(job.accumulation, 2)
-    return [Sample([1] * job.completion_tokens, [0.0] * job.completion_tokens, True)] * rows
+    return [Sample([1] * job.completion_tokens, [0.0] * job.completion_tokens, True)] * job.micro_batch
 
 
 @contextmanager

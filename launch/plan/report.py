@@ -25,8 +25,22 @@ class Planned:
     disk: Disk
     knobs: tuple[tuple[str, int], ...] = ()  # override -> bytes that it saves at the peak
     largest_micro_batch: int | None = None
+    other: Estimate | None = None  # with activations recomputed where the config keeps them, and the other way round
     measured: int | None = None  # bytes, by running two micro-steps
     measured_hours: float | None = None  # by the seconds they took
+
+    @property
+    def hours(self) -> float | None:
+        """Of the whole stage, all members of an ensemble one after the other; None where the number of rows is not known."""
+        return self.time.hours * self.work.members if self.time and self.work.steps else None
+
+    @property
+    def by_checkpointing(self) -> dict[str, Estimate]:
+        """"without" and "with" recomputed activations -> the estimate; empty where only the config's own was asked for."""
+        if self.other is None:
+            return {}
+        pair = (self.other, self.estimate) if self.work.job.checkpointing else (self.estimate, self.other)
+        return dict(zip(("without", "with"), pair, strict=True))
 
     @property
     def needed(self) -> int:
@@ -53,6 +67,7 @@ def record(planned: Planned) -> dict[str, Any]:
         "needed_bytes": planned.needed, "fits": planned.fits, "knobs": [{"set": name, "saves_bytes": saved} for name, saved in planned.knobs],
         "largest_micro_batch": planned.largest_micro_batch, "steps": work.steps,
         "step_seconds": round(time.seconds, 4) if time else None, "tokens_per_second": round(time.tokens_per_second, 1) if time else None,
-        "hours": round(time.hours, 3) if time and work.steps else None,
+        "members": work.members, "hours": round(planned.hours, 6) if planned.hours is not None else None,
+        "checkpointing": {name: {"peak_bytes": found.peak.total, "activations_bytes": found.most("activations")} for name, found in planned.by_checkpointing.items()},
         "disk_bytes": {"save": planned.disk.save, "saves": planned.disk.saves, "published": planned.disk.published},
     }  # fmt: skip

@@ -30,6 +30,7 @@ class Simulation(Allocations):
     def __init__(self) -> None:
         super().__init__()
         self.values = WeakTensorKeyDictionary()
+        self.lets_gradients_go = False  # as they come, rather than adding them up
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is DEVICE:  # asked of a tensor at every step, half of all that is dispatched; nothing is allocated

@@ -60,6 +60,13 @@ class Sources:
         found = json.loads((Path(origin.folder) / "adapter_config.json").read_text(encoding="utf-8"))
         return Lora(rank=found["r"], target_modules=found["target_modules"])
 
+    def lies_on(self, adapter: str, base: str, registry: Path) -> bool:
+        """Whether a published adapter was trained on the weights that `base` names."""
+        from stages import models
+
+        under, start = models.adapter_base(self.origin(adapter, registry)), self.origin(base, registry)
+        return under.identity == start.identity or Path(under.folder).resolve() == Path(start.folder).resolve()
+
     def tokens(self, asked: str, registry: Path, template: str) -> Any:
         """The tokenizer with its template; None where there is none beside the config."""
         from stages.tokens import load_tokens

@@ -35,9 +35,15 @@ def spread(job: Job, layout: Layout, running: Simulation) -> Around:
         with ExitStack() as stack:
             stack.enter_context(marked(running, model, job.layers))
             split = layout.zero or layout.fsdp
+            running.lets_gradients_go = layout.zero == 3 or layout.fsdp
             yield (_split if split else _whole)(job, layout, running, model, trained, stack)
 
     return around
+
+
+def micro_batches(job: Job, running: Simulation) -> int:
+    """How many of a step's micro-batches tell its peak: the second finds gradients there, unless they are let go as they come."""
+    return 1 if running.lets_gradients_go else min(job.accumulation, 2)
 
 
 def _whole(job: Job, layout: Layout, running: Simulation, model: Any, trained: list[Any], stack: ExitStack) -> Callable[[], None]:
@@ -126,16 +132,16 @@ class _Sending:
             self.held = False
 
 
-def gathered(layout: Layout, whole: int, layers: int, width: int, *, keeps: bool = True) -> int:
+def gathered(layout: Layout, whole: int, layers: int, head: int, *, keeps: bool, width: int) -> int:
     """Bytes of weights that are whole at once where `whole` bytes are split: all of a small model, of a large one as much as DeepSpeed lets live.
 
     A weight stays whole between its uses in the forward and the backward pass while fewer than `stage3_max_reuse_distance` numbers lie
-    between them, so the last gigabyte or two of a large model's layers are whole at the turn. `keeps`: false where the stage has DeepSpeed
-    let every weight go after each use and fetch none ahead, as PPO's engines do.
+    between them, so the last gigabyte or two of a large model's layers are whole at the turn. Where DeepSpeed `keeps` none, one layer or the head
+    (of `head` bytes) is whole. `width`: bytes of a number.
     """
     layer = whole // max(layers, 1)
     if not keeps:
-        return min(whole, layer)
+        return min(whole, max((whole - head) // max(layers, 1), head))
     if layout.fsdp:
         return min(whole, 2 * layer)
     live = min(layout.numbers("stage3_max_live_parameters"), layout.numbers("stage3_max_reuse_distance")) * width

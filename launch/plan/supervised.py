@@ -14,9 +14,11 @@ from torch import Tensor
 from launch.plan import blueprint
 from launch.plan.allocations import Allocations
 from launch.plan.job import Job
+from launch.plan.simulate import Simulation
+from launch.plan.spread import micro_batches
 
 
-def simulate(job: Job, running: Allocations, around: Callable[[Any, Any], AbstractContextManager[Any]]) -> None:
+def simulate(job: Job, running: Simulation, around: Callable[[Any, Any], AbstractContextManager[Any]]) -> None:
     """Load the stage's models and take an optimizer step. `around(model, trained)` is what the launcher makes of them."""
     running.begin("load")
     model, loss_of = {"sft": _sft, "reward": _reward, "dpo": _dpo}[job.stage](job, running)
@@ -27,7 +29,7 @@ def simulate(job: Job, running: Allocations, around: Callable[[Any, Any], Abstra
     trained = [p for p in model.parameters() if p.requires_grad]
     running.label(model.parameters(), "parameters")
     with around(model, trained) as step, _kernels(job):
-        for _ in range(min(job.accumulation, 2)):  # the second finds gradients there
+        for _ in range(micro_batches(job, running)):
             running.begin("forward")
             with torch.autocast("cpu", torch.bfloat16, enabled=job.bf16 and not job.pure_bf16):
                 loss = loss_of()

@@ -16,6 +16,14 @@ def gib(size: float) -> str:
     return f"{size / GIB:.1f}" if size >= GIB else f"{size / 2**20:.0f} Mi"
 
 
+def duration(hours: float) -> str:
+    """Hours for a person: seconds of a small job, days of a large one."""
+    for unit, size, top in (("s", 3600.0, 90), ("min", 60.0, 90), ("h", 1.0, 72)):
+        if hours * size < top:
+            return f"{hours * size:.{0 if hours * size >= 10 else 1}f} {unit}"
+    return f"{hours / 24:.1f} days"
+
+
 def show(plans: Sequence[Planned], notes: Sequence[str], console: Any) -> None:
     """Print the plans."""
     from rich import box
@@ -35,6 +43,10 @@ def show(plans: Sequence[Planned], notes: Sequence[str], console: Any) -> None:
     table.add_row("  reached in", *(p.estimate.where for p in plans))
     if any(p.measured is not None for p in plans):
         table.add_row("  measured", *(gib(p.measured) if p.measured is not None else "" for p in plans))
+    for name in ("without", "with"):
+        found = [p.by_checkpointing.get(name) for p in plans]
+        if any(found):
+            table.add_row(f"  {name} checkpointing", *(f"{gib(e.peak.total)} (activations {gib(e.most('activations'))})" if e else "" for e in found))
     table.add_row("needed", *(gib(p.needed) for p in plans))
     table.add_row("fits", *({True: "yes", False: "NO", None: "?"}[p.fits] for p in plans), style="bold")
     table.add_row("machine file", *(p.layout.machine for p in plans))
@@ -43,9 +55,11 @@ def show(plans: Sequence[Planned], notes: Sequence[str], console: Any) -> None:
     table.add_row("tokens of the longest row", *(str(p.work.job.row_tokens) + ("" if p.work.rows.measured else " *") for p in plans))
     table.add_row("steps", *(str(p.work.steps) if p.work.steps else "?" for p in plans))
     table.add_row("tokens/s", *(f"{p.time.tokens_per_second:,.0f}" if p.time else "?" for p in plans))
-    table.add_row("hours", *(f"{p.time.hours:.2f}" if p.time and p.work.steps else "?" for p in plans))
+    table.add_row("time", *(duration(p.hours) if p.hours is not None else "?" for p in plans))
+    if any(p.work.members > 1 for p in plans):
+        table.add_row("  of so many models", *(str(p.work.members) if p.work.members > 1 else "" for p in plans))
     if any(p.measured_hours is not None for p in plans):
-        table.add_row("  measured", *(f"{p.measured_hours:.2f}" if p.measured_hours is not None else "" for p in plans))
+        table.add_row("  measured", *(duration(p.measured_hours) if p.measured_hours is not None else "" for p in plans))
     table.add_row("disk: saves, published", *(f"{gib(p.disk.saves)}, {gib(p.disk.published)}" for p in plans))
     console.print(table)
     for line in remarks(plans, notes):
@@ -59,9 +73,9 @@ def show_scale(rows: Sequence[dict[str, Any]], console: Any) -> None:
 
     if not rows:
         return
-    table = Table("stage", "GPUs", "s/step", "tokens/s", "hours", "efficiency", "bound by", box=box.SIMPLE_HEAD if console.is_terminal else box.ASCII2, pad_edge=False)
+    table = Table("stage", "GPUs", "s/step", "tokens/s", "time", "efficiency", "bound by", box=box.SIMPLE_HEAD if console.is_terminal else box.ASCII2, pad_edge=False)
     for row in rows:
-        hours = f"{row['hours']:.2f}" if row["hours"] is not None else "?"
+        hours = duration(row["hours"]) if row["hours"] is not None else "?"
         table.add_row(row["stage"], str(row["gpus"]), f"{row['step_seconds']:.2f}", f"{row['tokens_per_second']:,.0f}", hours, f"{row['efficiency']:.0%}", row["bound"])
     console.print(table)
     for note in dict.fromkeys(f"{row['stage']} on {row['gpus']}: {note}" for row in rows for note in row["notes"]):

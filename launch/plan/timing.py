@@ -88,7 +88,7 @@ def facts_of(work: Work, layout: Layout) -> PlanFacts:
         rows = cfg.train.batch_size * (2 if stage != "sft" else 1)
         return PlanFacts(**common, rows=rows, tokens=max(1, round(work.rows.mean)), reference=frozen if stage == "dpo" else None)
     rewards = [shape_of(config, scores=True, frozen=True) for config in job.reward_models]
-    rewards += [shape_of(job.config, scores=True, frozen=True)] if job.reward_lora else []
+    rewards += [shape_of(job.config, scores=True, frozen=True)] * len(job.reward_adapters)
     value = {"copy": shape_of(job.config, scores=True), "adapter": shape_of(job.config, job.lora, scores=True), "head": None}[job.value_function]
     return PlanFacts(
         **common, rows=cfg.train.rollout_batch_size, tokens=max(1, round(work.rows.mean)), new_tokens=job.completion_tokens, reference=frozen, value=value,
