@@ -35,7 +35,7 @@ def spread(job: Job, layout: Layout, running: Simulation) -> Around:
         with ExitStack() as stack:
             stack.enter_context(marked(running, model, job.layers))
             split = layout.zero or layout.fsdp
-            running.lets_gradients_go = layout.zero == 3 or layout.fsdp
+            running.lets_gradients_go = bool(split)
             yield (_split if split else _whole)(job, layout, running, model, trained, stack)
 
     return around
