@@ -24,6 +24,7 @@ AREAS: tuple[str, ...] = (
     "collection",
     "security",
     "runs",
+    "signals",
 )  # fmt: skip
 ROOT = Path(__file__).resolve().parents[2]
 CASE_LIMIT = 1200  # seconds after which a case counts as hung

@@ -1,0 +1,125 @@
+"""Runs that are told to stop, and runs that hang: real processes, real signals, two ranks."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import statistics
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from configs.exit_codes import HANG
+from tests.launch import launched, told
+from tests.reliability.case import Case, Measured
+
+STAGES = ("sft", "ppo")
+
+
+def prepare() -> None:
+    """Import what the forked processes need, with one thread: they must not wait for threads that were not forked with them."""
+    import deepspeed  # noqa: F401
+    import torch
+    import trl  # noqa: F401
+
+    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    torch.set_num_threads(1)
+
+
+def trials(folder: Path, seed: int, ways: list[tuple[str, told.Way]]) -> list[dict[str, Any]]:
+    """Each way of telling a stage to stop, at a drawn moment of its run."""
+    prepare()
+    draw = random.Random(seed)
+    found = []
+    whole: dict[str, dict[str, Any]] = {}
+    for number, (stage, way) in enumerate(ways):
+        if stage not in whole:
+            told.workspace(folder / stage, stage)
+            whole[stage] = told.settings(folder / stage, stage, "whole")
+            assert told.ends(told.start(stage, whole[stage])) == [0, 0], (folder / stage / "whole.0.log").read_text()[-2000:]
+        found.append(told.trial(folder / stage, stage, way, number, draw.randint(1, 4), draw.random() / 4, whole[stage]))
+        if not told.good(found[-1]):
+            print({key: value for key, value in found[-1].items() if key != "log"}, found[-1]["log"][-2000:], sep="\n", flush=True)
+    return found
+
+
+def verdict(found: list[dict[str, Any]]) -> Measured:
+    """How many trials lost nothing."""
+    good = sum(map(told.good, found))
+    failed = [f"{one['stage']}, {one['way']}: exit codes {one['codes']}, saves {one['saves']}, equal {one['same']}" for one in found if not told.good(one)]
+    counts = ", ".join(f"{n} {name}" for name, n in Counter(one["stage"] for one in found).items())
+    detail = f"{counts}; each: saves that verify, exit code of both processes, continued from that save, metrics and weights equal to the uninterrupted run's"
+    return Measured(f"{good} of {len(found)}", good == len(found), "; ".join([detail, *failed]))
+
+
+def signals_and_skews(folder: Path, seed: int, quick: bool) -> Measured:
+    """Two signals x five skews x two stages."""
+    ways = [(stage, way) for stage in STAGES for way in (told.WAYS[1::4] if quick else told.WAYS)]
+    return verdict(trials(folder, seed, ways))
+
+
+def more_signals(folder: Path, seed: int, quick: bool) -> Measured:
+    """Signals again and again while it saves, and a first Ctrl-C."""
+    again = [told.Way("SIGTERM every 20 ms", signal.SIGTERM, (0.0, 0.0), 0.02), told.Way("SIGINT once", signal.SIGINT, (0.0, 0.0))]
+    return verdict(trials(folder, seed, [("sft", way) for way in again[: 1 if quick else 2]]))
+
+
+def exchange_cost(folder: Path, seed: int, quick: bool) -> Measured:
+    """Milliseconds of one exchange of the flag between two processes that have nothing to wait for."""
+    prepare()
+    out = folder / "times"
+    children = [_measure(rank, 29000 + os.getpid() % 900, out, 100 if quick else 1000) for rank in range(2)]
+    assert told.ends(children) == [0, 0]
+    times = [float(line) for line in out.read_text().split()]
+    median = 1000 * statistics.median(times)
+    share = median / 1000 / 0.5
+    return Measured(f"{median:.2f} ms", share < 0.01, f"median of {len(times)} exchanges (gloo, 2 processes), at most one in half a second: {share:.2%} of the time")
+
+
+def _measure(rank: int, port: int, out: Path, count: int) -> int:
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        from accelerate.state import AcceleratorState
+
+        from stages.training import stop
+        from stages.training.ranks import process_group, wait_for_everyone
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        process_group()
+        times = []
+        for _ in range(count):
+            began = time.perf_counter()
+            stop.exchanged(0, 0.0)
+            times.append(time.perf_counter() - began)
+        if rank == 0:
+            out.write_text("\n".join(map(str, times)))
+        wait_for_everyone()
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def stopped_rank(folder: Path, seed: int, quick: bool) -> Measured:
+    """Rank 1 of a real `align sft` is stopped (SIGSTOP)."""
+    found = launched.stop_a_rank(told.workspace(folder / "w", "sft"), limit=5.0)
+    late = found["seconds"] - found["limit"]
+    named = f"rank 1 did not answer: process {found['pid']} is T (stopped)" in found["log"] and "training_step" in found["stacks"]
+    ok = found["code"] == HANG and late <= 10 and found["gone"] and named
+    return Measured(
+        f"{late:.1f} s after the limit", ok, f"exit code {found['code']}; processes left: {'none' if found['gone'] else 'some'}; stacks of rank 0 and what is known of rank 1: {'there' if named else 'missing'}"
+    )
+
+
+CASES = [
+    Case("SIGTERM and SIGUSR1, skew 0, 0.2, 1 s, one rank only", "20 of 20 complete saves, exit code 85, resumed to the bit", signals_and_skews, "real processes"),
+    Case("signals while saving, and Ctrl-C", "2 of 2 complete saves, exit codes 85 and 130, resumed to the bit", more_signals, "real processes"),
+    Case("cost of agreeing to stop", "below 1 % of the time", exchange_cost, "real processes"),
+    Case("a stopped rank (SIGSTOP)", "ended within limit + 10 s, exit code 110, all stacks, nothing left", stopped_rank, "real processes"),
+]
