@@ -27,7 +27,7 @@ def add_parser(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument("--mail", metavar="ADDRESS", help="mail when a job ends, fails or is requeued")
     parser.add_argument("--cpus-per-node", type=int, metavar="C", help="CPU cores of a node (default: whole nodes, --exclusive)")
     parser.add_argument("--container", metavar="IMAGE", help="run in a container: FILE.sif with Apptainer, anything else with pyxis")
-    parser.add_argument("--signal-before", type=int, default=300, metavar="S", help="seconds before the time limit to stop and requeue (default: 300)")
+    parser.add_argument("--signal-before", type=int, default=300, metavar="S", help="seconds before the time limit to stop and requeue: what one step (PPO: a rollout, or an update), an evaluation and a save take together, and 30 more (default: 300)")
     parser.add_argument("--max-requeues", type=int, default=50, metavar="N", help="requeue a job at most this often (default: 50)")
     parser.add_argument("--network-interface", metavar="NAME", help="network interface between the nodes, such as ib0")
     parser.add_argument("--log-dir", type=Path, metavar="DIR", help="where logs go (default: logs beside the scripts)")

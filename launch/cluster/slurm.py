@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from configs.errors import UserError
-from configs.exit_codes import REQUEUE, USER_ERROR
+from configs.exit_codes import HANG, REQUEUE, USER_ERROR
 from launch.cluster.job import Job, quote
 
 MEETING = ' --node-rank "$SLURM_NODEID" --main-address "$MASTER_ADDR" --main-port "$MASTER_PORT"'
 EVAL_CPUS = 8  # cores of the evaluation's one process, where the node's are not known
+HANGS = 3  # that a job is requeued after: a machine or a network that is at fault may be another one next time
 SAVING_SECONDS = 30  # what requeuing itself takes, of the time between the warning and the limit
 
 
@@ -69,7 +70,7 @@ def sbatch_script(job: Job, slurm: Slurm, stage: str | None) -> str:
         "CHAIN_FILE": quote(job.chain_file), "OUTPUT": quote(job.chain.output), "REGISTRY": quote(job.chain.registry), "FOLDER": quote(job.folder),
         "LOGS": quote(log_folder(job, slurm)), "ENVIRONMENT": environment(slurm), "NETWORK": network(slurm), "CONTAINER": container(job, slurm),
         "LAUNCH": job.launch("K", "MASTER_ADDR", "MASTER_PORT"), "MEETING": MEETING if job.nodes > 1 else "",
-        "ONLY": f"--only {stage} " if stage else "", "REQUEUE": str(REQUEUE), "USER_ERROR": str(USER_ERROR),
+        "ONLY": f"--only {stage} " if stage else "", "REQUEUE": str(REQUEUE), "HANG": str(HANG), "HANGS": str(HANGS), "USER_ERROR": str(USER_ERROR),
         "MAX": str(slurm.max_requeues), "DEADLINE": str(slurm.signal_before - SAVING_SECONDS), "BEFORE": str(slurm.signal_before),
     }  # fmt: skip
     return fill(SCRIPT, values)

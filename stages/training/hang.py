@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from configs.exit_codes import HANG
 from stages.training import siblings
-from stages.training.watchdog import ANSWER, WANTED
+from stages.training.watchdog import WANTED
 
 if TYPE_CHECKING:
     from stages.training.watchdog import Watch
@@ -34,7 +34,7 @@ def end(watch: Watch) -> NoReturn:
     """Write this process's stacks, wait for the others', say what was found, and leave with HANG; local processes that do not answer are killed."""
     with contextlib.suppress(OSError):
         (watch.folder / WANTED).touch()
-    faulthandler.dump_traceback_later(2 * ANSWER, exit=True)  # should what follows hang too, as on a filesystem that does not answer
+    faulthandler.dump_traceback_later(2 * watch.answer, exit=True)  # should what follows hang too, as on a filesystem that does not answer
     lines = [describe(watch)]
     with contextlib.suppress(OSError), stacks_file(watch, watch.rank).open("w") as stream:
         stream.write(f"{lines[0]}\n\n")
@@ -73,14 +73,14 @@ def describe(watch: Watch) -> str:
 
 
 def wait_for_stacks(watch: Watch) -> list[int]:
-    """The processes that have not written their stacks after ANSWER seconds; those of this machine are asked once more, by a signal."""
-    asked, until = False, time.monotonic() + ANSWER
+    """The processes that have not written their stacks after `watch.answer` seconds; those of this machine are asked once more, by a signal."""
+    asked, until = False, time.monotonic() + watch.answer
     while True:
         missing = [rank for rank in range(watch.world) if not written(watch, rank)]
         left = until - time.monotonic()
         if not missing or left <= 0:
             return missing
-        if left < ANSWER / 2 and not asked:
+        if left < watch.answer / 2 and not asked:
             asked = True
             for pid in siblings.siblings().values():
                 with contextlib.suppress(OSError):

@@ -22,7 +22,6 @@ from typing import Any, TextIO
 
 PHASES_THAT_MOVE_BYTES = ("load", "data", "save", "publish")
 MOVED = 1 << 20  # bytes in a look: fewer are logs
-ANSWER = 5.0  # seconds that the other processes get to write their stacks
 FOLDER = "heartbeats"
 WANTED = "stacks-wanted"  # beside them: a process has found that the run hangs
 
@@ -98,6 +97,7 @@ class Watch:
         self.limits, self.output, self.rank, self.world, self.now = limits, output, rank, world, now
         self.folder = output / FOLDER
         self.every = min(max(1.0, world / 100), *(limit / 5 for limit in limits.values()))  # many processes share one filesystem
+        self.answer = max(3.0, self.every + 2)  # seconds that the other processes get to write their stacks
         self.folder.mkdir(parents=True, exist_ok=True)
         self.moved = bytes_moved()
         self.write_heartbeat()
@@ -124,7 +124,7 @@ class Watch:
             now.beaten = time.monotonic()
         left = self.limits[now.phase] - (time.monotonic() - now.beaten)
         if math.isfinite(left):  # this thread may never run again: a library may keep the interpreter's lock
-            faulthandler.dump_traceback_later(max(left, self.every) + 2 * ANSWER - 1, exit=True, file=self.stacks)
+            faulthandler.dump_traceback_later(max(left, self.every) + 2 * self.answer, exit=True, file=self.stacks)
         self.write_heartbeat()
         wanted = self.wanted()
         if not wanted and left <= 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -22,7 +23,7 @@ output: out
 max_length: 64
 template: plain
 split: {validation: 0.1, test: 0.2}
-sft: {data: demos.jsonl, train: {epochs: 15, batch_size: 16, micro_batch_size: 8, learning_rate: 1e-3, save_every: 2, eval_every: 20}}
+sft: {data: demos.jsonl, train: {epochs: 15, batch_size: 16, micro_batch_size: 8, learning_rate: 1e-3, save_every: 1000, eval_every: 20, log_every: 1}}
 dpo: {data: pairs.jsonl, train: {epochs: 1, batch_size: 16, micro_batch_size: 8, learning_rate: 1e-3}}
 """
 
@@ -50,9 +51,9 @@ def cluster(tmp_path_factory) -> Cluster:
     return cluster
 
 
-def wait_for_a_save(folder: Path, job: dict, process: subprocess.Popen[bytes]) -> None:
+def wait_for_steps(folder: Path, job: dict, process: subprocess.Popen[bytes]) -> None:
     until = time.monotonic() + 120
-    while not list(folder.glob("resume/checkpoint-*/sealed.json")):
+    while not (folder / "metrics.jsonl").exists() or (folder / "metrics.jsonl").read_text().count("\n") < 2:
         assert process.poll() is None, job["log"].read_text()
         assert time.monotonic() < until, job["log"].read_text()
         time.sleep(0.02)
@@ -66,13 +67,14 @@ def test_warned_of_the_time_limit_requeued_continued_and_found_by_the_next_job(c
     assert dpo["options"]["dependency"] == "afterok:1000"
 
     process = cluster.start(sft)
-    wait_for_a_save(folder / "out" / "sft", sft, process)
+    wait_for_steps(folder / "out" / "sft", sft, process)
     process.send_signal(signal.SIGUSR1)
     code = cluster.finish(sft, process)
     log = sft["log"].read_text()
     assert (code, cluster.requeued()) == (85, [1000]), log
     assert "requeued: " in log
     assert "sft stopped because it was told to" in log
+    (saved,) = re.findall(r"stopped because it was told to \(SIGUSR1\): saved at step (\d+) of \d+", log)  # no save was due before
     assert not Registry(folder / "out" / "registry").list()
 
     assert cluster.finish(sft, cluster.start(sft, restarts=1)) == 0, sft["log"].read_text()
@@ -80,7 +82,7 @@ def test_warned_of_the_time_limit_requeued_continued_and_found_by_the_next_job(c
     assert cluster.requeued() == [1000]
     log = sft["log"].read_text()
     assert "sft: continue (was interrupted)" in log
-    assert "resume: continuing from checkpoint-" in log
+    assert f"resume: continuing from checkpoint-{saved}\n" in log
 
     assert cluster.finish(dpo, cluster.start(dpo)) == 0, dpo["log"].read_text()
     registry = Registry(folder / "out" / "registry", create=False)

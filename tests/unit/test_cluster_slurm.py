@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from configs.errors import UserError
-from configs.exit_codes import REQUEUE
+from configs.exit_codes import HANG, REQUEUE
 from configs.load import load
 from launch.cli import main
 from tests.launch.fake_slurm import Cluster
@@ -162,7 +162,7 @@ def test_what_cannot_run_is_refused_before_it_waits_in_a_queue(here, capsys, siz
 
 # What a node runs, in place of `align run`: it ends as it is told to.
 STUB = """#!/usr/bin/env bash
-trap 'echo "node $SLURM_NODEID was warned"; [[ -z $STUB_DEAF ]] && exit "$STUB_WARNED"' USR1
+trap 'echo "node $SLURM_NODEID was warned"; [[ -z $STUB_DEAF ]] && exit "$STUB_WARNED"' USR1 TERM
 stat --format="%a $(dirname "$TMPDIR")" "$(dirname "$TMPDIR")" >"$STUB_FOLDER/cache-$SLURM_NODEID"
 touch "$STUB_FOLDER/running-$SLURM_NODEID"
 for _ in $(seq "$STUB_TENTHS"); do sleep 0.1; done
@@ -182,7 +182,7 @@ def job(here):
     script.write_text(script.read_text().replace("sleep 270", "sleep 1").replace("seq 30", "seq 1"))
     subprocess.run(["sbatch", str(script)], cwd=here, env=cluster.env, check=True, stdout=subprocess.DEVNULL)
 
-    def run(code: int = 0, warned: int | None = None, deaf: str = "", restarts: int = 0, **env: str) -> tuple[int, str, list[int]]:
+    def run(code: int = 0, warned: int | None = None, deaf: str = "", restarts: int = 0, number: int = signal.SIGUSR1, **env: str) -> tuple[int, str, list[int]]:
         tenths = "2" if warned is None else "50"
         cluster.env |= {"STUB_CODE": str(code), "STUB_WARNED": str(warned), "STUB_DEAF": deaf, "STUB_FOLDER": str(here), "STUB_TENTHS": tenths, **env}
         job = cluster.queue()[0]
@@ -192,7 +192,7 @@ def job(here):
             while len(list(here.glob("running-*"))) < 2:
                 assert time.monotonic() < until
                 time.sleep(0.02)
-            process.send_signal(signal.SIGUSR1)
+            process.send_signal(number)
         return cluster.finish(job, process, 60), job["log"].read_text(), cluster.requeued()
 
     return run
@@ -231,6 +231,20 @@ def test_a_step_that_asks_for_it_is_requeued_but_not_for_ever(job):
     code, log, requeued = job(REQUEUE, restarts=50)
     assert (code, requeued) == (1, [1000])
     assert "error: requeued 50 times already" in log
+
+
+def test_a_step_that_hung_is_tried_again_a_few_times(job):
+    for times in range(1, 4):
+        assert job(HANG)[::2] == (REQUEUE, [1000] * times)
+    code, log, requeued = job(HANG)
+    assert (code, requeued) == (HANG, [1000] * 3)
+    assert log.count("requeued: the stage hung and was ended by its watchdog; stacks: ") == 3
+
+
+def test_a_job_that_is_cancelled_is_not_requeued_from_here(job):
+    code, log, requeued = job(warned=REQUEUE, number=signal.SIGTERM)
+    assert (code, requeued) == (REQUEUE, []), log
+    assert "the job was cancelled or preempted and is not requeued from here" in log
 
 
 @pytest.mark.parametrize(("ends", "code", "requeued"), [(REQUEUE, REQUEUE, [1000]), (1, REQUEUE, [1000]), (0, 0, []), (2, 2, [])])
