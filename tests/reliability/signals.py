@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import statistics
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -40,8 +41,9 @@ def trials(folder: Path, seed: int, ways: list[tuple[str, told.Way]]) -> list[di
             whole[stage] = told.settings(folder / stage, stage, "whole")
             assert told.ends(told.start(stage, whole[stage])) == [0, 0], (folder / stage / "whole.0.log").read_text()[-2000:]
         found.append(told.trial(folder / stage, stage, way, number, draw.randint(1, 4), draw.random() / 4, whole[stage]))
+        print(f"  {stage}, {way.name}: {'ok' if told.good(found[-1]) else 'FAILED'}", {key: found[-1][key] for key in ("codes", "saves", "same")}, file=sys.stderr, flush=True)
         if not told.good(found[-1]):
-            print({key: value for key, value in found[-1].items() if key != "log"}, found[-1]["log"][-2000:], sep="\n", flush=True)
+            print(found[-1]["log"][-2000:], file=sys.stderr, flush=True)
     return found
 
 
