@@ -101,9 +101,21 @@ def listen() -> None:
     os.set_blocking(writing, False)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     threading.Thread(target=_here.watch, args=(reading,), daemon=True, name="signals").start()
+    os.register_at_fork(after_in_child=_deafen)
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup and the like are obeyed
             signal.signal(number, _here.handle)
+
+
+def _deafen() -> None:
+    """In a process that this one has forked, as pools and data loaders do: a signal to it is its own, and would come out of our pipe."""
+    if not _here.listening:
+        return
+    _here.listening = False
+    signal.set_wakeup_fd(-1)
+    for number in SIGNALS:
+        if signal.getsignal(number) == _here.handle:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 def mode(new: Mode) -> None:

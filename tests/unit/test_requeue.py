@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from configs.exit_codes import REQUEUE
+from configs.exit_codes import HANG, REQUEUE
 from launch.chain.lock import identity, is_alive
 from launch.command import Machine, stage_command
 from launch.process import run_child
+from stages.training import stop
 
 WARNED = "import signal, sys, time\nsignal.signal(signal.SIGUSR1, lambda *_: sys.exit({}))\nprint('ready', flush=True)\ntime.sleep(60)"
 
@@ -27,11 +28,23 @@ def child(code: str, tmp_path: Path, **options) -> int:
     [
         (f"import sys; sys.exit({REQUEUE})", REQUEUE),
         (f"import sys; print('  exitcode  : {REQUEUE} (pid: 7)'); sys.exit(1)", REQUEUE),  # how torch's agent tells a worker's code
+        (f"import sys; print('  exitcode  : {HANG} (pid: 7)'); print('  exitcode  : -9 (pid: 8)'); sys.exit(1)", HANG),
+        (f"import sys; sys.exit({HANG})", HANG),
+        (f"import sys; print('{stop.STOPPED} (SIGTERM): saved at step 3 of 9'); sys.exit(1)", REQUEUE),  # the agent was told, and has no code for it
         ("import sys; print('  exitcode  : 3 (pid: 7)'); sys.exit(1)", 1),
     ],
 )
 def test_a_process_or_a_worker_that_asks_for_it(tmp_path, code, expected):
     assert child(code, tmp_path) == expected
+
+
+@pytest.mark.parametrize(("ends", "expected"), [(0, 0), (1, REQUEUE), (143, REQUEUE), (2, 2), (3, 3)])
+def test_a_terminated_process_is_to_be_run_again_where_that_is_what_ended_it(tmp_path, ends, expected):
+    def terminate(line: str) -> None:
+        if line == "ready":
+            threading.Thread(target=os.kill, args=(os.getpid(), signal.SIGTERM)).start()
+
+    assert child(WARNED.replace("SIGUSR1", "SIGTERM").format(ends), tmp_path, on_line=terminate) == expected
 
 
 @pytest.mark.parametrize(("ends", "expected"), [(0, 0), (1, REQUEUE), (2, 2), (REQUEUE, REQUEUE)])

@@ -123,3 +123,21 @@ def test_slow_steps_exchange_at_every_step(monkeypatch):
         clock[0] += 30.0
         agreement.at_step_end()
     assert seen == [30.0] * 4
+
+
+FORKS = """
+child = os.fork()
+if not child:
+    time.sleep(60)
+time.sleep(0.2)
+os.kill(child, signal.SIGTERM)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+time.sleep(stop.UNWINDING + 0.5)
+assert not stop._here.received
+"""
+
+
+def test_a_forked_process_is_ended_as_ever_and_this_one_does_not_hear_of_it():
+    """The pool of a tokeniser ends its workers with SIGTERM."""
+    done = subprocess.run([sys.executable, "-c", START + FORKS], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
