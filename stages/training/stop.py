@@ -188,7 +188,7 @@ def leave(code: int, where: str) -> NoReturn:
 
 
 def _names() -> str:
-    return ", ".join(dict.fromkeys(signal.Signals(number).name for number in _here.received)) or "another process was"
+    return ", ".join(dict.fromkeys(signal.Signals(number).name for number in _here.received)) or "a signal to another process"
 
 
 def _tell_nothing_is_lost() -> None:

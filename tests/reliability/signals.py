@@ -112,7 +112,7 @@ def stopped_rank(folder: Path, seed: int, quick: bool) -> Measured:
     """Rank 1 of a real `align sft` is stopped (SIGSTOP)."""
     found = launched.stop_a_rank(told.workspace(folder / "w", "sft"), limit=5.0)
     late = found["seconds"] - found["limit"]
-    named = f"rank 1 did not answer: process {found['pid']} is T (stopped)" in found["log"] and "training_step" in found["stacks"]
+    named = f"rank 1 did not answer: process {found['pid']} is T (stopped)" in found["log"] and "_inner_training_loop" in found["stacks"]
     ok = found["code"] == HANG and late <= 10 and found["gone"] and named
     return Measured(
         f"{late:.1f} s after the limit", ok, f"exit code {found['code']}; processes left: {'none' if found['gone'] else 'some'}; stacks of rank 0 and what is known of rank 1: {'there' if named else 'missing'}"
