@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,7 +13,7 @@ from unittest import mock
 from tests.faults.kills import calls
 from tests.faults.power import Point, Recorder, build, outcomes
 from tests.faults.promises import Promises, broken
-from tests.faults.scenarios import Scenario, as_new_process, go_on
+from tests.faults.scenarios import Scenario, as_new_process, go_on, memory
 from tests.faults.shim import Call, watching
 
 Act = Callable[[Path, Promises, Callable[[], None]], None]
@@ -69,11 +67,9 @@ def record(scenario: Scenario, folder: Path, skip: str | None = None, die_at: in
 
 @contextmanager
 def in_memory(fallback: Path) -> Iterator[Path]:
-    """Where programs are recorded and disks are built to be looked at: in memory where there is room, with fsync doing nothing."""
-    memory = Path("/dev/shm")
-    roomy = os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 2**28
-    with tempfile.TemporaryDirectory(dir=memory if roomy else fallback) as made, mock.patch("os.fsync", return_value=None):
-        yield Path(made)
+    """Where programs are recorded and disks are built to be looked at, with fsync doing nothing."""
+    with memory(fallback) as made, mock.patch("os.fsync", return_value=None):
+        yield made
 
 
 def look(points: Sequence[Point], place: Path, chance: random.Random, most: int, *, on: bool = False, stop: bool = False, verdict: Verdict | None = None) -> Verdict:

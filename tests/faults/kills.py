@@ -99,11 +99,15 @@ class Death:
     left: list[str]
 
 
-def deaths(scenario: Scenario, folder: Path, every: int = 1) -> Iterator[Death]:
-    """Kill at every (`every`-th) call, and once more in the middle of each write, always beginning with the same registry."""
+def deaths(scenario: Scenario, folder: Path, every: int = 1, reads: bool = True) -> Iterator[Death]:
+    """Kill at every (`every`-th) call, and once more in the middle of each write, always beginning with the same registry.
+
+    reads: also before an open that only reads; what it leaves is what a kill at the next change leaves.
+    """
     seen = calls(scenario, folder / "whole")
     promises = prepared(scenario, folder)
-    for at, call in list(enumerate(seen, 1))[::every]:
+    chosen = [(at, call) for at, call in enumerate(seen, 1) if reads or call.name != "read"]
+    for at, call in chosen[::every]:
         for torn in (False, True) if writes(call) else (False,):
             top = copied(folder)
             root = top / "registry"

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +20,7 @@ from configs.errors import UserError
 from stages.registry import Checkpoint, Registry, gc, storage
 from stages.registry.gc import Rules
 from tests.faults.promises import Promises, broken
+from tests.tiny import tiny_model
 
 Note = Callable[[], None]  # to be called after each acknowledgement
 
@@ -181,8 +185,33 @@ def as_new_process() -> None:
 
 
 @contextmanager
+def memory(fallback: Path) -> Iterator[Path]:
+    """A folder in memory where there is room, else in `fallback`. For whoever is killed the disk plays no part: what the kernel has, it keeps."""
+    shared = Path("/dev/shm")
+    roomy = os.access(shared, os.W_OK) and shutil.disk_usage(shared).free > 2**29
+    with tempfile.TemporaryDirectory(dir=shared if roomy else fallback) as made:
+        yield Path(made)
+
+
+@contextmanager
 def light() -> Iterator[None]:
     """No git and no look at the installed libraries for each manifest: they take most of the time and write nothing."""
     facts = {"_git": lambda *args: None, "library_versions": dict}
     with mock.patch.multiple("stages.registry.provenance", **facts):
         yield
+
+
+def _outside(root: Path, promises: Promises) -> None:
+    """A Hugging Face folder beside a registry that holds a checkpoint."""
+    tiny_model(root.parent / "outside")
+    publish(root, promises, silent)
+
+
+def _import(root: Path, promises: Promises, note: Note) -> None:
+    from stages.registry.importing import import_model
+
+    promises.published(import_model(Registry(root), str(root.parent / "outside"), "sft/imported"))
+    note()
+
+
+IMPORT = Scenario("import", _outside, _import)  # by itself: it loads torch and transformers, and takes half a second each time

@@ -6,14 +6,13 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
 from tests.faults import cuts, flips, kills, storage_faults
-from tests.faults.scenarios import SCENARIOS, light
+from tests.faults.scenarios import IMPORT, SCENARIOS, light, memory
 from tests.reliability.case import Case, Measured
 
 Run = Callable[[Path, int, bool], Measured]
@@ -48,19 +47,21 @@ def _of(bad: list[Any], tried: int, what: str, detail: str) -> Measured:
 @_isolated
 def kill_everywhere(folder: Path, seed: int, quick: bool) -> Measured:
     bad, tried, left, where = [], 0, 0, []
-    for scenario in SCENARIOS:
-        with tempfile.TemporaryDirectory(dir=folder) as place:
-            found = list(kills.deaths(scenario, Path(place), 5 if quick else 1))
+    for scenario in (*SCENARIOS, IMPORT):
+        with memory(folder) as place:
+            every = 1 if not quick else 20 if scenario is IMPORT else 5
+            found = list(kills.deaths(scenario, place, every, reads=scenario is not IMPORT))
         tried, left = tried + len(found), left + sum(bool(death.left) for death in found)
         bad += [f"{death.scenario}, killed at {death.call}: {death.problems[0]}" for death in found if death.problems]
         where.append(f"{scenario.name} {len(found)}")
-    return _of(bad, tried, "kills did harm", f"kills per operation: {', '.join(where)}; {left} left drafts, all of which gc removed; writes also torn after one byte.")
+    return _of(bad, tried, "kills did harm", f"kills per operation: {', '.join(where)}; {left} left drafts, all of which gc removed; writes also torn after one byte; of import only at calls that change something.")
 
 
 @_isolated
 def kill_at_random(folder: Path, seed: int, quick: bool) -> Measured:
     count = 40 if quick else 1000
-    made = _module("tests.faults.random_kills", folder, count, seed)
+    with memory(folder) as place:
+        made = _module("tests.faults.random_kills", place, count, seed)
     detail = (
         f"a forked process that publishes and moves an alias in a loop, SIGKILL after a random time: {made['checkpoints']} checkpoints and {made['moves']} moves "
         f"acknowledged, {made['unacknowledged']} checkpoints complete but not yet acknowledged, {made['leftovers']} leftovers, which gc removed."
@@ -71,11 +72,11 @@ def kill_at_random(folder: Path, seed: int, quick: bool) -> Measured:
 @_isolated
 def cut_power(folder: Path, seed: int, quick: bool) -> Measured:
     verdict = cuts.Verdict()
-    for scenario in SCENARIOS:
-        one = cuts.cut_everywhere(scenario, folder, seed, 8 if quick else 64)
+    for scenario in SCENARIOS if quick else (*SCENARIOS, IMPORT):
+        one = cuts.cut_everywhere(scenario, folder, seed, 8 if quick or scenario is IMPORT else 64)
         verdict.points, verdict.disks = verdict.points + one.points, verdict.disks + one.disks
         verdict.problems += [f"{scenario.name}: {problem}" for problem in one.problems]
-    detail = f"{verdict.points} moments in {len(SCENARIOS)} operations; of each all disks that the model allows, or a seeded sample of 64 where there are more."
+    detail = f"{verdict.points} moments in open, publish, alias, gc and import; of each all disks that the model allows, or a seeded sample where there are more than 64 (import: 8)."
     return _of(verdict.problems, verdict.disks, "disks broke a promise", detail)
 
 
@@ -102,18 +103,19 @@ def delete_each_fsync(folder: Path, seed: int, quick: bool) -> Measured:
 @_isolated
 def fail_storage(folder: Path, seed: int, quick: bool) -> Measured:
     bad, tried, told = [], 0, 0
-    for scenario in SCENARIOS:
-        with tempfile.TemporaryDirectory(dir=folder) as place:
-            found = list(storage_faults.faults(scenario, Path(place), 7 if quick else 1))
+    for scenario in SCENARIOS if quick else (*SCENARIOS, IMPORT):
+        with memory(folder) as place:
+            found = list(storage_faults.faults(scenario, place, 7 if quick else 4 if scenario is IMPORT else 1))
         tried, told = tried + len(found), told + sum(bool(fault.told) for fault in found)
         bad += [f"{fault.what}: {fault.problems[0]}" for fault in found if fault.problems]
-    return _of(bad, tried, "faults did harm", f"ENOSPC once and from there on, EIO, short writes, at each call that changes something; {told} were told as a UserError, the others passed without harm.")
+    return _of(bad, tried, "faults did harm", f"ENOSPC once and from there on, EIO, short writes, at each call that changes something (of import at every fourth); {told} were told as a UserError, the others passed without harm.")
 
 
 @_isolated
 def write_together(folder: Path, seed: int, quick: bool) -> Measured:
     writers, each = (4, 5) if quick else (16, 40)
-    made = _module("tests.faults.crowd", folder, writers, each, seed)
+    with memory(folder) as place:
+        made = _module("tests.faults.crowd", place, writers, each, seed)
     bad = made["publish"] + made["move"]
     detail = f"versions are exactly 1 to {writers * each}, all verify deeply; {writers * each} compare-and-set moves form one chain in the history; {made['refused']} were refused and tried again."
     return _of(bad, 2 * writers * each, "writes lost or doubled", detail)
