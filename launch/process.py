@@ -57,12 +57,24 @@ class _Stream:
     said_stopped: bool = False
     muted: bool = False
     _broken: bool = field(default=False, repr=False)
+    _unlogged: int = field(default=0, repr=False)
+
+    def note(self, line: bytes) -> None:
+        """Write a line to the log. On a full disk it is lost and counted: a child whose output nobody reads would stop."""
+        try:
+            if self._unlogged:
+                self.log.write(b"--- %d lines are missing here: they could not be written\n" % self._unlogged)
+                self._unlogged = 0
+            self.log.write(line + b"\n")
+        except OSError as error:
+            if not self._unlogged:
+                self._show(f"warning: the log can't be written ({error.strerror}); lines of it are lost until there is room".encode())
+            self._unlogged += 1
 
     def copy(self, source: IO[bytes]) -> None:
         for raw in iter(source.readline, b""):
             line = raw.rstrip(b"\r\n").rpartition(b"\r")[2]  # of a progress bar, its last state
-            self.log.write(line + b"\n")
-            self.log.flush()
+            self.note(line)
             self.worker_exits.update(int(code) for code in WORKER_EXIT.findall(line))
             self.worker_died |= bool(WORKER_DIED.search(line))
             self.said_stopped |= STOPPED in line
@@ -83,6 +95,8 @@ class _Stream:
                 out.flush()
         except (BrokenPipeError, ValueError):
             self._broken = True  # keep reading: a child must not block on a pipe because our reader has gone
+        except OSError:
+            pass  # a full disk: the line is lost, later ones may not be
 
 
 def die_with_parent(death_signal: int) -> Callable[[], None] | None:
@@ -124,8 +138,9 @@ def run_child(
     started = time.monotonic()
     # Several workers are told by the elastic agent, so the agent must live long enough to do it; one process may go at once.
     death_signal = signal.SIGTERM if "accelerate.commands.launch" in argv else signal.SIGKILL
-    with log_file.open("ab") as log, _Signals(grace) as signals:
-        log.write(f"--- {time.strftime('%Y-%m-%dT%H:%M:%S%z')} {' '.join(argv)}\n".encode())
+    with log_file.open("ab", buffering=0) as log, _Signals(grace) as signals:
+        stream = _Stream(f"[{prefix}] ".encode() if prefix else b"", log, to_stderr, on_line, lambda: bool(signals.received))
+        stream.note(f"--- {time.strftime('%Y-%m-%dT%H:%M:%S%z')} {' '.join(argv)}".encode())
         child = subprocess.Popen(
             list(argv), env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             start_new_session=True, preexec_fn=die_with_parent(death_signal),
@@ -134,7 +149,6 @@ def run_child(
         if on_start is not None:
             on_start(child.pid)
         assert child.stdout is not None
-        stream = _Stream(f"[{prefix}] ".encode() if prefix else b"", log, to_stderr, on_line, lambda: bool(signals.received))
         reader = threading.Thread(target=stream.copy, args=(child.stdout,), daemon=True)
         reader.start()
         code = child.wait()

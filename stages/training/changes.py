@@ -111,5 +111,7 @@ def refusal(folder: Path, save: str, found: list[Change]) -> str:
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, str) and len(value) == 64:  # a digest
+        return f"{value[:12]}…"
     text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
     return text if len(text) <= 60 else f"{text[:57]}…"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -27,9 +28,10 @@ def world_size() -> int:
 
 
 def say(line: str) -> None:
-    """Print a line on rank 0."""
+    """Print a line on rank 0. Where it goes to a file on a full disk, or to a reader that has gone, it is lost and the run goes on."""
     if rank() == 0:
-        print(printable(line), flush=True)
+        with suppress(OSError):
+            print(printable(line), flush=True)
 
 
 def process_group() -> Any:

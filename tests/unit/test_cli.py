@@ -181,6 +181,16 @@ def test_output_is_prefixed_and_logged(tmp_path, capfdbinary):
     assert (tmp_path / "logs" / "x.log").read_bytes().splitlines()[1:] == [b"one", b"20%"]
 
 
+def test_a_log_on_a_full_disk_costs_lines_and_stops_no_child(tmp_path, capfdbinary):
+    """More than a pipe holds: the child would wait for ever for somebody to read."""
+    code = "for i in range(3000): print('x' * 100)\nprint('done')"
+    outcome = run_child([sys.executable, "-c", code], dict(os.environ), Path("/dev/full"), prefix="sft")
+    out = capfdbinary.readouterr().out
+    assert outcome.code == 0
+    assert b"[sft] done" in out
+    assert out.count(b"the log can't be written (No space left on device)") == 1
+
+
 def test_a_stages_user_error_is_shown_once_and_its_exit_code_passed_on(tmp_path, capfdbinary):
     outcome = _child("import sys; print('error: no such file', file=sys.stderr); sys.exit(2)", tmp_path, prefix="sft")
     assert outcome.code == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from stages.training import changes, saves
 from stages.training.lines import Appended
+from stages.training.ranks import say
 from stages.training.saves import Failure, attempted
 
 
@@ -169,6 +171,15 @@ def test_lines_that_do_not_fit_wait_for_room(tmp_path, monkeypatch, capsys):
     lines.flush()
     assert lines.path.read_text() == "one\ntwo\nthree\n"
     assert capsys.readouterr().out.count("can't be written") == 1
+
+
+def test_a_line_for_a_full_disk_is_lost_and_the_run_goes_on(monkeypatch):
+    class Full(io.StringIO):
+        def flush(self) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("sys.stdout", Full())
+    say("a line")
 
 
 NOW = {"data": {"train": "a"}, "tokenizer": "t", "template": "c", "steps": 10, "processes": 2, "zero_stage": 0, "parents": ["p"],
