@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -34,12 +35,16 @@ def publish(
     evaluation on `eval_set` (a fingerprint), so that `@best:METRIC` can compare them.
 
     Raises:
-        UserError: on every rank, when publishing failed on rank 0, or where the tokenizer is no longer the one that was trained with.
+        UserError: on every rank, when publishing failed on rank 0, where the tokenizer is no longer the one that was trained with, or the
+            model's loss is not finite.
     """
     if tokens.tokenizer.pad_token_id != tokens.pad_id:
         raise UserError(
             f"training changed the padding token from id {tokens.pad_id} to {tokens.tokenizer.pad_token_id}; leave out what sets it under `trainer:`"
         )
+    loss = (info.get("metrics") or {}).get("loss", 0.0)
+    if not math.isfinite(loss):
+        raise UserError(f"the trained model's loss on its validation rows is {loss}, so it is not published; lower train.learning_rate or use train.precision=fp32, and run again")
     accelerator = trainer.accelerator
     model = accelerator.unwrap_model(trainer.model)
     adapter = hasattr(model, "peft_config")

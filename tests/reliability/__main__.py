@@ -25,6 +25,7 @@ AREAS: tuple[str, ...] = (
     "security",
     "runs",
     "signals",
+    "numbers",
 )  # fmt: skip
 ROOT = Path(__file__).resolve().parents[2]
 CASE_LIMIT = 1200  # seconds after which a case counts as hung

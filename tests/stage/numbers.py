@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -29,7 +28,8 @@ class Recorder(TrainerCallback):
         """Copies of this process's."""
         weights = [getattr(p, "ds_tensor", p).detach().clone() for p in self.trainer.model.parameters() if p.requires_grad]
         optimizer = innermost(self.trainer.optimizer) if self.trainer.optimizer is not None else None
-        return weights, copy.deepcopy(optimizer.state_dict()["state"]) if optimizer is not None else {}
+        entries = list(optimizer.state.values()) if optimizer is not None else []  # not its state_dict: under ZeRO-3 it has groups of other parameters
+        return weights, {i: {name: torch.as_tensor(value).clone() for name, value in entry.items()} for i, entry in enumerate(entries)}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep them."""
@@ -96,6 +96,7 @@ def arm(trainer: Any, kind: str, steps: Collection[int]) -> None:
             if due() and trainer.state.global_step not in met:
                 met.add(trainer.state.global_step)
                 with torch.no_grad():
+                    trained.fill_(math.nan)  # of ZeRO-3 what small ones have whole on every process
                     getattr(trained, "ds_tensor", trained).fill_(math.nan)
             return compute_loss(*arguments, **keywords)
 
