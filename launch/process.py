@@ -80,7 +80,7 @@ class _Stream:
             self.said_stopped |= STOPPED in line
             self.muted = self.muted or (bool(AGENT_REPORT.match(line)) and (self.said_error or self.said_stopped or self.stopping()))
             self.said_error |= line.startswith(b"error: ")
-            if not self.muted:
+            if not self.muted or STOPPED in line:  # the agent tells of the signal before the stage has saved
                 self._show(line)
             if self.on_line is not None:
                 self.on_line(line.decode("utf-8", "replace"))
