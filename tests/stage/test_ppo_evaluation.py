@@ -18,6 +18,7 @@ from stages.ppo import state, train
 from stages.ppo.prompts import load_evaluation
 from stages.registry import Registry
 from stages.tokens import load_tokens
+from stages.training import saves
 from tests.stage import ppo_runs
 from tests.stage.ppo_runs import HELD_OUT, LORA, PROMPTS, metrics, publish_reward, run, settings, weights, workspace
 
@@ -244,7 +245,7 @@ def test_an_evaluation_that_is_switched_on_within_a_run_starts_there(place, monk
     """The line of that evaluation is none of an iteration: health checks and the manifest's metrics pass over it."""
     values = watched(place, "switched", train={"save_every": 1}) | {"evaluation": None}
     with monkeypatch.context() as patch:
-        patch.setattr(state, "seal", lambda folder, seal=state.seal: die() if folder.name == ".staging-checkpoint-3" else seal(folder))
+        patch.setattr(saves, "seal", lambda folder, *rest, seal=saves.seal: die() if folder.name == ".staging-checkpoint-3" else seal(folder, *rest))
         with pytest.raises(KeyboardInterrupt):
             run(values)
     checkpoint = run(watched(place, "switched", train={"save_every": 1}, metric="-evaluation/kl") | {"allow_changed": ["config", "data"]})
@@ -262,9 +263,9 @@ def die(*_, **__):
 def test_trap_14_a_run_cut_while_it_writes_ends_as_the_uninterrupted_one(place, uninterrupted, mode, name, monkeypatch):
     """checkpoint-6: between an evaluation and its save; best-N: half a best policy lies there."""
     values = watched(place, f"cut-{mode}-{name}", mode)
-    seal = state.seal
+    seal = saves.seal
     with monkeypatch.context() as patch:
-        patch.setattr(state, "seal", lambda folder: die() if folder.name == f".staging-{name}" else seal(folder))
+        patch.setattr(saves, "seal", lambda folder, *rest: die() if folder.name == f".staging-{name}" else seal(folder, *rest))
         with pytest.raises(KeyboardInterrupt):
             run(values)
     assert_as_uninterrupted(values, uninterrupted[mode], run(values))

@@ -258,7 +258,7 @@ def test_stop_on_a_full_disk_names_the_check_all_the_same(place, monkeypatch, ca
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(state, "save", full)
+    monkeypatch.setattr(state, "write_position", full)
     with pytest.raises(UserError, match=r"flat_scores(.|\n)*could not be saved as it is"):
         run(settings(place, "stop-full", {"iterations": 2}, scorers=scorer("constant"), health={"action": "stop"}, **FREE))
     assert "the save after iteration 1 could not be written ([Errno 28] No space left on device)" in capsys.readouterr().out
