@@ -2,7 +2,7 @@
 
 Covered: what `os` offers to change a file system, files opened with `open`, `io.open`, `os.fdopen` and pathlib (each write(2) of
 theirs), shutil (built of these), and the ioctl behind a reflink. Not covered: reads of directory listings and stat, which leave
-nothing behind, and files written by compiled code (safetensors' writer), which belong into tests with `preload`.
+nothing behind, and files written by compiled code (safetensors' writer): only a process killed at a random time is interrupted there.
 """
 
 from __future__ import annotations
