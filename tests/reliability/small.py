@@ -105,9 +105,18 @@ def _unchanged(shape: tuple[int, int, int, int, int, bool]) -> float:
     return sum(sizes[name] for names in kept for name in names) / sum(sizes.values())
 
 
-def deep_verification(folder: Path, seed: int, quick: bool) -> Measured:
-    """Verifying contents and merely reading the same files, in turn, from memory and from the disk."""
-    count, size = (4, 8 * 2**20) if quick else (8, 64 * 2**20)
+def verified_from_disk(folder: Path, seed: int, quick: bool) -> Measured:
+    """Verifying contents and merely reading the same files, in turn, with nothing of them in memory."""
+    return _verification(folder, seed, quick, _forget)
+
+
+def verified_from_memory(folder: Path, seed: int, quick: bool) -> Measured:
+    """The same with all of them in memory."""
+    return _verification(folder, seed, quick, lambda files: None)
+
+
+def _verification(folder: Path, seed: int, quick: bool, forget: Callable[[list[Path]], None]) -> Measured:
+    count, size, turns = (4, 8 * 2**20, 3) if quick else (8, 64 * 2**20, 7)
 
     def write(place: Path) -> None:
         for number in range(count):
@@ -116,17 +125,16 @@ def deep_verification(folder: Path, seed: int, quick: bool) -> Measured:
     registry = Registry(folder / "registry")
     checkpoint = registry.publish("sft", "large", write, check_weights=False)
     files = [checkpoint.path / name for name in checkpoint.manifest["files"]]
-    ratios, speeds = {}, []
-    for kind, forget in (("from memory", None), ("from the disk", _forget)):
-        best = {"read": float("inf"), "verified": float("inf")}
-        for _ in range(3 if quick else 7):
-            for what, work in (("read", lambda: _read(files)), ("verified", lambda: _verified(registry))):
-                best[what] = min(best[what], _milliseconds(work, 1, before=lambda forget=forget: forget(files) if forget else None))
-        ratios[kind] = best["read"] / best["verified"]
-        speeds.append(f"{kind}: verified at {_speed(count * size, best['verified'])}, read at {_speed(count * size, best['read'])}")
-    limit = "what is in memory already is read at 18 GiB/s by one core, hashing it takes two more (BLAKE3: 8 GiB/s a core), so there it is reached from three free cores on"
-    detail = f"{'; '.join(speeds)}; {count} files of {size // 2**20} MiB, best of {3 if quick else 7} in turn, {os.cpu_count()} cores; {limit}"
-    return Measured(", ".join(f"{ratio:.2f} {kind}" for kind, ratio in ratios.items()), ratios["from the disk"] >= 0.8, detail)
+    best = {"read": float("inf"), "verified": float("inf")}
+    for _ in range(turns):
+        for what, work in (("read", lambda: _read(files)), ("verified", lambda: _verified(registry))):
+            best[what] = min(best[what], _milliseconds(work, 1, before=lambda: forget(files)))
+    ratio = best["read"] / best["verified"]
+    detail = (
+        f"verified at {_speed(count * size, best['verified'])}, read at {_speed(count * size, best['read'])}; {count} files of {size // 2**20} MiB, "
+        f"best of {turns} in turn, {os.cpu_count()} cores. BLAKE3 hashes about 8 GiB/s a core, reading from memory takes one core 18: it hides behind reading where there are cores enough"
+    )
+    return Measured(f"{ratio:.2f} ×", ratio >= 0.8, detail)
 
 
 def _verified(registry: Registry) -> None:
@@ -156,5 +164,6 @@ CASES = [
     Case("two of eight layers trained, the others frozen: shared with the parent", "≥ 70 % of the bytes", frozen_layers, "in process, real files"),
     Case("a query-value LoRA merged: shared with the base; an adapter stores no base", "≥ 85 % of the bytes, 0 files", merged_adapter, "in process, real files"),
     Case("10,000 checkpoints", "names ≤ 10 ms, cached list ≤ 50 ms, cold scan ≤ 4 s", ten_thousand, "in process, real files"),
-    Case("deep verification against reading without hashing", "≥ 0.8 × the speed, files on the disk", deep_verification, "in process, real files"),
+    Case("deep verification against reading without hashing, files on the disk", "≥ 0.8 × the speed", verified_from_disk, "in process, real files"),
+    Case("deep verification against reading without hashing, files in memory", "≥ 0.8 × the speed", verified_from_memory, "in process, real files"),
 ]
