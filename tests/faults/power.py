@@ -2,8 +2,8 @@
 
 What is lost: the content of a file since its last fsync (lost, torn, or zeros of the right length), and each change of a folder's entries since
 the last fsync of that folder (create, link, unlink, rename: each of them independently of the others, so in any order). A rename is one change,
-as journaling file systems have it; from one folder to another it is durable only once both have been synced. Stricter than most disks: an
-fsync of a file does not make its name durable, and an fsync of one folder none of another's entries.
+as journaling file systems have it, until one of its two folders is synced: then that half of it is durable and the other may still be lost.
+Stricter than most disks: an fsync of a file does not make its name durable, and an fsync of one folder none of another's entries.
 
 Every call is followed by a look at the whole tree, so that what compiled code writes is seen too, before the next call.
 """
@@ -28,9 +28,8 @@ TOP: Key = (-1, 0)
 
 @dataclass(frozen=True)
 class Change:
-    """Entries of folders that change together: (folder, name, what the name means afterwards or None). Durable once all `owners` are synced."""
+    """Entries of folders that change together: (folder, name, what the name means afterwards or None). What is of one folder is durable once that is synced."""
 
-    owners: frozenset[Key]
     entries: tuple[tuple[Key, str, Key | None], ...]
 
 
@@ -125,9 +124,9 @@ class Recorder(Hook):
                 continue  # removed with its folder
             changes += [(folder, name, new.get(name)) for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
         if call.name in ("rename", "replace") and len(changes) == 2:
-            self.disk.pending.append(Change(frozenset(folder for folder, _, _ in changes), tuple(changes)))
+            self.disk.pending.append(Change(tuple(changes)))
         else:
-            self.disk.pending += [Change(frozenset({change[0]}), (change,)) for change in changes]
+            self.disk.pending += [Change((change,)) for change in changes]
 
     def _synced(self, path: str) -> None:
         key = TOP if path == os.path.realpath(self.top) else self._key(path) if os.path.lexists(path) else None
@@ -137,11 +136,12 @@ class Recorder(Hook):
             self.disk.content[key] = self.files[key]
             self.disk.unsynced.pop(key, None)
             return
-        still = [Change(change.owners - {key}, change.entries) for change in self.disk.pending]
-        for change in still:
-            if not change.owners:
-                _apply(self.disk.entries, change)
-        self.disk.pending = [change for change in still if change.owners]
+        still = []
+        for change in self.disk.pending:
+            here = tuple(entry for entry in change.entries if entry[0] == key)
+            _apply(self.disk.entries, Change(here))
+            still.append(Change(tuple(entry for entry in change.entries if entry not in here)))
+        self.disk.pending = [change for change in still if change.entries]
 
     def acknowledged(self) -> None:
         """A point of its own for what has just been acknowledged."""

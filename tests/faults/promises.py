@@ -72,6 +72,8 @@ def _lost(registry: Registry, promises: Promises) -> list[str]:
         try:
             if registry.resolve(checkpoint_id).ref != ref or registry.resolve(ref).id != checkpoint_id:
                 found.append(f"{ref} is another checkpoint now")
+            if checkpoint_id not in promises.released and (registry.root / "trash" / checkpoint_id).is_dir():
+                found.append(f"{ref} is in its place and in the trash")
         except UserError as error:
             if checkpoint_id not in promises.released:
                 found.append(f"{ref} is lost: {error}")

@@ -16,6 +16,7 @@ from tests.stage.runs import ROOT
 
 START = "import os, signal, sys, time\nfrom stages.training import stop\nstop.listen()\n"
 READY = "print('ready', flush=True)\n"
+IN_FRONT = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background, as these tests may be, inherits that Ctrl-C is ignored
 DEADLOCK = """
 import ctypes
 lock = ctypes.create_string_buffer(64)
@@ -28,7 +29,7 @@ wait(lock)  # a library that no handler interrupts
 
 def told(code: str, *signals: tuple[float, int]) -> tuple[int, float, str]:
     """Exit code, seconds from the first signal to the end, and stderr of a process that gets (seconds, signal) once it has said ready."""
-    child = subprocess.Popen([sys.executable, "-c", START + code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen([sys.executable, "-c", IN_FRONT + START + code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert child.stdout is not None
     assert child.stdout.readline() == "ready\n"
     began = time.monotonic()
