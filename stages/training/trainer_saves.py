@@ -16,6 +16,7 @@ from blake3 import blake3
 
 from configs.errors import UserError
 from stages.compat import exportable
+from stages.guard.skip import innermost
 from stages.training import saves
 from stages.training.progress import not_finite
 from stages.training.ranks import from_rank_0, rank, say, world_size
@@ -43,6 +44,12 @@ def saving(trainer_class: Any, stage: str) -> Any:
 
         def _save_checkpoint(self, *_: Any, **__: Any) -> None:
             save(self, warnings)
+
+        def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+            groups = [] if self.is_deepspeed_enabled else settings_of(self)
+            super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint is not None:
+                as_configured(self, groups)
 
         def _load_rng_state(self, checkpoint: str | None) -> None:
             if checkpoint is not None:
@@ -138,6 +145,28 @@ def _rest(trainer: Any, staging: Path) -> None:
         known = trainer.state.stateful_callbacks.get(name)
         trainer.state.stateful_callbacks[name] = [*known, state] if isinstance(known, list) else state
     trainer.state.save_to_json(str(staging / "trainer_state.json"))
+
+
+# -- what the config says of the optimizer
+
+
+def settings_of(trainer: Any) -> list[dict[str, Any]]:
+    """What the optimizer's groups were made with, such as weight decay and betas; without their parameters."""
+    return [{key: value for key, value in group.items() if key != "params"} for group in innermost(trainer.optimizer).param_groups]
+
+
+def as_configured(trainer: Any, groups: list[dict[str, Any]]) -> None:
+    """Put the config's settings back after a save was loaded: it brings back its own, so a learning rate that was allowed to change would be recorded
+    but never used. `groups`: `settings_of` before the load; none under DeepSpeed, which has loaded them already, so there the learning rate alone.
+    """
+    now, scheduler = innermost(trainer.optimizer).param_groups, trainer.lr_scheduler
+    scheduler = getattr(scheduler, "scheduler", scheduler)
+    for group, settings in zip(now, groups, strict=False):
+        group.update(settings)
+    scheduler.base_lrs = [trainer.args.learning_rate for _ in scheduler.base_lrs]
+    scheduler._last_lr = [base * share(scheduler.last_epoch) for base, share in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    for group, base, rate in zip(now, scheduler.base_lrs, scheduler._last_lr, strict=True):
+        group["initial_lr"], group["lr"] = base, rate
 
 
 # -- what has been summed up since the last log

@@ -154,6 +154,22 @@ def test_changed_inputs_are_refused_with_a_diff_unless_allowed(interrupted, monk
             (tmp_path / "kept.jsonl").replace(values["data"])
 
 
+def test_what_was_allowed_to_change_is_used(interrupted, place, monkeypatch):
+    """The optimizer's and the schedule's saved state hold the old values: steps after the save take the new ones all the same."""
+    from stages.training import trainer_saves
+
+    seen = []
+    whole = trainer_saves.as_configured
+    monkeypatch.setattr(trainer_saves, "as_configured", lambda trainer, groups: (whole(trainer, groups), seen.extend(trainer_saves.settings_of(trainer))))
+    changed = {"learning_rate": 2e-3, "weight_decay": 0.25, "max_steps": 12}
+    run("sft", interrupted | {"train": interrupted["train"] | changed, "allow_changed": ["config"]})
+    rows = [json.loads(line) for line in (Path(interrupted["output"]) / "metrics.jsonl").read_text().splitlines()]
+    rates = {row["step"]: row["learning_rate"] for row in rows if "learning_rate" in row}
+    assert [rates[step] for step in (6, 7, 8, 12)] == pytest.approx([1e-3 * 5 / 10, 2e-3 * 6 / 12, 2e-3 * 5 / 12, 2e-3 * 1 / 12])
+    assert [group["weight_decay"] for group in seen] == [0.25, 0.0]
+    assert [group["lr"] for group in seen] == pytest.approx([2e-3 * 6 / 12] * 2)
+
+
 def test_killed_after_the_last_step_it_only_publishes(place, monkeypatch, capsys):
     from stages.training import publish
 
