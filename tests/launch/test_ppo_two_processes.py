@@ -107,7 +107,7 @@ def test_trap_14_a_run_of_two_processes_that_was_killed_ends_as_the_uninterrupte
     assert launch("stages.ppo", "--config", config).returncode != 0
     monkeypatch.delenv("PPO_TEST_DIES_AT")
     assert len(metrics(values)) == 3
-    with pytest.raises(UserError, match="processes was 2, is 1"):
+    with pytest.raises(UserError, match="processes: 2 → 1"):
         run(values)
     again = launch("stages.ppo", "--config", config)
     assert again.returncode == 0, again.stderr

@@ -112,7 +112,7 @@ def test_row_25_other_demonstrations_are_other_data(place, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run(values)
     (place / "other.jsonl").write_text((place / "demonstrations.jsonl").read_text().replace("red", "blue"))
-    with pytest.raises(UserError, match="data was"):
+    with pytest.raises(UserError, match=r"data\.ptx: \w+… → \w+…"):
         run(values | {"ptx": ptx(place, data=str(place / "other.jsonl")), "allow_changed": ["config"]})
 
 
