@@ -89,7 +89,7 @@ def _check_adapter(folder: Path, config: dict[str, Any] | None) -> None:
         if config.get(key):
             raise UserError(f"{where}: {key} is set, with which peft imports packages or opens files that the adapter names; a trained adapter needs none: set it to null")
     for key in ("init_lora_weights",):
-        if config.get(key) not in (True, False, None):
+        if config.get(key) not in (True, False, None, "gaussian", "orthogonal"):  # which draw numbers and nothing else
             raise UserError(f"{where}: {key} is {config[key]!r}, which changes the base's weights or opens files before the adapter is loaded; a trained adapter needs none: set it to true")
     if (folder / "adapter_model.bin").exists() and not (folder / "adapter_model.safetensors").exists():
         raise UserError(f"{folder} holds its adapter as adapter_model.bin, a pickle, which can run code when it is opened; expected adapter_model.safetensors")

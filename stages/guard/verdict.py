@@ -88,7 +88,7 @@ class Guard:
     def judge(self, step: int, values: Tensor) -> Tensor:
         """Whether the step must not be taken: 1 or 0, [] float32, on the device. `values` [S]."""
         values = values.float()
-        found = verdict(values, self.history, self.seen, self.cfg.spike_deviations)
+        found = verdict(values, self.history, self.seen, self.cfg.spike_deviations if self.cfg.enabled else None)
         kept = ~found.skip & (values != 0)
         slot = (self.slots == (self.seen % WINDOW)[:, None]) & kept[:, None]
         self.history = torch.where(slot, values.abs().log()[:, None], self.history)

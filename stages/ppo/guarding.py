@@ -8,7 +8,7 @@ from typing import Any
 
 from configs.errors import UserError
 from configs.schema import PPOStage
-from stages.guard.verdict import GoneBadError, Guard
+from stages.guard.verdict import GoneBadError, Guard, Skipped
 from stages.ppo import state
 from stages.ppo.ema import PolicyAverage
 from stages.ppo.state import Position
@@ -57,19 +57,24 @@ class Undo:
         if saved_next and not self.store.is_finite(whole=True):
             raise GoneBadError("a trained weight is not finite")
 
-    def name(self, iteration: int) -> None:
+    def name(self, iteration: int) -> list[Skipped]:
         """One warning for the steps of an iteration that were skipped."""
         if found := self.guard.read():
             steps = ", ".join(str(skipped.step) for skipped in found)
             say(f"warning: iteration {iteration + 1}: {len(found)} optimizer step(s) of the run are skipped ({steps}): {found[0]}")
+        return found
 
     def go_back(self, why: str, iteration: int) -> dict[str, float]:
-        """Put the newest healthy save's weights and optimizer in place; returns what metrics.jsonl says of the iteration (from 0). A collective.
+        """Put the newest healthy save's weights and optimizer in place, unless fewer steps than that takes were called off, all for spikes; returns what
+        metrics.jsonl says of the iteration (from 0). A collective.
 
         Raises:
             UserError: there is no such save, it was already gone back to, or no iteration is left to show that it helped.
         """
-        self.name(iteration)
+        found = self.name(iteration)
+        if found and self.guard.streak < self.cfg.guard.max_skipped_in_row and not any(skipped.not_finite for skipped in found):
+            say(f"warning: iteration {iteration + 1}: nothing is learned from it, the gradients of all its steps are spikes; weights and optimizer are as they were")
+            return {"train/skipped_steps": self.guard.skipped}
         save = from_rank_0("looking for a healthy save", lambda: healthy_save(self.store.folder))
         kept = f"the last healthy save is {save}" if save else "there is no healthy save yet"
         remedy = "Lower train.learning_rate or use train.precision: fp32, and run again"

@@ -130,7 +130,9 @@ def train(
             metrics, kl_coef = run_iteration(cfg, accelerator, built, engine, optimizer, prompts, tokens, iteration, position.kl_coef, mix, undo.guard, collected)
             undo.check(iteration, saved_next=due or last)
         except GoneBadError as error:
-            logs.add(iteration + 1, undo.go_back(str(error), iteration))
+            with watchdog.during("load"):
+                line = undo.go_back(str(error), iteration)
+            logs.add(iteration + 1, line)
             engine.sync()
             position = position._replace(iteration=iteration + 1, guard=undo.record())
             told.end(position.iteration, partial(undo.save, position), due=False)

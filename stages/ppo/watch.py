@@ -116,7 +116,8 @@ class Watch:
         """The newest best policy that can be read."""
         assert self.state is not None
         for best in reversed(self.state.bests):
-            why = None if best == iteration else self.store.load_best(best)
+            with watchdog.during("load"):
+                why = None if best == iteration else self.store.load_best(best)
             if why is None:
                 return best
             say(f"ppo: the best policy, of iteration {best}, can't be used: {why}; falling back to an older one")

@@ -21,7 +21,7 @@ from stages.registry.integrity import walk
 from stages.registry.manifest import MANIFEST, MODEL
 from stages.registry.sealing import hash_files, seal
 from stages.registry.sharing import Holders, share
-from stages.registry.storage import fsync_dir, fsync_file, protect, storage_error, write_exclusive
+from stages.registry.storage import fsync_dir, fsync_file, protect_own, storage_error, write_exclusive
 
 PICKLES = (
     ".bin",
@@ -60,7 +60,7 @@ def commit(
         if holders is not None:
             share(staging, files, holders)
         for name in files:
-            protect(staging / name)
+            protect_own(staging / name)
             fsync_file(staging / name)
         for below, _, _ in os.walk(staging, topdown=False):
             fsync_dir(Path(below))

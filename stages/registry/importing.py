@@ -172,9 +172,10 @@ def _indexed(folder: Path, source: Source) -> dict[str, str]:
 
 def _inside(folder: Path, name: str, source: Source) -> Path:
     """A file of the folder, or, in a download, of the cache that its links point into."""
-    real, allowed = (folder / name).resolve(), [folder.resolve()]
-    if folder.parent.name == "snapshots":
-        allowed.append(folder.parent.parent.resolve() / "blobs")
+    home = folder.resolve()  # which may be a link to a download itself
+    real, allowed = (folder / name).resolve(), [home]
+    if home.parent.name == "snapshots":
+        allowed.append((home.parent.parent / "blobs").resolve())
     if not real.is_file() or not any(real.is_relative_to(place) for place in allowed):
         raise UserError(f"{source.asked}: {name} is a link out of its folder, to {real}; copy the file there instead")
     return real

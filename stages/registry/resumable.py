@@ -27,7 +27,7 @@ from stages.registry.storage import (
     fsync_dir,
     fsync_file,
     hardlink,
-    protect,
+    protect_own,
     storage_error,
     write_exclusive,
 )
@@ -62,7 +62,7 @@ def keep(registry: Registry, checkpoint: Checkpoint, save: Path) -> None:
                 shutil.copyfile(save / name, target)
         files = {name: {"size": status.st_size, "blake3": hash_file(staging / name)} for name, status in walk(staging)}
         for name in files:
-            protect(staging / name)
+            protect_own(staging / name)
             fsync_file(staging / name)
         for below, _, _ in os.walk(staging, topdown=False):
             fsync_dir(Path(below))

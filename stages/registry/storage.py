@@ -104,6 +104,16 @@ def protect(path: Path) -> None:
         os.chmod(path, mode & ~0o222)
 
 
+def protect_own(path: Path) -> None:
+    """The same for a file that this process has written; where the file system knows no rights (many mounts of buckets and of Windows shares) it stays
+    as it is: a model must not be lost for that. Such a file is never shared. Raises OSError for faults of the disk."""
+    try:
+        protect(path)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+            raise
+
+
 def reflink(source: Path, target: Path) -> bool:
     """Make `target`, which must not exist, a file that shares the blocks of `source`; False where the file system can't."""
     try:

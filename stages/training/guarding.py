@@ -15,7 +15,7 @@ from configs.errors import UserError
 from configs.schema.guard import Guard as GuardConfig
 from stages.guard.skip import innermost, skip_if
 from stages.guard.verdict import Guard, Skipped
-from stages.training import rollback
+from stages.training import rollback, watchdog
 from stages.training.progress import SKIPPED
 from stages.training.ranks import say
 from stages.training.saves import number_of
@@ -136,7 +136,8 @@ class SkipSteps(TrainerCallback, ExportableState):
         Raises:
             UserError: there is no such save, it was already gone back to, or no step is left to show that it helped.
         """
-        save = rollback.healthy_save(self.trainer.args.output_dir)
+        with watchdog.during("load"):  # hours of reading are no hang
+            save = rollback.healthy_save(self.trainer.args.output_dir)
         step = state.global_step
         kept = f"the last healthy save is {save}" if save else "there is no healthy save yet"
         remedy = "Lower train.learning_rate, use train.precision=fp32, or look for broken rows (`align data check`), then run again"
@@ -144,7 +145,8 @@ class SkipSteps(TrainerCallback, ExportableState):
             raise UserError(f"{why} at step {step}, again after the run had gone back to the save of step {self.fallen}; {kept}. {remedy}")
         if save is None or step >= state.max_steps or self.trainer.is_fsdp_enabled:
             raise UserError(f"{why} at step {step}; {kept}. {remedy}")
-        rollback.restore(self.trainer, save)
+        with watchdog.during("load"):
+            rollback.restore(self.trainer, save)
         self.fallen, self.good_since = number_of(save), False
         self.guard.forget_streak()
         say(f"warning: {why}. Back to the weights and the optimizer of {save.name}; the rows of steps {self.fallen + 1} to {step} are not trained on again")

@@ -7,18 +7,21 @@ the folder once, and the older saves go only when the new one has been read back
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from stages.registry.integrity import walk
-from stages.registry.sealing import hash_file, unseal
+from stages.registry.sealing import hash_file, hash_files, unseal
 from stages.registry.sealing import seal as sealed_json
+from stages.registry.storage import fsync_dir
 from stages.training.ranks import from_rank_0, rank, say, wait_for_everyone, world_size
 
 SEAL = "sealed.json"  # in a save: {files: {relative path: [bytes, blake3]}, depends_on, hash}
@@ -297,12 +300,16 @@ def problem(save: Path) -> str | None:
         return f"{SEAL} is damaged"
     if set(found) != set(listed):
         return f"its files differ from its list: {', '.join(sorted(set(found) ^ set(listed))[:3])}"
-    for name, (size, digest) in listed.items():
-        try:
-            if (save / name).is_symlink() or found[name].st_size != size or hash_file(save / name) != digest:
-                return f"{name} is damaged"
-        except OSError as error:
-            return f"{name} can't be read: {error.strerror}"
+    for name, (size, _) in listed.items():
+        if not stat.S_ISREG(found[name].st_mode) or found[name].st_size != size:
+            return f"{name} is damaged"
+    hashes = hash_files({save / name: size for name, (size, _) in listed.items()})  # several at once: terabytes of a large model, and all processes wait
+    for name, (_, digest) in listed.items():
+        read = hashes[save / name]
+        if isinstance(read, OSError):
+            return f"{name} can't be read: {read.strerror}"
+        if read != digest:
+            return f"{name} is damaged"
     return None
 
 
@@ -400,11 +407,11 @@ def _sync(file: Path) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Make renames in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        fsync_dir(folder)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.ENOSYS):  # some SMB and FUSE mounts sync no folders; better such a save than none
+            raise
 
 
 def _forget_cached(file: Path) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from rewards.model import last_token_scores
 from rewards.preference import best_shortcut, bradley_terry, shortcut_baselines
+from stages.training import watchdog
 
 
 @torch.no_grad()
@@ -26,6 +27,7 @@ def scores(trainer: Any, rows: list[list[int]]) -> torch.Tensor:
         places = [min(start + offset, len(rows) - 1) for offset in range(stride)]  # the last row fills up
         mine = [rows[order[place]] for place in places[accelerator.process_index * size :][:size]]
         width = max(map(len, mine))
+        watchdog.beat()
         ids = torch.tensor([row + [pad_id] * (width - len(row)) for row in mine], device=accelerator.device)
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in mine], device=accelerator.device)
         with accelerator.autocast():

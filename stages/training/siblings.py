@@ -23,7 +23,9 @@ def siblings() -> dict[int, int]:
 
 def one_is_gone() -> bool:
     """Whether a process of this launch on this machine has ended; False where that can't be told."""
-    return LAUNCHED_BY_TORCH in os.environ and len(siblings()) + 1 < int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if LAUNCHED_BY_TORCH not in os.environ or os.getpid() not in children(os.getppid()):  # without such a list in /proc, or under a wrapper, nobody is seen
+        return False
+    return len(siblings()) + 1 < int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def children(pid: int) -> list[int]:

@@ -17,7 +17,7 @@ from blake3 import blake3
 from configs.errors import UserError
 from stages.compat import exportable
 from stages.guard.skip import innermost
-from stages.training import saves
+from stages.training import saves, watchdog
 from stages.training.progress import not_finite
 from stages.training.ranks import from_rank_0, rank, say, world_size
 from stages.training.rollback import weights_are_finite
@@ -62,10 +62,11 @@ def saving(trainer_class: Any, stage: str) -> Any:
 
         def _load_best_model(self) -> None:
             best = Path(self.state.best_model_checkpoint)
-            why = from_rank_0("verifying the best save", lambda: saves.problem(best) if best.is_dir() else "it is not there")
-            if why is None:
-                super()._load_best_model()
-            else:
+            with watchdog.during("load"):
+                why = from_rank_0("verifying the best save", lambda: saves.problem(best) if best.is_dir() else "it is not there")
+                if why is None:
+                    super()._load_best_model()
+            if why is not None:
                 say(f"warning: {stage}: the best evaluated state, {best.name}, can't be used: {why}; the last one is published")
 
     warnings = saves.Warnings(stage)

@@ -22,6 +22,7 @@ from typing import Any, TextIO
 
 PHASES_THAT_MOVE_BYTES = ("load", "data", "save", "publish")
 MOVED = 1 << 20  # bytes in a look: fewer are logs
+BUSY = 300.0  # seconds that a filesystem under load may take for a heartbeat
 FOLDER = "heartbeats"
 WANTED = "stacks-wanted"  # beside them: a process has found that the run hangs
 
@@ -119,12 +120,14 @@ class Watch:
         now = self.now
         moved, self.moved = bytes_moved() - self.moved, bytes_moved()
         if gap > self.every + 10:  # the whole process was stopped, as a suspended job's is
-            now.beaten += gap
+            now.beaten = min(now.beaten + gap, time.monotonic())
         elif moved >= MOVED and now.phase in PHASES_THAT_MOVE_BYTES:
             now.beaten = time.monotonic()
         left = self.limits[now.phase] - (time.monotonic() - now.beaten)
         if math.isfinite(left):  # this thread may never run again: a library may keep the interpreter's lock
-            faulthandler.dump_traceback_later(max(left, self.every) + 2 * self.answer, exit=True, file=self.stacks)
+            # Not sooner than in some minutes: past its limit, while another process still moves, a filesystem that is busy with a save holds up the lines below.
+            soonest = max(self.every, min(self.limits[now.phase], BUSY))
+            faulthandler.dump_traceback_later(max(left, soonest) + 2 * self.answer, exit=True, file=self.stacks)
         self.write_heartbeat()
         wanted = self.wanted()
         if not wanted and left <= 0:

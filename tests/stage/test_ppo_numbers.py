@@ -48,7 +48,7 @@ class Steps:
             totals = accumulate(module, *arguments, **keywords)
             if number in at and kind != "weight":
                 parameter = next(p for p in trained if p.grad is not None)
-                parameter.grad.mul_(math.nan if kind == "gradient" else 1e5)
+                parameter.grad.mul_({"gradient": math.nan, "spike": 1e5, "huge": 1e15}[kind])
             return totals
 
         monkeypatch.setattr(update, "_accumulate", observed)
@@ -86,6 +86,20 @@ def test_an_iteration_gone_bad_is_undone(place, monkeypatch, capsys, kind):
     first = steps.before[6] if kind == "gradient" else None
     assert first is None or all(torch.equal(a, b) for a, b in zip(first, steps.before[8], strict=True))
     assert all(torch.isfinite(tensor).all() for tensor in [*weights(checkpoint).values(), *steps.before[8]])
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_an_iteration_of_spikes_alone_is_passed_over(place, monkeypatch, capsys, last):
+    """Both steps of iteration 4 (or 6, the last), fewer than max_skipped_in_row: the weights are as they were, and nothing is gone back to."""
+    monkeypatch.setattr(verdict, "JUDGED_AFTER", 4)
+    number = 6 if last else 4
+    steps = Steps(monkeypatch, "huge", {2 * number - 2, 2 * number - 1})
+    values = case(place, f"passed-over-{number}", {"save_every": 50})
+    checkpoint = run(values)
+    assert steps.unchanged() == [i // 2 + 1 == number for i in range(11)]
+    assert lines_of(values)[number - 1] == {"iteration": number, "train/skipped_steps": 2}
+    assert "nothing is learned from it" in capsys.readouterr().out
+    assert all(torch.isfinite(tensor).all() for tensor in weights(checkpoint).values())
 
 
 def test_the_second_time_in_a_row_the_run_stops_with_its_last_healthy_save(place, monkeypatch):

@@ -14,7 +14,7 @@ from configs.errors import UserError
 from launch.cli import main
 from stages import models
 from stages.registry import Registry, resumable
-from stages.registry.importing import import_model, licence_of
+from stages.registry.importing import Source, _inside, import_model, licence_of
 from stages.registry.leases import leases_of
 from stages.tokens import load_tokens
 from stages.training import saves
@@ -258,3 +258,18 @@ def test_a_merged_export_is_a_model_of_its_own_and_says_how_far_it_is_from_the_a
     assert load_file(half / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
     again = import_model(registry, str(merged), "sft/merged")
     assert registry.verify(again.id, deep=True) == []
+
+
+def test_a_link_to_a_download_of_the_hub_is_one(tmp_path):
+    """Snapshots hold links into blobs, and people link to snapshots."""
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "abc", tmp_path / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "123").write_text("weights")
+    (snapshot / "model.safetensors").symlink_to("../../blobs/123")
+    (tmp_path / "mine").symlink_to(snapshot)
+    for folder in (snapshot, tmp_path / "mine"):
+        assert _inside(folder, "model.safetensors", Source("mine", folder)) == blobs / "123"
+    (snapshot / "secret").symlink_to("/etc/hostname")
+    with pytest.raises(UserError, match="a link out of its folder"):
+        _inside(tmp_path / "mine", "secret", Source("mine", tmp_path / "mine"))

@@ -191,3 +191,18 @@ def test_the_optimizer_that_every_stage_takes_by_itself_reads_the_flag():
     assert TrainingArguments(output_dir="unused", report_to="none").optim == "adamw_torch_fused"
     assert reads_flag(model_and(torch.optim.AdamW, fused=True)[1])
     assert not reads_flag(model_and(torch.optim.SGD, fused=True)[1])
+
+
+def test_a_guard_that_is_off_sees_no_spikes():
+    """PPO judges every step for its metrics: a spike ended a run whose guard was off."""
+    guard = guard_of(enabled=False)
+    fed(guard, STEADY)
+    assert fed(guard, [(2.0, 100.0), (math.nan, 1.0)]) == [False, True]
+
+
+def test_the_flag_lies_where_the_optimizer_steps():
+    """With weights in main memory torch copies it from the GPU without waiting, and would read what was there before."""
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2, device="meta"))])
+    optimizer.param_groups[0]["fused"] = True
+    skip_if(torch.ones(()), optimizer)
+    assert optimizer.found_inf.device.type == "meta"

@@ -173,3 +173,16 @@ def test_a_fault_of_the_disk_while_sharing_is_told(registry, monkeypatch):
     with pytest.raises(UserError, match="input/output error"):
         publish(registry)
     assert len(registry.list()) == 1
+
+
+@pytest.mark.parametrize("refusal", [errno.EPERM, errno.ENOTSUP, errno.ENOSYS])
+def test_where_rights_cannot_be_changed_a_model_is_published_all_the_same(registry, monkeypatch, refusal):
+    """Mounts of buckets and Windows shares: it cost a finished training its model."""
+
+    def refuse(path, mode, **rest):
+        raise OSError(refusal, os.strerror(refusal))
+
+    monkeypatch.setattr(os, "chmod", refuse)
+    first, second = publish(registry), publish(registry)
+    assert registry.verify(second.id, deep=True) == []
+    assert not set(inodes(first)) & set(inodes(second))

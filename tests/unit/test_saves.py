@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -215,3 +216,16 @@ def test_under_zero_another_number_of_processes_can_not_be_allowed():
     assert changes.refused(found, ["processes", "config"]) == found
     assert "can't be cut anew" in changes.refusal(Path("resume"), "checkpoint-1", found)
     assert "--allow-changed" not in changes.refusal(Path("resume"), "checkpoint-1", found)
+
+
+@pytest.mark.parametrize(("fault", "saved"), [(errno.EINVAL, True), (errno.EIO, False)])
+def test_a_file_system_whose_folders_cannot_be_synced(tmp_path, monkeypatch, fault, saved):
+    real = os.fsync
+
+    def refuse(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(fault, os.strerror(fault))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    assert (make(tmp_path, 1) is None) == saved

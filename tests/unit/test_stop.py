@@ -11,7 +11,7 @@ import time
 import pytest
 
 from configs.exit_codes import REQUEUE
-from stages.training import stop
+from stages.training import siblings, stop
 from tests.stage.runs import ROOT
 
 START = "import os, signal, sys, time\nfrom stages.training import stop\nstop.listen()\n"
@@ -141,3 +141,14 @@ def test_a_forked_process_is_ended_as_ever_and_this_one_does_not_hear_of_it():
     """The pool of a tokeniser ends its workers with SIGTERM."""
     done = subprocess.run([sys.executable, "-c", START + FORKS], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_processes_that_cannot_be_seen_are_not_gone(monkeypatch):
+    """Under a wrapper, or without lists of children in /proc, a signal ended every process before it had saved."""
+    monkeypatch.setenv(siblings.LAUNCHED_BY_TORCH, "run")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert siblings.one_is_gone() == (os.getpid() in siblings.children(os.getppid()))
+    monkeypatch.setattr(siblings, "children", lambda pid: [])
+    assert not siblings.one_is_gone()
+    monkeypatch.setattr(siblings, "children", lambda pid: [os.getpid()])
+    assert siblings.one_is_gone()

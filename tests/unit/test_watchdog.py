@@ -8,14 +8,16 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from configs.exit_codes import HANG
 from configs.schema import EvalConfig
 from configs.schema.common import Watchdog
-from stages.training import hang, watchdog
+from stages.training import hang, scoring, watchdog
 from tests.stage.runs import ROOT
 
 LIMITS = dict.fromkeys(Watchdog.model_fields, 10.0)
@@ -161,3 +163,32 @@ def test_a_process_that_hangs_leaves_its_stacks_and_a_code_of_its_own(tmp_path, 
 def test_a_config_without_limits_is_not_watched(tmp_path):
     """An evaluation's: `align run` ended with a traceback at its last step."""
     watchdog.start(EvalConfig(checkpoints={"a": "base"}, prompts=[{"path": "p.jsonl"}], scorers=[{"kind": "length", "target": 3}]), tmp_path)
+
+
+def test_a_filesystem_under_load_does_not_end_a_process_that_waits(watch, monkeypatch):
+    """Past its limit while another one still writes: the timer that ends it without a word must leave time for a heartbeat to be written."""
+    armed = []
+    monkeypatch.setattr(watchdog.faulthandler, "dump_traceback_later", lambda seconds, **_: armed.append(seconds))
+    watch.limits = dict.fromkeys(LIMITS, 3600.0)
+    watch.now.beaten -= 3700
+    other(watch, 5)
+    watch.look(1)
+    assert armed[0] > 120
+
+
+def test_a_look_that_was_held_up_does_not_move_the_last_beat_into_the_future(watch):
+    watch.look(gap=600)
+    assert watch.now.beaten <= time.monotonic()
+
+
+def test_scoring_rows_after_training_is_progress(monkeypatch):
+    class Trainer:
+        accelerator = type("A", (), {"num_processes": 1, "process_index": 0, "device": "cpu", "autocast": nullcontext, "gather": lambda self, x: x})()
+        args, processing_class = SimpleNamespace(per_device_eval_batch_size=1), SimpleNamespace(pad_token_id=0)
+        model, is_deepspeed_enabled = SimpleNamespace(eval=lambda: None), False
+
+    beats = []
+    monkeypatch.setattr(scoring.watchdog, "beat", lambda: beats.append(1))
+    monkeypatch.setattr(scoring, "last_token_scores", lambda model, ids, mask: ids[:, -1].float())
+    assert scoring.scores(Trainer(), [[1, 2], [3], [4, 5, 6]]).tolist() == [2, 3, 6]
+    assert len(beats) == 3
