@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ def run_stage(args: argparse.Namespace) -> int:
     from configs.load import save
     from configs.presets import described
     from launch.batches import check_batches
+    from launch.chain.lock import ChainLock
     from launch.command import check_startable, load_machine, stage_command
     from launch.nodes import nodes_of
 
@@ -68,16 +70,19 @@ def run_stage(args: argparse.Namespace) -> int:
     record = {"stage": stage, "name": cfg.name, "output": str(cfg.output), "config": str(config_file), "command": command.typed}
     if not args.dry_run:
         check_startable(machine, command.processes // nodes.count)
-    if nodes.rank == 0 or args.dry_run:
-        save(cfg, config_file)
     if args.dry_run:
+        save(cfg, config_file)
         changes = described(cfg)
         print(json.dumps(record | ({"preset": changes} if changes else {})) if args.json else "\n".join([*changes, command.typed]))
         return 0
-    return _start(command, record, cfg, args.json, nodes)
+    if nodes.rank:
+        return _start(command, record, cfg, args.json, nodes)
+    with ChainLock(cfg.output, verb=stage, here_only=True) as lock:
+        save(cfg, config_file)
+        return _start(command, record, cfg, args.json, nodes, lock.record_child)
 
 
-def _start(command: Any, record: dict[str, Any], cfg: Any, as_json: bool, nodes: Nodes) -> int:
+def _start(command: Any, record: dict[str, Any], cfg: Any, as_json: bool, nodes: Nodes, on_start: Callable[[int], None] | None = None) -> int:
     from configs.exit_codes import REQUEUE
     from launch.process import leaving_when_told, run_child
 
@@ -89,7 +94,7 @@ def _start(command: Any, record: dict[str, Any], cfg: Any, as_json: bool, nodes:
         _meet(nodes, command, record, cfg)
     env = command.environment(**({"ALIGN_RENDEZVOUS_TIMEOUT": str(nodes.timeout)} if nodes.count > 1 else {}))
     with leaving_when_told():
-        outcome = run_child(command.argv, env, log_file, prefix=stage, to_stderr=as_json)
+        outcome = run_child(command.argv, env, log_file, prefix=stage, to_stderr=as_json, on_start=on_start)
     after = _newest(cfg, stage) if outcome.code == 0 or outcome.died else None
     published = after if after != before else None
     code = outcome.code

@@ -1,4 +1,4 @@
-"""One `align run` per working folder: an exclusive claim that a dead process cannot hold.
+"""One `align run`, or one `align sft`, per working folder: an exclusive claim that a dead process cannot hold.
 
 Claims are files `.lock/00000001.json`, `.lock/00000002.json`, …; the highest is the one that counts. A claim is made by link(2),
 which fails where the file exists, so of two processes that see the same dead claim only one gets the next number. (Replacing a
@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,15 +21,22 @@ from configs.errors import UserError
 
 
 class ChainLock:
-    """Context manager; entering raises UserError while another live process holds the folder."""
+    """Context manager; entering raises UserError while another live process holds the folder, or where it cannot be written."""
 
-    def __init__(self, output: Path, patience: float = 60.0) -> None:
-        """`patience`: seconds to wait for the stage of a killed run, which the kernel has told to stop."""
+    def __init__(self, output: Path, patience: float = 60.0, verb: str = "run", here_only: bool = False) -> None:
+        """`patience`: seconds to wait for the stage of a killed run, which the kernel has told to stop. `here_only`: a claim made on another machine,
+        which nobody can look at from here, is warned of and taken over; for what must go on unattended wherever a scheduler starts it again."""
         self.folder = output / ".lock"
-        self.patience = patience
+        self.patience, self.verb, self.here_only = patience, verb, here_only
         self._mine: Path | None = None
 
     def __enter__(self) -> ChainLock:
+        try:
+            return self._take()
+        except OSError as error:
+            raise UserError(f"{self.folder.parent} cannot be written: {error.strerror}; give another output folder with output=PATH") from error
+
+    def _take(self) -> ChainLock:
         self.folder.mkdir(parents=True, exist_ok=True)
         while self._mine is None:
             number, holder = self._highest()
@@ -35,7 +44,7 @@ class ChainLock:
             while holder and is_alive(holder) and not is_alive({**holder, "child": None}) and time.monotonic() < until:
                 time.sleep(0.1)
             if holder is not None and is_alive(holder):
-                self._refuse(number, holder)
+                self._yield_or_warn(number, holder)
             self._mine = self._claim(number + 1)
         number, holder = self._highest()
         if self._path(number) != self._mine:  # we were slow: someone claimed, finished a claim above ours, and tidied ours away
@@ -54,7 +63,8 @@ class ChainLock:
     def record_child(self, pid: int) -> None:
         """Remember the process group we started, so that who comes after our death can wait for it."""
         assert self._mine is not None
-        _write(self._mine, {**identity(os.getpid()), "child": identity(pid)})
+        with suppress(OSError):  # a full disk: the claim stays without it, and the child runs already
+            _write(self._mine, {**identity(os.getpid()), "child": identity(pid)})
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:08d}.json"
@@ -80,10 +90,19 @@ class ChainLock:
             draft.unlink()
         return self._path(number)
 
+    def _yield_or_warn(self, number: int, holder: dict[str, Any]) -> None:
+        if not self.here_only or holder.get("host") == platform.node():
+            self._refuse(number, holder)
+        print(
+            f"warning: {self.folder.parent}: an `align {self.verb}` on {holder.get('host', '?')} (since {holder.get('since', '?')}) did not say that it had ended; "
+            "if it still runs, stop one of the two, for each would remove the other's saves",
+            file=sys.stderr,
+        )
+
     def _refuse(self, number: int, holder: dict[str, Any]) -> None:
         where = f"process {holder.get('pid', '?')} on {holder.get('host', '?')}"
         raise UserError(
-            f"{self.folder.parent}: another `align run` ({where}, since {holder.get('since', '?')}) works in this folder. "
+            f"{self.folder.parent}: another `align {self.verb}` ({where}, since {holder.get('since', '?')}) works in this folder. "
             f"Wait for it or stop it; or give this run its own folder with output=PATH. "
             f"If that machine is gone for good, delete {self._path(number)}"
         )

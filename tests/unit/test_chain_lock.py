@@ -64,6 +64,35 @@ def test_another_machine_counts_as_alive_and_a_cut_file_as_nobody(tmp_path):
         pass
 
 
+def test_a_stage_alone_in_its_folder_goes_on_where_a_scheduler_starts_it_again(tmp_path, capsys):
+    (tmp_path / ".lock").mkdir()
+    claim = tmp_path / ".lock" / "00000001.json"
+    claim.write_text(json.dumps({**_dead(), "host": "elsewhere"}))
+    with pytest.raises(UserError, match="another `align run`"), ChainLock(tmp_path):
+        pass
+    with ChainLock(tmp_path, verb="sft", here_only=True):
+        assert "an `align sft` on elsewhere" in capsys.readouterr().err
+        with pytest.raises(UserError, match="another `align sft`"), ChainLock(tmp_path, verb="sft", here_only=True):
+            pass
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_of_the_users(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written: Not a directory; give another output"), ChainLock(tmp_path / "file"):
+        pass
+
+
+def test_two_of_one_stage_at_once(tmp_path):
+    """Each would remove the other's saves, so the second is refused before it has written anything."""
+    config = tmp_path / "sft.yaml"
+    config.write_text(f"name: two\nregistry: {tmp_path}/registry\noutput: {tmp_path}/out\ninit_from: nobody/none\ndata: none.jsonl\n")
+    command = [sys.executable, "-m", "launch.cli", "sft", "--config", str(config)]
+    with ChainLock(tmp_path / "out", verb="sft"):
+        second = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert (second.returncode, second.stderr.partition(" (process")[0]) == (2, f"error: {tmp_path}/out: another `align sft`")
+        assert not (tmp_path / "out" / "config.yaml").exists()
+
+
 def test_of_many_who_see_the_same_dead_holder_one_wins(tmp_path):
     (tmp_path / ".lock").mkdir()
     (tmp_path / ".lock" / "00000001.json").write_text(json.dumps(_dead()))
