@@ -27,7 +27,7 @@ def test_told_to_stop_a_run_ends_as_the_uninterrupted_one_to_the_bit(tmp_path, m
     whole = told.settings(folder, stage, "whole")
     assert told.ends(told.start(stage, whole)) == [0, 0], (folder / "whole.0.log").read_text()
     found = told.trial(folder, stage, way, 0, 3, 0.0, whole)
-    assert told.good(found), found
+    assert told.good(found), "\n".join(f"{key}: {value}" for key, value in found.items())
     assert found["lines"] < len(told.lines(whole)), "it was stopped on the way"
 
 

@@ -83,6 +83,7 @@ def _fork(stage: str, config: Path, rank: int, world: int, port: int) -> int:
         log = os.open(config.with_suffix(f".{rank}.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))  # pytest's own write elsewhere
         entry.run(main_of(stage), stage, ["--config", str(config)])
         code = 0
     except SystemExit as left:
