@@ -85,7 +85,9 @@ def _check_adapter(folder: Path, config: dict[str, Any] | None) -> None:
     kind = str(config.get("peft_type"))
     if kind.upper() != "LORA":
         raise UserError(f"{where}: an adapter of type {kind}; expected LORA, the one kind that is trained and merged here")
-    for key in ("megatron_config", "auto_mapping", "corda_config", "eva_config", "loftq_config", "lora_ga_config"):
+    if (mapping := config.get("auto_mapping")) and not (isinstance(mapping, dict) and str(mapping.get("parent_library")).startswith("transformers.models.")):  # peft's own, without a task_type
+        raise UserError(f"{where}: auto_mapping is {mapping!r}, with which peft imports a package that the adapter names; a trained adapter needs none: set it to null")
+    for key in ("megatron_config", "corda_config", "eva_config", "loftq_config", "lora_ga_config"):
         if config.get(key):
             raise UserError(f"{where}: {key} is set, with which peft imports packages or opens files that the adapter names; a trained adapter needs none: set it to null")
     for key in ("init_lora_weights",):

@@ -124,5 +124,6 @@ def foreign_best(save: Path) -> str | None:
         return None
     except (ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{save / 'trainer_state.json'} can't be read ({error}); delete {save} to go on from an older save") from error
-    fits = best is None or (Path(best).parent.resolve() == save.parent.resolve() and re.fullmatch(r"checkpoint-\d+", Path(best).name))
+    moved = best is not None and not Path(best).is_dir()  # the run's folder has another path now: the Trainer forgets this one, and the next save says the new one
+    fits = best is None or ((moved or Path(best).parent.resolve() == save.parent.resolve()) and re.fullmatch(r"checkpoint-\d+", Path(best).name))
     return None if fits else str(best)

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from configs.errors import UserError
+from stages.foreign import check_folder
 from stages.training import pickles
 
 
@@ -19,3 +20,34 @@ def test_a_safetensors_file_that_begins_as_a_pickle_does_is_none(tmp_path):
     (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model")
     with pytest.raises(UserError, match="not opened"):
         pickles.check(tmp_path)
+
+
+def test_a_run_whose_folder_was_moved_goes_on(tmp_path):
+    """The best save stands in the Trainer's state with the whole path that it had."""
+    save = tmp_path / "resume" / "checkpoint-4"
+    save.mkdir(parents=True)
+    elsewhere = tmp_path / "before" / "checkpoint-2"
+    (save / "trainer_state.json").write_text(json.dumps({"best_model_checkpoint": str(elsewhere)}))
+    pickles.check(save)
+    elsewhere.mkdir(parents=True)
+    with pytest.raises(UserError, match="not beside this one"):
+        pickles.check(save)
+
+
+@pytest.mark.parametrize(
+    ("settings", "refused"),
+    [
+        ({"init_lora_weights": "gaussian"}, None),
+        ({"auto_mapping": {"base_model_class": "LlamaForCausalLM", "parent_library": "transformers.models.llama.modeling_llama"}}, None),
+        ({"auto_mapping": {"base_model_class": "A", "parent_library": "transformers_evil"}}, "auto_mapping"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights"),
+    ],
+)
+def test_adapters_as_peft_writes_them_are_taken(tmp_path, settings, refused):
+    """Without a task_type it notes the base's class."""
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"} | settings))
+    if refused is None:
+        check_folder(tmp_path)
+    else:
+        with pytest.raises(UserError, match=refused):
+            check_folder(tmp_path)
