@@ -7,6 +7,7 @@ dead process's file instead would let a slow process remove the claim of a fast 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
@@ -85,6 +86,13 @@ class ChainLock:
         try:
             os.link(draft, self._path(number))
         except FileExistsError:
+            return None
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
+                raise
+            with suppress(FileExistsError), self._path(number).open("x", encoding="utf-8") as stream:  # a file system without hard links
+                stream.write(draft.read_text(encoding="utf-8"))
+                return self._path(number)
             return None
         finally:
             draft.unlink()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -122,3 +123,11 @@ def test_of_many_who_see_the_same_dead_holder_one_wins(tmp_path):
 
 def test_start_time_of_what_does_not_run():
     assert start_time(2**22 + 1) is None
+
+
+def test_held_once_where_the_file_system_makes_no_hard_links(tmp_path, monkeypatch):
+    def refuse(source, target):
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    monkeypatch.setattr(os, "link", refuse)
+    test_held_once_and_free_afterwards(tmp_path)
