@@ -39,7 +39,7 @@ class ModelTokens:
         return f"{self.facts['digest']}:{self.facts['template_digest']}"
 
 
-def load_tokens(origin: models.Origin, template: str = "auto") -> ModelTokens:
+def load_tokens(origin: models.Origin, template: str = "auto", base: models.Origin | None = None) -> ModelTokens:
     """The tokenizer of a model, with a pad token that is no EOS and the chat template that `template` names.
 
     Raises:
@@ -54,7 +54,7 @@ def load_tokens(origin: models.Origin, template: str = "auto") -> ModelTokens:
         tokens = _prepared(tokenizer, template, list(recorded["eos_ids"]), ())
         contract.check_template(origin.checkpoint, tokens.facts | {"name": f"template: {template}"})
         return tokens
-    special = ensure_special_tokens(tokenizer, *_configs(origin))
+    special = ensure_special_tokens(tokenizer, *_configs(origin, base))
     return _prepared(tokenizer, template, list(special.eos_ids), special.notes)
 
 
@@ -75,11 +75,13 @@ def _prepared(tokenizer: Any, template: str, eos_ids: list[int], notes: tuple[st
     return ModelTokens(tokenizer, formatter, facts, notes)
 
 
-def _configs(origin: models.Origin) -> list[Any]:
-    """The model's config and generation config, where it has them."""
+def _configs(origin: models.Origin, base: models.Origin | None = None) -> list[Any]:
+    """The model's config and generation config, where it has them. `base`: where those of an adapter lie, if it does not say so itself."""
     from transformers import AutoConfig, GenerationConfig
 
-    base = models.adapter_base(origin) if models.is_adapter(origin) else origin
+    base = base or origin
+    while models.is_adapter(base):
+        base = models.adapter_base(base)
     found = [models.from_pretrained(AutoConfig, base.folder)]
     try:
         found.append(GenerationConfig.from_pretrained(base.folder))

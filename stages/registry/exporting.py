@@ -19,7 +19,7 @@ from stages.registry.card import Facts, card, public
 from stages.registry.holder import draft_name
 from stages.registry.manifest import MODEL, Checkpoint
 from stages.registry.sealing import CHUNK, hash_file
-from stages.registry.storage import check_room, durable_move, fsync_dir, storage_error, write_exclusive
+from stages.registry.storage import check_room, durable_move, fsync_dir, readable, storage_error, write_exclusive
 
 if TYPE_CHECKING:
     from stages.registry.registry import Registry
@@ -134,6 +134,7 @@ def _seal(folder: Path) -> dict[str, int]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     sums = {str(path.relative_to(folder)): sha256(path) for path in files}
     for path in files:
+        path.chmod(readable(path, path.stat().st_mode & 0o777))
         with path.open("rb") as stream:
             os.fsync(stream.fileno())
     write_exclusive(folder / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sums.items()).encode())

@@ -215,12 +215,12 @@ def _add_tokens(found: Found, source: Source, template: str) -> None:
         found.notes.append(f"the embeddings grow from {rows} to {len(found.tokens.tokenizer)} rows for the new pad token")
 
 
-def _tokens(origin: Origin, template: str) -> Any:
+def _tokens(origin: Origin, template: str, base: Origin | None = None) -> Any:
     """What load_tokens will find in the published folder: written and read again, a tokenizer may differ from the one in the folder it came from."""
     from stages.models import Origin
     from stages.tokens import load_tokens, tokenizer_digest
 
-    tokens = load_tokens(origin, template)
+    tokens = load_tokens(origin, template, base)
     with tempfile.TemporaryDirectory() as folder:
         tokens.tokenizer.save_pretrained(folder)
         from stages.models import load_tokenizer
@@ -245,12 +245,12 @@ def _add_base(found: Found, source: Source, registry: Registry, base: str | None
     own = any(source.folder.glob("tokenizer*"))
     if origin.checkpoint is not None:
         theirs = origin.checkpoint.info("tokenizer")
-        mine = _tokens(models.Origin(str(source.folder), None, None), template) if own else None
+        mine = _tokens(models.Origin(str(source.folder), None, None), template, origin) if own else None
         if mine is not None and (mine.facts["digest"], mine.facts["template_digest"]) != (theirs["digest"], theirs["template_digest"]):
             found.notes.append(f"its tokenizer or template is not that of {origin.checkpoint.ref}")
         found.tokens = mine or _tokens(origin, "auto")
     else:
-        found.tokens = _tokens(models.Origin(str(source.folder), None, None) if own else origin, template)
+        found.tokens = _tokens(models.Origin(str(source.folder), None, None) if own else origin, template, origin)
     found.notes += found.tokens.notes
     _check_fits(found, origin, source)
     embedded = [shape[0] for name, shape in found.tensors.items() if re.search(r"embed_tokens|wte|lm_head", name) and len(shape) == 2 and "lora" not in name]

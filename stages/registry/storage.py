@@ -98,10 +98,15 @@ def fsync_file(path: Path) -> None:
 
 
 def protect(path: Path) -> None:
-    """Take away every right to write a file. Raises OSError, where it belongs to somebody else."""
+    """Take away every right to write a file, and let those read it who may read its folder. Raises OSError, where it belongs to somebody else."""
     mode = stat.S_IMODE(os.lstat(path).st_mode)
-    if mode & 0o222:
-        os.chmod(path, mode & ~0o222)
+    if (protected := readable(path, mode) & ~0o222) != mode:
+        os.chmod(path, protected)
+
+
+def readable(path: Path, mode: int) -> int:
+    """A file's mode with its folder's rights to read: safetensors writes files that nobody but their owner may read, whatever the umask."""
+    return mode | (stat.S_IMODE(os.stat(path.parent).st_mode) & 0o444)
 
 
 def protect_own(path: Path) -> None:

@@ -242,7 +242,10 @@ def test_a_merged_export_is_a_model_of_its_own_and_says_how_far_it_is_from_the_a
     apart, told = exported("apart")
     assert json.loads((apart / "adapter_config.json").read_text())["base_model_name_or_path"] == "sft/base"
     assert "this is an adapter on sft/base, which whoever loads it must have" in told.err
+    back = import_model(registry, str(apart), "sft/back")  # its base is a name of the registry, which transformers can't load
+    assert back.info("stage_info")["adapter"]["base_id"] == registry.resolve("sft/base").id
     merged, told = exported("merged", "--merge", "--json")
+    assert {oct(path.stat().st_mode & 0o444) for path in merged.iterdir()} == {oct(merged.stat().st_mode & 0o444)}
     difference = json.loads(told.out)["difference"]
     assert 0 <= difference < 1e-4
     assert f"over 8 prompts the largest difference of logits is {difference:.3g}" in told.err

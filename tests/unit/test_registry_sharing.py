@@ -8,6 +8,7 @@ import pytest
 
 from configs.errors import UserError
 from stages.registry import Parent, Registry, sharing, storage
+from stages.registry.storage import protect
 from tests.unit.registry_samples import flip_bit, publish
 
 FILES = ["model/config.json", "model/extra/notes.txt", "model/model.safetensors"]
@@ -121,6 +122,17 @@ def test_a_file_that_cannot_be_protected_is_not_shared(registry, monkeypatch):
     hardlinks_only(monkeypatch)
     assert inodes(publish(registry)) == inodes(first)
     assert [oct((first.path / name).stat().st_mode & 0o777) for name in FILES] == ["0o444"] * 3
+
+
+@pytest.mark.parametrize(("folder", "file"), [(0o755, 0o444), (0o750, 0o440), (0o700, 0o400)])
+def test_who_may_read_the_folder_may_read_the_weights(tmp_path, folder, file):
+    """safetensors makes its files for their owner alone; a server under another account must load a published model."""
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"")
+    weights.chmod(0o600)
+    tmp_path.chmod(folder)
+    protect(weights)
+    assert oct(weights.stat().st_mode & 0o777) == oct(file)
 
 
 def test_a_reflink_is_recorded_and_verified(registry, monkeypatch):
