@@ -63,6 +63,8 @@ def export(registry: Registry, ref: str, target: Path, options: Options | None =
     adapter = is_adapter(checkpoint)
     if options.merge and not adapter:
         raise UserError(f"--merge: {checkpoint.ref} is no adapter, its weights are whole; leave --merge out")
+    if options.dtype != "float32" and not options.merge:
+        raise UserError(f"--dtype {options.dtype} is of merged weights; without --merge weights are exported as they were published: leave it out")
     samples = read_samples(options.samples) if options.samples else []
     staging, held = target.parent / draft_name(), None
     try:

@@ -111,6 +111,8 @@ def test_a_place_that_is_taken_a_wrong_option_and_damage_are_refused_and_leave_n
         export(registry, "ppo/demo", taken / "thesis.txt")
     with pytest.raises(UserError, match="--merge: ppo/demo@1 is no adapter"):
         export(registry, "ppo/demo", tmp_path / "out", Options(merge=True))
+    with pytest.raises(UserError, match="--dtype bfloat16 is of merged weights"):
+        export(registry, "ppo/demo", tmp_path / "out", Options(dtype="bfloat16"))
     with pytest.raises(UserError, match=r"--samples .*cannot be read"):
         export(registry, "ppo/demo", tmp_path / "out", Options(samples=tmp_path / "none"))
     assert align(capsys, registry, "export", "ppo/none", str(tmp_path / "out"))[0] == 2
