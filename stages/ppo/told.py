@@ -1,7 +1,8 @@
 """PPO told to stop: between two phases or after an iteration, and without a save where the newest one holds all that is done.
 
 Nothing but the iterations that are complete is kept: an iteration that is cut off is repeated alike, with the same prompts, samples and
-minibatches. While the newest save is the last complete iteration's, a process may therefore leave at once.
+minibatches. While the newest save is the last complete iteration's, a process that trains alone may therefore leave at once. One of several
+waits for the end of the rollout: the others would die in a collective, with another exit code, where the signal reached it alone.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from stages.training import stop, watchdog
+from stages.training.ranks import world_size
 
 
 class Told:
@@ -20,7 +22,7 @@ class Told:
 
     def begin(self, iteration: int) -> None:
         """Before an iteration, counted from 0."""
-        stop.saves_at_steps(iteration != self.saved)
+        stop.saves_at_steps(iteration != self.saved or world_size() > 1)
 
     def between_phases(self, iteration: int, save: Callable[[], object]) -> None:
         """In an iteration before anything has been learned in it; `save` saves what it started from."""
