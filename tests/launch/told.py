@@ -84,6 +84,7 @@ def _fork(stage: str, config: Path, rank: int, world: int, port: int) -> int:
         os.dup2(log, 1)
         os.dup2(log, 2)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))  # pytest's own write elsewhere
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that Ctrl-C is ignored
         entry.run(main_of(stage), stage, ["--config", str(config)])
         code = 0
     except SystemExit as left:
