@@ -12,6 +12,7 @@ from typing import Any
 from configs.errors import UserError
 from configs.schema import Train
 from stages.training.ranks import say
+from stages.zero import builds
 
 COMPILER = "g++"
 SHARED_MEMORY = "deepspeed_shm_comm"
@@ -97,7 +98,12 @@ def check_compiler() -> None:
     Raises:
         UserError: the machine file moves the optimizer's state to main memory: the operator that updates it there can't be left out.
     """
-    lacking = missing_tools() if uses_deepspeed() else []
+    if not uses_deepspeed():
+        return
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        for lock in builds.remove_abandoned_locks():
+            print(f"DeepSpeed: removed {lock}, which a build that was killed had left", flush=True)
+    lacking = missing_tools()
     if not lacking:
         return
     what = " and ".join(lacking)
