@@ -41,8 +41,9 @@ def skip_if(flag: Tensor, optimizer: Any) -> None:
     Optimizers that can't read it are asked about it here, which waits for the device once a step: without gradients they do nothing.
     """
     if reads_flag(optimizer):
-        # An optimizer in main memory would fetch it without waiting for it to arrive, and read whatever is there.
-        optimizer.found_inf = flag.to(optimizer.param_groups[0]["params"][0].device)
+        # An optimizer in main memory would fetch it without waiting for it to arrive, and read whatever is there. ZeRO-3 fills one group at a time.
+        held = next((parameter for group in optimizer.param_groups for parameter in group["params"]), flag)
+        optimizer.found_inf = flag.to(held.device)
     elif flag:
         for group in optimizer.param_groups:
             for parameter in group["params"]:

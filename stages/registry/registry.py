@@ -142,7 +142,8 @@ class Registry:
                 f"{ref.partition('/')[0]}), or name a sound version."
             )
         checkpoint = read_checkpoint(path)
-        assert isinstance(checkpoint, Checkpoint)
+        if not isinstance(checkpoint, Checkpoint):
+            raise UserError(f"{ref} ({path}) was moved or damaged while it was read: {checkpoint}. Look again: align registry list --registry {self.root}")
         if stage is not None:
             check_stage(checkpoint, stage)
         return checkpoint

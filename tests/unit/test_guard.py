@@ -206,3 +206,16 @@ def test_the_flag_lies_where_the_optimizer_steps():
     optimizer.param_groups[0]["fused"] = True
     skip_if(torch.ones(()), optimizer)
     assert optimizer.found_inf.device.type == "meta"
+
+
+def test_groups_that_are_filled_one_at_a_time_are_skipped_like_others():
+    """DeepSpeed's ZeRO-3 leaves all groups empty but the one whose part it steps."""
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([{"params": [torch.nn.Parameter(torch.ones(1))]}, {"params": [parameter]}], fused=True)
+    optimizer.param_groups[0]["params"] = []
+    parameter.grad = torch.ones(3)
+    skip_if(torch.tensor(1.0), optimizer)
+    optimizer.step()
+    assert torch.equal(parameter, torch.ones(3))
+    optimizer.param_groups[1]["params"] = []
+    skip_if(torch.tensor(0.0), optimizer)

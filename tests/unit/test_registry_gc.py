@@ -453,3 +453,17 @@ def test_a_rollback_to_what_is_gone_or_damaged_says_so_and_changes_nothing(regis
     with pytest.raises(UserError, match=r"can't go back to sft/demo@1 \(.*, which is not in"):
         registry.rollback_alias("sft/demo", "production")
     assert registry.resolve("sft/demo@production").version == 2
+
+
+def test_a_checkpoint_that_gc_moves_while_it_is_resolved_is_told_in_words(tmp_path, monkeypatch):
+    registry = Registry(tmp_path)
+    made = publish(registry)
+    from stages.registry import registry as module
+
+    def moves_then_checks(path, deep=False):
+        path.rename(tmp_path / "moved")
+        return []
+
+    monkeypatch.setattr(module, "check", moves_then_checks)
+    with pytest.raises(UserError, match="was moved or damaged while it was read"):
+        registry.resolve(made.id)
