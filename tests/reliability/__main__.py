@@ -88,17 +88,23 @@ def main(words: list[str] | None = None, root: Path = ROOT, areas: tuple[str, ..
     parser = argparse.ArgumentParser(prog="python -m tests.reliability", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small versions, to show that everything runs; does not touch RELIABILITY.md")
     parser.add_argument("--only", nargs="+", choices=areas, default=list(areas), metavar="AREA", help=f"of {', '.join(areas)}; does not touch RELIABILITY.md")
+    parser.add_argument("--add", action="store_true", help="keep what runs/reliability.json has of the other areas; each row names the commit that it ran on")
     parser.add_argument("--seed", type=int, default=0, help="from which every random choice follows (default 0)")
     asked = parser.parse_args(words)
-    whole = not asked.quick and set(asked.only) == set(areas)
+    kept = [made for made in page.earlier(root / "runs" / "reliability.json") if made["area"] not in asked.only] if asked.add else []
+    whole = not asked.quick and {*asked.only, *(made["area"] for made in kept)} == set(areas)
     if whole:
-        command = "make reliability" + (f" ARGS='--seed {asked.seed}'" if asked.seed else "")
+        options = [*(["--seed", str(asked.seed)] if asked.seed else []), *(["--add --only", *asked.only] if kept else [])]
+        command = "make reliability" + (f" ARGS='{' '.join(options)}'" if options else "")
     else:
         command = f"python -m tests.reliability{' --quick' if asked.quick else ''} --only {' '.join(asked.only)} --seed {asked.seed}"
     print(f"seed {asked.seed}; results after every case: runs/reliability.json{' and RELIABILITY.md' if whole else ''}", file=sys.stderr)
     header = page.header(command, asked.seed, root)
     results: list[dict[str, Any]] = []
-    for results, count in run_all(asked.only, asked.seed, asked.quick, root / "runs" / "reliability"):
+    ran_on = page.commit(root)
+    for made, count in run_all(asked.only, asked.seed, asked.quick, root / "runs" / "reliability"):
+        fresh = [{**entry, "commit": ran_on, "quick": asked.quick} for entry in made]
+        results, count = sorted([*kept, *fresh], key=lambda entry: areas.index(entry["area"])), count + len(kept)
         page.write(root / "runs" / "reliability.json", page.as_json(results, count))
         if whole:
             page.write(root / "RELIABILITY.md", page.as_markdown(results, count, header))

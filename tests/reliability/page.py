@@ -25,6 +25,18 @@ def machine(folder: Path) -> str:
     return f"{platform.system()} on {platform.machine()}, {os.cpu_count()} processors, {memory:.0f} GiB of memory, file system {kind}, no GPU used"
 
 
+def commit(root: Path) -> str:
+    """The code's commit, shortened, with a + for local changes; its version where there is no repository."""
+    code = code_version(root)
+    return f"{code['git'][:7]}{'+' if code['dirty'] else ''}" if "git" in code else str(code["version"])
+
+
+def earlier(file: Path) -> list[dict[str, Any]]:
+    """The rows of an earlier run that was not a quick one; none where there is no such file."""
+    rows = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    return [made for made in rows if "area" in made and not made.get("quick")]
+
+
 def header(command: str, seed: int, root: Path) -> list[str]:
     """Lines of Markdown on how the figures came about."""
     code = code_version(root)
@@ -44,9 +56,9 @@ def as_markdown(results: Results, count: int, lines: Sequence[str]) -> str:
     failed = sum(not made["ok"] for made in results)
     state = f"**Partial: {len(results)} of {count} cases ran.**" if len(results) < count else f"All {count} cases ran."
     state += f" {len(results) - failed} reached their target, {failed} did not. They took {sum(made['seconds'] for made in results) / 60:.1f} minutes."
-    columns = ("test", "target", "measured", "reached", "faults injected into", "seconds", "how")
+    columns = ("test", "target", "measured", "reached", "faults injected into", "seconds", "commit", "how")
     rows = [
-        (made["test"], made["target"], made["value"], "yes" if made["ok"] else "**NO**", made["where"], f"{made['seconds']:.0f}", made["detail"])
+        (made["test"], made["target"], made["value"], "yes" if made["ok"] else "**NO**", made["where"], f"{made['seconds']:.0f}", made.get("commit", ""), made["detail"])
         for made in results
     ]
     table = [columns, tuple("---" for _ in columns), *rows]

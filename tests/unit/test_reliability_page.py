@@ -38,7 +38,7 @@ def test_a_full_run_writes_both_files(tmp_path, area):
     assert second["where"] == "in-process shim"
     page = (tmp_path / "RELIABILITY.md").read_text()
     assert "All 2 cases ran. 2 reached their target, 0 did not." in page
-    assert "| one | seed 3 | seed 3 | yes | real processes | 0 | a\\|b |" in page
+    assert f"| one | seed 3 | seed 3 | yes | real processes | 0 | {first['commit']} | a\\|b |" in page
     assert "Command: `make reliability ARGS='--seed 3'`" in page
     assert str(tmp_path) not in page
     assert list((tmp_path / "runs" / "reliability").iterdir()) == []
@@ -82,6 +82,19 @@ def test_only_a_full_run_touches_the_page(tmp_path, area, words):
     main(words, tmp_path, areas)
     assert not (tmp_path / "RELIABILITY.md").exists()
     assert (tmp_path / "runs" / "reliability.json").exists()
+
+
+def test_a_run_in_parts_keeps_the_rows_of_other_areas_and_writes_the_page_once_all_are_there(tmp_path, area, monkeypatch):
+    areas = (*area(Case("one", "seed 3", good, "real processes")), "second")
+    monkeypatch.setitem(sys.modules, "tests.reliability.second", SimpleNamespace(CASES=[Case("two", "-", good, "real processes")]))
+    main(["--only", "second", "--quick"], tmp_path, areas)
+    main(["--only", "made_up", "--add"], tmp_path, areas)
+    assert not (tmp_path / "RELIABILITY.md").exists(), "what a quick run found does not count"
+    main(["--only", "second", "--add"], tmp_path, areas)
+    assert [made["test"] for made in json.loads((tmp_path / "runs" / "reliability.json").read_text())] == ["one", "two"]
+    page = (tmp_path / "RELIABILITY.md").read_text()
+    assert "All 2 cases ran." in page
+    assert "Command: `make reliability ARGS='--add --only second'`" in page
 
 
 @pytest.mark.parametrize("name", AREAS)
