@@ -41,6 +41,7 @@ from stages.registry.sealing import plain
 from stages.registry.sharing import find_in
 from stages.registry.storage import check_room, durable_mkdir, storage_error
 
+_LOOKS = 3  # at a checkpoint that seems damaged
 # Registry has a method called `list`, which hides the type inside the class
 Problems = list[Problem]
 Names = list[str]
@@ -132,8 +133,8 @@ class Registry:
         Raises UserError when there is none (saying what there is), when it is damaged, when the stage is another. A
         damaged newest version is an error, never a reason to take an older one.
         """
-        path = self.root / "checkpoints" / self._locate(ref)
-        if problems := check(path, deep):
+        path, problems, checkpoint = self._look(ref, deep)
+        if not isinstance(checkpoint, Checkpoint):
             shown = "".join(f"\n  {problem}" for problem in problems[:5])
             more = f"\n  and {len(problems) - 5} more" if len(problems) > 5 else ""
             raise UserError(
@@ -141,12 +142,23 @@ class Registry:
                 f"--registry {self.root}. Train it again (in a chain: align run CHAIN.yaml --from "
                 f"{ref.partition('/')[0]}), or name a sound version."
             )
-        checkpoint = read_checkpoint(path)
-        if not isinstance(checkpoint, Checkpoint):
-            raise UserError(f"{ref} ({path}) was moved or damaged while it was read: {checkpoint}. Look again: align registry list --registry {self.root}")
         if stage is not None:
             check_stage(checkpoint, stage)
         return checkpoint
+
+    def _look(self, ref: str, deep: bool) -> tuple[Path, Problems, Checkpoint | None]:
+        """Folder, problems and, where there are none, the checkpoint. What is not whole is looked for anew: gc may be moving it, or back."""
+        for _ in range(_LOOKS):
+            path = self.root / "checkpoints" / self._locate(ref)
+            if problems := check(path, deep):
+                if deep and not check(path, False):  # in its place with all files: contents have changed, no move
+                    break
+                continue
+            checkpoint = read_checkpoint(path)
+            if isinstance(checkpoint, Checkpoint):
+                return path, [], checkpoint
+            problems = [checkpoint]
+        return path, problems, None
 
     def list(self, stage: str | None = None, name: str | None = None) -> list[Checkpoint]:
         """All checkpoints with a sound manifest, by stage, name, version. See `damaged` for the others."""

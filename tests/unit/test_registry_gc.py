@@ -455,15 +455,27 @@ def test_a_rollback_to_what_is_gone_or_damaged_says_so_and_changes_nothing(regis
     assert registry.resolve("sft/demo@production").version == 2
 
 
-def test_a_checkpoint_that_gc_moves_while_it_is_resolved_is_told_in_words(tmp_path, monkeypatch):
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_a_checkpoint_that_gc_moves_while_it_is_resolved_is_found_again_or_gone_but_not_damaged(tmp_path, monkeypatch, comes_back):
     registry = Registry(tmp_path)
     made = publish(registry)
     from stages.registry import registry as module
 
-    def moves_then_checks(path, deep=False):
-        path.rename(tmp_path / "moved")
-        return []
+    real, looks = module.check, []
 
-    monkeypatch.setattr(module, "check", moves_then_checks)
-    with pytest.raises(UserError, match="was moved or damaged while it was read"):
-        registry.resolve(made.id)
+    def check_while_gc_moves(path, deep=False):
+        looks.append(path)
+        if len(looks) > 1:
+            return real(path, deep)
+        path.rename(tmp_path / "moved")
+        found = real(path, deep)
+        if comes_back:
+            (tmp_path / "moved").rename(path)
+        return found
+
+    monkeypatch.setattr(module, "check", check_while_gc_moves)
+    if comes_back:
+        assert registry.resolve(made.id).id == made.id
+    else:
+        with pytest.raises(UserError, match=f"no checkpoint {made.id}"):
+            registry.resolve(made.id)
