@@ -25,6 +25,7 @@ from stages.registry.sealing import seal, unseal
 LASTS = timedelta(hours=2)
 RENEWED = timedelta(minutes=15)  # a renewal may come late seven times
 CLOCKS_DIFFER = timedelta(minutes=10)  # between the machines that share a registry
+_held: list[Held] = []  # by this process since it began; giving one back twice is harmless
 
 
 @dataclass(frozen=True)
@@ -132,9 +133,16 @@ def take(root: Path, checkpoint_ids: Iterable[str], purpose: str, *, renewed: bo
         raise
     if not renewed:
         return held
+    _held.append(held)
     atexit.register(held.give_back)
     threading.Thread(target=_keep, args=(held,), name="registry leases", daemon=True).start()
     return held
+
+
+def give_back_all() -> None:
+    """Give back every lease of this process, which is ending."""
+    while _held:
+        _held.pop().give_back()
 
 
 def take_if_possible(root: Path, checkpoint_ids: Iterable[str], purpose: str, *, renewed: bool = True) -> Held | None:

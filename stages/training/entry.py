@@ -15,6 +15,7 @@ from configs.allowed import add_option, with_allowed
 from configs.errors import UserError
 from configs.printable import printable
 from stages.devices import hide_gpus_if_asked
+from stages.registry import leases
 from stages.training import stop, watchdog
 from stages.training.ranks import from_rank_0, rank, say
 from stages.zero.leave import leave
@@ -61,6 +62,8 @@ def run(main: Callable[[Any], None], kind: str, argv: Sequence[str] | None = Non
         sys.exit(2)
     finally:
         stop.mode(stop.Mode.LEAVING)
+        watchdog.end()
+        leases.give_back_all()
         leave(sys.exc_info()[1])
 
 

@@ -25,6 +25,7 @@ MOVED = 1 << 20  # bytes in a look: fewer are logs
 BUSY = 300.0  # seconds that a filesystem under load may take for a heartbeat
 FOLDER = "heartbeats"
 WANTED = "stacks-wanted"  # beside them: a process has found that the run hangs
+_running: list[Watch] = []  # of this process: one, or none
 
 
 class Now:
@@ -88,7 +89,14 @@ def start(cfg: Any, output: Path) -> None:
         watch = Watch(limits, output, rank(), world_size())
     except OSError:  # a working folder that can't be written is told by the stage
         return
-    threading.Thread(target=watch.run, daemon=True, name="watchdog").start()
+    _running.append(watch)
+    watch.thread.start()
+
+
+def end() -> None:
+    """Watch no longer: this process is ending by itself. What it had written for the other processes goes."""
+    while _running:
+        _running.pop().end()
 
 
 class Watch:
@@ -105,15 +113,28 @@ class Watch:
         self.started = self.heartbeat(rank).stat().st_mtime  # as the filesystem's own clock has it, which all nodes share
         self.stacks: TextIO = (self.folder / f"rank-{rank}.stacks").open("w")
         faulthandler.register(signal.SIGUSR2, self.stacks, all_threads=True)  # for another process of this machine to ask for
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self.run, daemon=True, name="watchdog")
 
     def run(self) -> None:
-        """Look again and again; ends with the process."""
+        """Look again and again, until the end."""
         looked = time.monotonic()
-        while True:
-            time.sleep(self.every)
+        while not self.ended.wait(self.every):
             gap, looked = time.monotonic() - looked, time.monotonic()
             with contextlib.suppress(OSError):  # a full disk does not end the watch
                 self.look(gap)
+
+    def end(self) -> None:
+        """Look no more, and remove this process's files; the folder goes with the last of them."""
+        self.ended.set()
+        self.thread.join(self.every + 1)
+        faulthandler.cancel_dump_traceback_later()
+        faulthandler.unregister(signal.SIGUSR2)
+        self.stacks.close()
+        with contextlib.suppress(OSError):
+            Path(self.stacks.name).unlink()
+            self.heartbeat(self.rank).unlink()
+            self.folder.rmdir()
 
     def look(self, gap: float) -> None:
         """Once, `gap` seconds after the last time; does not return where the run hangs."""
