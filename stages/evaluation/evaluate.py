@@ -39,6 +39,17 @@ def evaluate(cfg: EvalConfig, say: Callable[[str], None] = lambda line: None) ->
     check_split(origins.values(), cfg)
     chosen = choose_prompts(cfg)
     held = [origin.lease("align eval measures it") for origin in (*origins.values(), *scorer_origins(cfg))]
+    try:
+        return _evaluate(cfg, origins, chosen, against, reference, say)
+    finally:
+        for lease in filter(None, held):
+            lease.give_back()
+
+
+def _evaluate(
+    cfg: EvalConfig, origins: dict[str, models.Origin], chosen: list[Prompt], against: str, reference: str, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """`evaluate`, once it is known what is evaluated on which prompts."""
     models.verify(*origins.values(), *scorer_origins(cfg))
     _check_files(cfg)
     readers = {label: load_reader(label, origin, cfg.template) for label, origin in origins.items()}
@@ -57,8 +68,6 @@ def evaluate(cfg: EvalConfig, say: Callable[[str], None] = lambda line: None) ->
     if cfg.output is not None:
         write(cfg.output, result, measured, prompts)
     _record(result, origins)
-    for lease in filter(None, held):
-        lease.give_back()  # after an error, when the process ends
     return result
 
 
