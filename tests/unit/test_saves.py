@@ -179,8 +179,10 @@ def test_a_line_for_a_full_disk_is_lost_and_the_run_goes_on(monkeypatch):
         def flush(self) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("sys.stdout", Full())
+    full = Full()
+    monkeypatch.setattr("sys.stdout", full)
     say("a line")
+    assert full.getvalue() == "a line\n", "it was tried"
 
 
 NOW = {"data": {"train": "a"}, "tokenizer": "t", "template": "c", "steps": 10, "processes": 2, "zero_stage": 0, "parents": ["p"],
