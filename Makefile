@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 QUIET := OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint setup reliability bench-ppo bench-memory bench-plan
+.PHONY: help demo test lint setup reliability bench-ppo bench-memory bench-plan bench-sft
 
 help:
 	@echo 'make demo   align a small model in a small world and print the table (CPU, offline, minutes)'
@@ -62,3 +62,6 @@ $(PEER)/.installed: $(STAMP)
 
 bench-ppo: $(STAMP) $(PEER)/.installed
 	$(QUIET) OMP_NUM_THREADS=1 $(BIN)/python -m tests.bench.ppo --peer $(PEER) $(ARGS)
+
+bench-sft: $(STAMP)
+	$(QUIET) OMP_NUM_THREADS=1 $(BIN)/python -m tests.bench.sft $(ARGS)

@@ -89,10 +89,10 @@ def _random_model(folder: Path, case: Case) -> None:
 
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**case.model, pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS)).save_pretrained(folder)
-    _word_tokenizer(case.model["vocab_size"]).save_pretrained(folder)
+    word_tokenizer(case.model["vocab_size"]).save_pretrained(folder)
 
 
-def _word_tokenizer(vocabulary: int) -> Any:
+def word_tokenizer(vocabulary: int) -> Any:
     """One token per word, so that text of n words has n tokens at any vocabulary size."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
