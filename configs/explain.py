@@ -16,9 +16,8 @@ from pydantic_core import PydanticUndefined
 
 from configs.errors import UserError
 from configs.load import MODELS, model_of
-from configs.problems import models_in, show
+from configs.problems import TAGS, models_in, show
 from configs.schema.chain import SHARED, STAGES
-from configs.schema.scorers import ScorerSpec
 
 FILLED = (*SHARED, "name", "output", "init_from", "scorers")
 """Keys of a stage's section that a chain fills in."""
@@ -44,8 +43,6 @@ UNITS = (
     (r"^Discount per token", "per token"),
 )
 """What a description starts with -> the unit of the number."""
-
-SCORER_KINDS = [kind for scorer in models_in(ScorerSpec) for kind in get_args(scorer.model_fields["kind"].annotation)]
 
 
 class Entry(NamedTuple):
@@ -77,8 +74,8 @@ def explain(key: str) -> str:
     groups: dict[tuple[Any, ...], list[Entry]] = {}
     for entry in found:
         same: tuple[Any, ...] = (entry.path, repr(entry.field), entry.field.description)
-        if entry.path.endswith("scorers.kind"):
-            same = (entry.path,)  # one key; its six values are six models
+        if _tag_of(entry.owner) == entry.path.rpartition(".")[2]:
+            same = (entry.path,)  # one key; each of its values is a model
         groups.setdefault(same, []).append(entry)
     return "\n\n".join(_block(group) for group in groups.values())
 
@@ -110,31 +107,46 @@ def _entries(kind: str) -> list[Entry]:
     return entries
 
 
+def _tag_of(owner: type[BaseModel]) -> str | None:
+    """The key whose one value says which member of a union a section is."""
+    return next((tag for tag in TAGS if tag in owner.model_fields and len(get_args(owner.model_fields[tag].annotation)) == 1), None)
+
+
+def _members(group: list[Entry], tag: str) -> list[str]:
+    return list(dict.fromkeys(str(name) for entry in group for name in get_args(entry.owner.model_fields[tag].annotation)))
+
+
+def _techniques(group: list[Entry]) -> str:
+    """What each value of a key is for."""
+    return "\n".join(f"{get_args(entry.field.annotation)[0]}: {entry.field.description}" for entry in {e.owner: e for e in group}.values())
+
+
 def _block(group: list[Entry]) -> str:
     entry = group[0]
     field, description = entry.field, entry.field.description or ""
-    is_kind = entry.path.endswith("scorers.kind")
-    rows = [("type", "one of " + ", ".join(SCORER_KINDS) if is_kind else _type(field.annotation))]
+    tag = _tag_of(entry.owner)
+    is_tag = tag is not None and entry.path.rpartition(".")[2] == tag
+    is_kind = is_tag and tag == "kind"
+    rows = [("type", "one of " + ", ".join(_members(group, tag)) if is_tag and tag else _type(field.annotation))]
     if unit := _unit(field, description):
         rows.append(("unit", unit))
-    rows.append(("default", _default(field)))
+    rows.append(("default", "none: must be given" if is_tag else _default(field)))
     allowed = _allowed(field)
     if allowed:
         rows.append(("allowed", allowed))
-    rows.append(("meaning", "What scores: the trained reward model, a rule, or your own function." if is_kind else description))
+    rows.append(("meaning", "What scores: the trained reward model, a rule, or your own function." if is_kind else _techniques(group) if is_tag else description))
     sections = models_in(field.annotation)
     if sections:
         inner = dict.fromkeys(f.alias or name for section in sections for name, f in section.model_fields.items())
         rows.append(("keys", ", ".join(inner)))
     kinds = dict.fromkeys(e.kind for e in group)
-    if "kind" in entry.owner.model_fields and not is_kind and entry.path.rpartition(".")[2] != "weight":
-        variants = [str(k) for e in group for k in get_args(e.owner.model_fields["kind"].annotation)]
-        rows.append(("scorer", "kind: " + ", ".join(dict.fromkeys(variants))))
+    if tag is not None and not is_tag and entry.path.rpartition(".")[2] != "weight":
+        rows.append(("scorer" if tag == "kind" else "technique", f"{tag}: " + ", ".join(_members(group, tag))))
     rows.append(("used by", ", ".join(kinds)))
     if entry.path in SHARED and any(kind in STAGES for kind in kinds):
         rows.append(("in a chain", f"give `{entry.path}` once at the top; a stage's section may say otherwise"))
     width = max(len(label) for label, _ in rows) + 2
-    return "\n".join([entry.path, *(f"  {label:<{width}}{text}" for label, text in rows)])
+    return "\n".join([entry.path, *(f"  {label:<{width}}" + text.replace("\n", "\n" + " " * (width + 2)) for label, text in rows)])
 
 
 def _list_of_keys(kind: str) -> str:
@@ -142,8 +154,8 @@ def _list_of_keys(kind: str) -> str:
     rows: dict[str, tuple[str, str]] = {}
     for e in _entries(kind):
         rows.setdefault(e.path, (_type(e.field.annotation), _default(e.field)))
-        if e.path.endswith("scorers.kind"):
-            rows[e.path] = ("one of " + ", ".join(SCORER_KINDS), "none: must be given")
+        if (tag := _tag_of(e.owner)) == e.path.rpartition(".")[2] and tag is not None:
+            rows[e.path] = ("one of " + ", ".join(_members([o for o in _entries(kind) if o.path == e.path], tag)), "none: must be given")
     path_width, type_width = max(map(len, rows)), min(max(len(row[0]) for row in rows.values()), 40)
     lines = [f"{path:<{path_width}}  {type_:<{type_width}}  {default}".rstrip() for path, (type_, default) in rows.items()]
     return "\n".join([f"{kind}: {(model_of(kind).__doc__ or '').strip()}", "", *lines])

@@ -33,6 +33,9 @@ EXPECTED = {
 }
 """Pydantic's error type -> what was expected."""
 
+TAGS = ("kind", "method")
+"""Keys whose value says which member of a union a section is."""
+
 FILLED_FROM = {"init_from": "base", "name": "name", "output": "output", "scorers": "reward"}
 """Key that a chain fills into a stage's section -> the top-level key it comes from; SHARED keys keep their name."""
 
@@ -86,7 +89,7 @@ def _path(error: ErrorDetails, data: Any) -> tuple[Key, Key | None]:
     here, last = data, error["loc"][-1] if error["loc"] else None
     for part in error["loc"]:
         if isinstance(here, dict):
-            names_a_member = part not in here and (here.get("kind") == part or (part != last or error["type"] != "missing"))
+            names_a_member = part not in here and (any(here.get(tag) == part for tag in TAGS) or (part != last or error["type"] != "missing"))
         elif isinstance(here, list):
             names_a_member = not isinstance(part, int)
         elif isinstance(part, int) and part == 0:
@@ -131,7 +134,7 @@ def _sentence(error: ErrorDetails, path: Key, model: type[BaseModel]) -> tuple[s
     if kind == "literal_error":
         return f"found {found}; expected {context['expected']}", did_you_mean(error.get("input"), re.findall(r"'([^']*)'", context["expected"]))
     if kind in ("union_tag_invalid", "union_tag_not_found"):
-        return _scorer_kind(kind, context, path, model)
+        return _member(kind, context, path, model)
     expected = EXPECTED.get(kind) or _limit(kind, context) or error["msg"]
     quotes = "; put quotes around it" if kind in ("string_type", "path_type") and isinstance(error.get("input"), int | float) else ""
     return f"found {found}; expected {expected}", quotes
@@ -158,12 +161,13 @@ def _limit(kind: str, context: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _scorer_kind(kind: str, context: Mapping[str, Any], path: Key, model: type[BaseModel]) -> tuple[str, str]:
-    known = [name for scorer in sections_at(model, path) for name in get_args(scorer.model_fields["kind"].annotation)]
+def _member(kind: str, context: Mapping[str, Any], path: Key, model: type[BaseModel]) -> tuple[str, str]:
+    tag = str(context["discriminator"]).strip("'")
+    known = [name for section in sections_at(model, path) if tag in section.model_fields for name in get_args(section.model_fields[tag].annotation)]
     options = ", ".join(known)
     if kind == "union_tag_not_found":
-        return f"`kind` is missing; expected one of {options}", ""
-    return f"kind is {context.get('tag')!r}; expected one of {options}", did_you_mean(context.get("tag"), known)
+        return f"`{tag}` is missing; expected one of {options}", ""
+    return f"{tag} is {context.get('tag')!r}; expected one of {options}", did_you_mean(context.get("tag"), known)
 
 
 def show(value: Any) -> str:
@@ -187,7 +191,7 @@ def did_you_mean(value: Any, known: Iterable[str]) -> str:
 def _unknown(path: Key, model: type[BaseModel], loc: Key) -> tuple[str, str]:
     """An unknown key: the near ones of its section, else the same name elsewhere in the schema. `loc` names a union's member."""
     key, sections = str(path[-1]), sections_at(model, path[:-1])
-    of_this_kind = [s for s in sections if "kind" in s.model_fields and set(get_args(s.model_fields["kind"].annotation)) & set(loc)]
+    of_this_kind = [s for s in sections for tag in TAGS if tag in s.model_fields and set(get_args(s.model_fields[tag].annotation)) & set(loc)]
     sections = of_this_kind or sections
     known = list(dict.fromkeys(name for section in sections for name in keys(section)))
     hint = did_you_mean(key, known)

@@ -98,6 +98,8 @@ OUR_FIELDS: dict[str, dict[str, str]] = {
         "loss_type": "nothing: the loss is the mean over completion tokens",
         "assistant_only_loss": "loss_on",
         "completion_only_loss": "nothing: the loss covers completions (see loss_on)",
+        "neftune_noise_alpha": "train.neftune_alpha",
+        "label_smoothing_factor": "train.label_smoothing",
     },
     "reward": {**_OURS, "center_rewards_coefficient": "center_coefficient"},
     "dpo": {

@@ -80,14 +80,16 @@ def model_folder(cfg: Any) -> Path | None:
 
 def size_of(stage: str, cfg: Any) -> Size | None:
     """What a stage holds in memory, from the weights it starts from; None where they are not here or have no headers to count in."""
+    from configs.schema import Full, lora_of, technique_of
+
     folder = model_folder(cfg)
     count = parameters(folder) if folder else None
     if count is None:
         return None
     half = 4.0 if cfg.train.precision == "fp32" else 2.0
     name = f"{cfg.init_from} has {count / 1e9:.3g} billion parameters"
-    if cfg.lora is not None:
-        each = 0.55 if getattr(cfg, "quantization", None) else half
+    if not isinstance(technique_of(cfg), Full):
+        each = 0.55 if getattr(cfg, "quantization", None) or getattr(lora_of(cfg), "quantization", None) else half
         return Size(0, count, each, f"{name}, frozen under adapters ({each:g} bytes each)")
     frozen = {"dpo": 1, "ppo": 2}.get(stage, 0)
     trained = 2 if stage == "ppo" else 1

@@ -19,16 +19,19 @@ def main(cfg: DPOStage) -> None:
     """Optimise a policy on preference pairs against a frozen reference and publish it as dpo/NAME."""
     from trl import DPOConfig, DPOTrainer
 
+    from configs.schema import freezes_base
     from stages import data, models
     from stages.nodes.once import once_per_node
     from stages.tokens import load_tokens, refuse_other_tokens
     from stages.training import build, measures, plan, publish, ranks, ready, resume, text
+    from stages.tuning import adapters, possible, quantized
     from stages.zero import load
 
     refuse_unread_smoothing(cfg)
     origin = models.find(cfg.init_from, cfg.registry, stages=("sft", "dpo", "ppo"))
     tied_to = models.find(cfg.reference, cfg.registry, stages=("sft", "dpo", "ppo")) if cfg.reference else origin
     ready.check(cfg, STAGE, origin, tied_to)
+    possible.check(cfg)
     load.announce(cfg.train)
     parents = ranks.from_rank_0("reading the parents", lambda: [origin.parent("init_from"), tied_to.parent("reference")])
     tokens = load_tokens(origin, cfg.template)
@@ -36,10 +39,11 @@ def main(cfg: DPOStage) -> None:
     loaded = once_per_node("reading the data", lambda: data.read_pairs(cfg.data), node_0_first=True)
     splits = data.Splitter(cfg.split).split(loaded.rows)
 
-    dtype = models.weights_dtype(cfg.train.precision, frozen=cfg.lora is not None)
+    dtype = models.weights_dtype(cfg.train.precision, frozen=freezes_base(cfg))
     policy = models.load_policy(origin, dtype=dtype, attn_implementation=cfg.attn_implementation)
     limit = text.fit(policy, tokens, cfg)
-    reference = load_reference(policy, tied_to, cfg, shared=cfg.lora is not None and tied_to.identity == origin.identity)
+    quantized.pack(policy, cfg, bf16=models.uses_bf16(cfg.train.precision))
+    reference = load_reference(policy, tied_to, cfg, shared=freezes_base(cfg) and tied_to.identity == origin.identity)
     (train, too_long), (validation, too_long_v) = once_per_node("tokenising", lambda: [
         data.encode_pairs(tokens.formatter, rows, limit, cfg.overlong, may_be_empty=rows is not splits.train) for rows in (splits.train, splits.validation)
     ])  # fmt: skip
@@ -55,7 +59,7 @@ def main(cfg: DPOStage) -> None:
         placeholder=build.as_dataset([{"prompt": "a", "chosen": "b", "rejected": "c"}]),
         arguments={"max_length": None, "beta": cfg.beta, "loss_type": [cfg.loss_type], "label_smoothing": cfg.label_smoothing} | measures.dpo_batches(cfg),
         model=policy, ref_model=reference, processing_class=tokens.tokenizer,
-        peft_config=models.lora_config(cfg.lora, "CAUSAL_LM") if cfg.lora else None,
+        peft_config=adapters.peft_config(cfg.technique, "CAUSAL_LM", policy),
     )  # fmt: skip
     digests = [publish.digest(parent) for parent in parents]
     resume.train(trainer, cfg, resume.identity(cfg, data=facts["parts"], tokenizer=tokens.key, parents=digests))

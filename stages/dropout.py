@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from configs.errors import UserError
 
+NOT_OF_TRAINING = ("layerdrop", "layer_drop", "drop_path", "classifier", "summary", "token_dropout")  # names of rates that are not those of activations
 TOLERANCE = 1e-3  # nats: kernels that add in another order each time differ by less, the least dropout by more
 
 
@@ -18,13 +19,32 @@ def _dropouts(model: nn.Module) -> Iterator[tuple[Any, str]]:
 
     Many architectures call `F.dropout(x, p=self.dropout)`; which name the number has is theirs to choose, so any with "drop" counts.
     """
+    return ((owner, name) for owner, name, value in _all_dropouts(model) if value > 0)
+
+
+def _all_dropouts(model: nn.Module) -> Iterator[tuple[Any, str, float]]:
+    """(owner, attribute, rate) of every dropout, on or off."""
     for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
-            yield module, "p"
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            yield module, "p", module.p
         for owner in (module, getattr(module, "config", None)):
             for name, value in list(vars(owner).items()) if owner is not None else ():
-                if "drop" in name.lower() and isinstance(value, float) and value > 0:
-                    yield owner, name
+                if "drop" in name.lower() and isinstance(value, float):
+                    yield owner, name, value
+
+
+def with_dropout(model: Any, rate: float) -> Any:
+    """Set the model's own dropouts (all but those of heads, and those that drop layers) to `rate`; they act in training mode only.
+
+    Raises:
+        UserError: the architecture has none.
+    """
+    found = [(owner, name) for owner, name, _ in _all_dropouts(model) if not any(word in name.lower() for word in NOT_OF_TRAINING)]
+    if not any(isinstance(owner, nn.Module) for owner, _ in found):
+        raise UserError(f"train.dropout is {rate}, and {type(model).__name__} has no dropout of its own; leave it out (adapters have lora.dropout)")
+    for owner, name in found:
+        setattr(owner, name, rate)
+    return model
 
 
 def without_dropout(model: Any) -> Any:

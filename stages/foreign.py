@@ -16,6 +16,8 @@ from configs.errors import UserError
 INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth", "consolidated.00.pth", "adapter_model.bin")
+ADAPTERS = ("LORA", "IA3", "PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING")
+SOFT_REFUSED = ("prompt_tuning_init", "tokenizer_name_or_path", "tokenizer_kwargs")
 LARGEST_JSON = 64 * 2**20  # bytes; a tokenizer.json of a large vocabulary has 20 MiB, an index a few
 SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", INDEX, ADAPTER)
 
@@ -83,8 +85,11 @@ def _check_adapter(folder: Path, config: dict[str, Any] | None) -> None:
         return
     where = folder / ADAPTER
     kind = str(config.get("peft_type"))
-    if kind.upper() != "LORA":
-        raise UserError(f"{where}: an adapter of type {kind}; expected LORA, the one kind that is trained and merged here")
+    if kind not in ADAPTERS:
+        raise UserError(f"{where}: an adapter of type {kind}; expected one of those that are trained and loaded here: {', '.join(ADAPTERS)}")
+    for key in SOFT_REFUSED:
+        if config.get(key) not in (None, "RANDOM"):  # a tokenizer may bring code of its own, and the trained vectors need none
+            raise UserError(f"{where}: {key} is {config[key]!r}, with which peft opens a tokenizer that the adapter names; trained vectors lie in the weights: set prompt_tuning_init to RANDOM and the tokenizer's keys to null")
     if (mapping := config.get("auto_mapping")) and not (isinstance(mapping, dict) and str(mapping.get("parent_library")).startswith("transformers.models.")):  # peft's own, without a task_type
         raise UserError(f"{where}: auto_mapping is {mapping!r}, with which peft imports a package that the adapter names; a trained adapter needs none: set it to null")
     for key in ("megatron_config", "corda_config", "eva_config", "loftq_config", "lora_ga_config"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,12 +15,12 @@ from torch import nn
 
 from configs.errors import UserError
 from configs.references import is_reference, pin
-from configs.schema import Lora
 from stages import foreign, shards
 from stages.compat import files_of_weights, never_split
 from stages.dropout import without_dropout
 from stages.registry import Checkpoint, Parent, Registry
 from stages.registry.leases import Held
+from stages.tuning import adapters
 from stages.zero import gather
 
 if TYPE_CHECKING:
@@ -160,6 +159,11 @@ def is_adapter(origin: Origin) -> bool:
     return (Path(origin.folder) / "adapter_config.json").is_file()
 
 
+def adapter_kind(origin: Origin) -> str:
+    """peft's name of the kind of an adapter: LORA, IA3 …"""
+    return str(foreign.read_json(Path(origin.folder) / foreign.ADAPTER).get("peft_type"))
+
+
 def adapter_base(origin: Origin) -> Origin:
     """The origin of the weights under an adapter checkpoint.
 
@@ -294,9 +298,11 @@ def _merged(peft_model: Any) -> Any:
     has split, one layer at a time is whole."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    if peft_model.active_peft_config.is_prompt_learning:
+        raise UserError(f"an adapter of type {peft_model.active_peft_config.peft_type.value} can't be merged into its base")
     base = peft_model.get_base_model()
     layers: list[Any] = [module for module in base.modules() if isinstance(module, BaseTunerLayer)]
-    _refuse_tied(base, layers)
+    adapters.refuse_tied(base, layers)
     for layer in layers:
         with gather.whole(layer.parameters(), changed=True):
             layer.merge()
@@ -375,52 +381,6 @@ def pad_id_of(origin: Origin) -> int:
     """The pad id a checkpoint was published with."""
     assert origin.checkpoint is not None
     return int(origin.checkpoint.info("tokenizer")["pad_id"])
-
-
-def check_lora_targets(model: Any, lora: Lora | None, *, head: bool = True) -> None:
-    """Raise UserError where `lora.target_modules` names layers that the model does not have, or that can't have an adapter.
-
-    `head` false: nor may the output head have one.
-    """
-    if lora is None or lora.target_modules == "all-linear":
-        return
-    names = [name for name, module in model.named_modules() if name]
-    wanted = [lora.target_modules] if isinstance(lora.target_modules, str) else lora.target_modules
-    if isinstance(lora.target_modules, str):  # peft takes one text as a regular expression over whole names
-        hit = [name for name in names if re.fullmatch(lora.target_modules, name)]
-        missing = wanted if not hit else []
-    else:
-        hit = [name for name in names if any(name == target or name.endswith(f".{target}") for target in wanted)]
-        missing = [target for target in wanted if not any(name == target or name.endswith(f".{target}") for name in hit)]
-    if missing:
-        linear = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
-        close = difflib.get_close_matches(missing[0], linear, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise UserError(
-            f"lora.target_modules: {type(model).__name__} has no module {', '.join(map(repr, missing))}; its linear layers are "
-            f"{', '.join(linear)}; all-linear takes all of them but the head.{hint}"
-        )
-    _refuse_tied(model, [model.get_submodule(name) for name in hit])
-    if not head and any(model.get_submodule(name) is model.get_output_embeddings() for name in hit):
-        raise UserError("lora.target_modules names the output head; in PPO the value function has an adapter of its own and no use for that layer: leave it out")
-
-
-def _refuse_tied(model: Any, layers: list[Any]) -> None:
-    """Raise where an adapter is on one of two layers that share their weights: merged, it would change the other one too."""
-    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
-    if outputs is not None and inputs.weight is outputs.weight and any(layer is inputs or layer is outputs for layer in layers):
-        raise UserError(
-            f"an adapter on the embedding or the output head of {type(model).__name__}, which share one weight: merged into it, the adapter would "
-            "change both; leave these layers out of lora.target_modules"
-        )
-
-
-def lora_config(lora: Lora, task: str) -> Any:
-    """The peft config of a `lora:` section; `task` is CAUSAL_LM or SEQ_CLS (which saves the score head with the adapter)."""
-    from peft import LoraConfig
-
-    arguments: dict[str, Any] = {"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "bias": "none"}
-    return LoraConfig(**arguments, target_modules=lora.target_modules, task_type=task)
 
 
 def save_model(

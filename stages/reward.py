@@ -22,10 +22,12 @@ def main(cfg: RewardStage) -> None:
     from stages.nodes.once import once_per_node
     from stages.tokens import load_tokens
     from stages.training import build, measures, plan, publish, ranks, ready, resume, scoring, text
+    from stages.tuning import adapters, possible, quantized
     from stages.zero import load
 
     origin = models.find(cfg.init_from, cfg.registry, stages=("sft", "dpo", "ppo", "reward"))
     ready.check(cfg, STAGE, origin)
+    possible.check(cfg)
     load.announce(cfg.train)
     parent = ranks.from_rank_0("reading the parent", lambda: origin.parent("init_from"))
     tokens = load_tokens(origin, cfg.template)
@@ -34,6 +36,7 @@ def main(cfg: RewardStage) -> None:
 
     model = load_model(origin, cfg, tokens.pad_id)
     limit = text.fit(model, tokens, cfg)
+    quantized.pack(model, cfg, bf16=models.uses_bf16(cfg.train.precision))
     parts = once_per_node("tokenising", lambda: {
         name: data.encode_pairs(tokens.formatter, getattr(splits, name), limit, cfg.overlong, may_be_empty=name != "train")
         for name in ("train", "validation", "test")
@@ -48,7 +51,7 @@ def main(cfg: RewardStage) -> None:
         validation=build.as_dataset(validation) if validation else None,
         # max_length None: TRL would drop longer pairs without a word; ours are within the limit, and the dropped ones counted.
         arguments={"max_length": None, "center_rewards_coefficient": cfg.center_coefficient or None},
-        model=model, processing_class=tokens.tokenizer, peft_config=models.lora_config(cfg.lora, "SEQ_CLS") if cfg.lora else None,
+        model=model, processing_class=tokens.tokenizer, peft_config=adapters.peft_config(cfg.technique, "SEQ_CLS", model),
     )  # fmt: skip
     resume.train(trainer, cfg, resume.identity(cfg, data=facts["parts"], tokenizer=tokens.key, parents=[publish.digest(parent)]))
     held_out = "test" if parts["test"][0] else "validation"
@@ -66,9 +69,10 @@ def main(cfg: RewardStage) -> None:
 
 def load_model(origin: Origin, cfg: RewardStage, pad_id: int) -> Any:
     """A classifier with one output: a new head on a policy's trunk, or the reward model that training goes on from."""
+    from configs.schema import freezes_base
     from stages import models
 
-    dtype = models.weights_dtype(cfg.train.precision, frozen=cfg.lora is not None)
+    dtype = models.weights_dtype(cfg.train.precision, frozen=freezes_base(cfg))
     if origin.checkpoint is not None and origin.checkpoint.stage == STAGE:
         return models.load_scorer(origin, dtype=dtype, attn_implementation=cfg.attn_implementation)
     policy = models.load_policy(origin, dtype=dtype, attn_implementation=cfg.attn_implementation)

@@ -16,23 +16,30 @@ def main(cfg: SFTStage) -> None:
     """Fine-tune a model on demonstrations and publish it as sft/NAME."""
     from trl import SFTConfig, SFTTrainer
 
+    from configs.schema import freezes_base
     from stages import data, models
+    from stages.dropout import with_dropout
     from stages.nodes.once import once_per_node
     from stages.tokens import load_tokens
     from stages.training import build, measures, plan, publish, ranks, ready, resume, text
+    from stages.tuning import adapters, possible, quantized
     from stages.zero import load
 
     origin = models.find(cfg.init_from, cfg.registry, stages=("sft", "dpo", "ppo"))
     ready.check(cfg, STAGE, origin)
+    possible.check(cfg)
     load.announce(cfg.train)
     parent = ranks.from_rank_0("reading the parent", lambda: origin.parent("init_from"))
     tokens = load_tokens(origin, cfg.template)
     loaded = once_per_node("reading the data", lambda: data.read_demonstrations(cfg.data), node_0_first=True)
     splits = data.Splitter(cfg.split).split(loaded.rows)
 
-    dtype = models.weights_dtype(cfg.train.precision, frozen=cfg.lora is not None)
+    dtype = models.weights_dtype(cfg.train.precision, frozen=freezes_base(cfg))
     model = models.load_policy(origin, dtype=dtype, attn_implementation=cfg.attn_implementation)
     limit = text.fit(model, tokens, cfg)
+    if cfg.train.dropout:
+        with_dropout(model, cfg.train.dropout)
+    quantized.pack(model, cfg, bf16=models.uses_bf16(cfg.train.precision))
     (train, too_long), (validation, too_long_v) = once_per_node("tokenising", lambda: [
         data.encode_demonstrations(tokens.formatter, rows, limit, cfg.overlong, cfg.loss_on, may_be_empty=rows is not splits.train)
         for rows in (splits.train, splits.validation)
@@ -50,7 +57,7 @@ def main(cfg: SFTStage) -> None:
         validation=build.as_dataset([labelled(row) for row in validation]) if validation else None,
         # The rows are tokenised and labelled: TRL must not prepare, truncate or pack them again.
         arguments={"max_length": None, "packing": False, "padding_free": cfg.packing, "dataset_kwargs": {"skip_prepare_dataset": True}},
-        model=model, processing_class=tokens.tokenizer, peft_config=models.lora_config(cfg.lora, "CAUSAL_LM") if cfg.lora else None,
+        model=model, processing_class=tokens.tokenizer, peft_config=adapters.peft_config(cfg.technique, "CAUSAL_LM", model),
     )  # fmt: skip
     resume.train(trainer, cfg, resume.identity(cfg, data=facts["parts"], tokenizer=tokens.key, parents=[publish.digest(parent)]))
     metrics = build.final_metrics(trainer, measures.tokens)

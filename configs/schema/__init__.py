@@ -9,10 +9,25 @@ from configs.schema.health import Health
 from configs.schema.monitoring import Evaluation, Stopping
 from configs.schema.ppo import PTX, AdaptiveKL, PPOStage, PPOTrain, Sampling
 from configs.schema.scorers import ScorerSpec
-from configs.schema.supervised import DPOStage, RewardStage, SFTStage, TRLStage
+from configs.schema.supervised import DPOStage, RewardStage, SFTStage, SFTTrain, TRLStage
+from configs.schema.tuning import (
+    IA3,
+    Freeze,
+    Full,
+    LoraTuning,
+    PrefixTuning,
+    PromptTuning,
+    PTuning,
+    QLoraTuning,
+    Technique,
+    freezes_base,
+    lora_of,
+    technique_of,
+)
 
 __all__ = [
-    "PTX", "VLLM", "AdaptiveKL", "Chain", "DPOStage", "EvalConfig", "EvalSettings", "Evaluation", "Guard", "Health", "Lora", "PPOStage", "PPOTrain",
-    "Prepare", "RewardStage", "RolloutEngine", "SFTStage", "Sampling", "ScorerSpec", "Source", "Split", "StageConfig", "Stopping", "Strict",
-    "TRLStage", "Train",
+    "IA3", "PTX", "VLLM", "AdaptiveKL", "Chain", "DPOStage", "EvalConfig", "EvalSettings", "Evaluation", "Freeze", "Full", "Guard", "Health", "Lora",
+    "LoraTuning", "PPOStage", "PPOTrain", "PTuning", "PrefixTuning", "Prepare", "PromptTuning", "QLoraTuning", "RewardStage", "RolloutEngine", "SFTStage",
+    "SFTTrain", "Sampling", "ScorerSpec", "Source", "Split", "StageConfig", "Stopping", "Strict", "TRLStage", "Technique", "Train", "freezes_base", "lora_of",
+    "technique_of",
 ]  # fmt: skip

@@ -82,6 +82,41 @@ class Lora(Strict):
     target_modules: str | list[str] = Field(
         default="all-linear", description="Module names that get an adapter; all-linear takes every linear layer but the head."
     )
+    rslora: bool = Field(
+        default=False,
+        description="Rank-stabilised (arXiv:2312.03732): the update is multiplied by alpha / sqrt(rank). For ranks of 64 and more, which otherwise learn too slowly.",
+    )
+    dora: bool = Field(
+        default=False,
+        description="Weight-decomposed (arXiv:2402.09353): a magnitude of each output is trained beside the update. For low ranks (4 to 16) that fall short of full training; slower.",
+    )
+    init: Literal["default", "gaussian", "pissa", "pissa_fast", "olora"] = Field(
+        default="default",
+        description="Where the update starts: default (0), gaussian (0, drawn otherwise), pissa (the largest singular vectors, arXiv:2404.02948; pissa_fast: approximately, for large "
+        "layers) or olora (a QR decomposition, arXiv:2406.01775). The last three start from parts of the base and learn faster in few steps; the base is kept in float32, and "
+        "what is published is a plain adapter of twice the rank on the unchanged base.",
+    )
+    learning_rate_ratio: float | None = Field(
+        default=None, ge=1,
+        description="LoRA+ (arXiv:2402.12354): learning rate of the B matrices over that of the A matrices, which is train.learning_rate; try 16 with half the usual rate where LoRA "
+        "learns slowly. Null: one rate.",
+    )  # fmt: skip
+    quantization: Literal["nf4"] | None = Field(
+        default=None,
+        description="Keep the frozen linear layers in 4 bits (QLoRA, arXiv:2305.14314; NVIDIA GPU, extra quantization): for a base that fits into memory in no other way. PPO has "
+        "`quantization` of its own.",
+    )
+
+    @model_validator(mode="after")
+    def _starts_from_whole_weights(self) -> Lora:
+        if self.quantization is not None and self.changes_base:
+            raise ValueError(f"init: {self.init} takes its start out of the base's weights, which quantization: {self.quantization} rounds: use init: default, or leave quantization out")
+        return self
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether training starts by moving a part of the base's weights into the adapter."""
+        return self.init in ("pissa", "pissa_fast", "olora")
 
 
 class Train(Strict):

@@ -143,6 +143,8 @@ class PPOStage(StageConfig):
             raise ValueError(f"quantization: {self.quantization} is for a frozen backbone under adapters; add a `lora:` section or leave it out")
         if self.lora is not None and self.lora.dropout:
             raise ValueError(f"lora.dropout is {self.lora.dropout}; PPO recomputes what the rollout stored and needs 0")
+        if self.lora is not None:
+            self._refuse_variants(self.lora)
         if self.value_init is not None and (self.lora is not None or self.value_function == "head"):
             raise ValueError("value_init is for a value copy (full training, value_function: copy); adapters start from the reward adapter among the scorers, a head at 0: leave it out")
         if self.adaptive_kl is not None and not self.kl_coef:
@@ -155,3 +157,14 @@ class PPOStage(StageConfig):
         if self.train.warmup_iterations >= self.train.iterations:
             raise ValueError(f"train.warmup_iterations {self.train.warmup_iterations} must be below train.iterations {self.train.iterations}, or no iteration has the peak learning rate")
         return self
+
+    def _refuse_variants(self, lora: Lora) -> None:
+        """Raise for what other stages do with adapters and one shared backbone can't."""
+        if lora.changes_base:
+            raise ValueError(f"lora.init is {lora.init}, which moves a part of the base into the policy's adapter; in PPO the same base is the reference and carries the other adapters: use default")
+        if lora.learning_rate_ratio is not None:
+            raise ValueError(f"lora.learning_rate_ratio is {lora.learning_rate_ratio}; PPO trains policy and value adapters at rates of its own (train.learning_rate, train.value_learning_rate): leave it out")
+        if lora.quantization is not None:
+            raise ValueError("lora.quantization: in PPO the backbone is shared by all models, and its key is `quantization: nf4` of the stage; set that, and leave lora.quantization out")
+        if lora.dora and self.engine.kind == "vllm":
+            raise ValueError("lora.dora: engine vllm is given weights with a plain low-rank update added; use engine: native, or leave dora out")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from configs.schema.common import Lora, Sources, StageConfig, Train
+from configs.schema.common import Fraction, Lora, Sources, StageConfig, Train
 from configs.schema.guard import Guard
+from configs.schema.tuning import Full, LoraTuning, Technique, Tune
 
 
 class TRLStage(StageConfig):
@@ -20,13 +21,50 @@ class TRLStage(StageConfig):
         default_factory=dict, description="Any further argument of the stage's TRL config class, under its own name."
     )
 
+    @property
+    def technique(self) -> Technique:
+        """Which weights are trained, and how."""
+        return Full() if self.lora is None else LoraTuning(**dict(self.lora))
+
+
+class SFTTrain(Train):
+    """How SFT is optimised."""
+
+    neftune_alpha: float | None = Field(
+        default=None, gt=0,
+        description="Strength of uniform noise on the embeddings in training (NEFTune, arXiv:2310.05914): 5 to 15 makes answers to open questions longer and better on small sets; "
+        "leave it out where answers must be exact. Null: none.",
+    )  # fmt: skip
+    dropout: Fraction | None = Field(
+        default=None, description="Dropout of the model's own layers in training (attention, residual, embedding: those that the architecture has), for small data; adapters have their "
+        "own, lora.dropout. It is off in evaluation and in what is published. Null: none.",
+    )  # fmt: skip
+    label_smoothing: Fraction = Field(
+        default=0.0, description="Share of the target that is spread evenly over the vocabulary (0.05 to 0.1), against overconfidence; the validation loss stays the plain one."
+    )
+
 
 class SFTStage(TRLStage):
     """Supervised fine-tuning on demonstrations."""
 
+    train: SFTTrain = Field(default_factory=SFTTrain, description="How the stage is optimised.")
+    tune: Tune | None = Field(
+        default=None, description="The technique, by `method`, or its name alone: which weights are trained, and how (align sft --compare measures them). Null is full training, or what `lora` says."
+    )
     data: Sources = Field(description="Demonstrations.")
     loss_on: Literal["all", "last"] = Field(default="all", description="Assistant turns that the loss covers: all of them or the last.")
     packing: bool = Field(default=False, description="Put several rows into one sequence; refused where attention would leak between them.")
+
+    @property
+    def technique(self) -> Technique:
+        """Which weights are trained, and how; `lora:` is short for `tune: {method: lora}`."""
+        return self.tune if self.tune is not None else super().technique
+
+    @model_validator(mode="after")
+    def _names_one_technique(self) -> SFTStage:
+        if self.tune is not None and self.lora is not None:
+            raise ValueError(f"lora is short for `tune: {{method: lora, …}}`, and tune (method: {self.tune.method}) is given too; keep one of them")
+        return self
 
 
 class RewardStage(TRLStage):

@@ -9,6 +9,7 @@ import torch
 from launch.plan.job import Job
 from stages import models
 from stages.dropout import without_dropout
+from stages.tuning.adapters import check_lora_targets, lora_config
 
 
 def policy(job: Job, *, frozen: bool = False, config: Any = None) -> Any:
@@ -40,8 +41,8 @@ def adapted(model: Any, job: Job, task: str, name: str = "default") -> Any:
     from peft import get_peft_model
 
     assert job.lora is not None
-    models.check_lora_targets(model, job.lora)
-    return get_peft_model(model, models.lora_config(job.lora, task), adapter_name=name)
+    check_lora_targets(model, job.lora)
+    return get_peft_model(model, lora_config(job.lora, task), adapter_name=name)
 
 
 def checkpoint_layers(job: Job, *trunks: Any) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from configs.errors import UserError
+from configs.schema import Full, Lora, freezes_base, lora_of, technique_of
 from configs.schema.scorers import reward_models as reward_model_names
 from launch.batches import check_batches
 from launch.chain.steps import made_by, sections
@@ -47,7 +48,7 @@ def work_of(stage: str, cfg: Any, layout: Layout, sources: Sources, chain: Any =
     positions = getattr(config.get_text_config(), "max_position_embeddings", None) or cfg.max_length
     limit = min(cfg.max_length, positions)
     shared = {
-        "config": config, "lora": cfg.lora, "bf16": _bf16(cfg, layout), "pure_bf16": layout.zero > 0, "checkpointing": _checkpointing(cfg),
+        "config": config, "lora": planned_lora(stage, cfg, sources), "bf16": _bf16(cfg, layout), "pure_bf16": layout.zero > 0, "checkpointing": _checkpointing(cfg),
         "attn_implementation": _attention(cfg), "gpu": layout.device.gpu, "vocabulary": len(tokens.tokenizer) if tokens else None,
     }  # fmt: skip
     check_batches({stage: cfg}, layout.processes)
@@ -56,7 +57,7 @@ def work_of(stage: str, cfg: Any, layout: Layout, sources: Sources, chain: Any =
     rows = rows_of(stage, cfg, tokens, limit)
     train = cfg.train
     per_forward = layout.processes * train.micro_batch_size
-    own = stage == "dpo" and (cfg.lora is None or (cfg.reference is not None and cfg.reference != cfg.init_from))
+    own = stage == "dpo" and (not freezes_base(cfg) or (cfg.reference is not None and cfg.reference != cfg.init_from))
     packed = stage == "sft" and cfg.packing
     job = Job(
         stage, micro_batch=train.micro_batch_size, accumulation=train.batch_size // per_forward, row_tokens=limit if packed else rows.longest,
@@ -98,7 +99,7 @@ def _reward_models(cfg: Any, sources: Sources, chain: Any) -> tuple[tuple[Any, .
         step = made_by(chain, name) if getattr(chain, "reward", None) is not None else None
         if step is not None:
             section = sections(chain)[step]
-            lora, start = section.lora, section.init_from
+            lora, start = lora_of(section), section.init_from
             fits = section.init_from == cfg.init_from
         else:
             lora, start = sources.adapter(name, cfg.registry), name
@@ -108,6 +109,25 @@ def _reward_models(cfg: Any, sources: Sources, chain: Any) -> tuple[tuple[Any, .
         else:
             own.append(sources.config(start, cfg.registry))
     return tuple(shared), tuple(own)
+
+
+def planned_lora(stage: str, cfg: Any, sources: Sources) -> Lora | None:
+    """The adapters to plan with; None for full training. Other techniques are planned as the nearest that can be simulated, and a note says so.
+
+    Raises:
+        UserError: a base in 4 bits, which is simulated for PPO only.
+    """
+    technique, lora = technique_of(cfg), lora_of(cfg)
+    if lora is not None and lora.quantization is not None:
+        raise UserError(f"{stage}: a base in 4 bits can't be planned yet; plan it with `lora:`, and take about 0.55 bytes instead of 2 for each frozen weight")
+    if lora is not None:
+        return lora.model_copy(update={"init": "default"})
+    if isinstance(technique, Full) and technique.freeze is not None:
+        sources.note(f"{stage}: planned as if nothing were frozen: an upper bound")
+    if isinstance(technique, Full):
+        return None
+    sources.note(f"{stage}: {technique.method} is planned as LoRA of rank 1, whose activations are about the same")
+    return Lora(rank=1, alpha=1)
 
 
 def _bf16(cfg: Any, layout: Layout) -> bool:

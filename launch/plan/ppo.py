@@ -31,6 +31,7 @@ from stages.ppo.modules import (
     store_linear_weights,
 )
 from stages.ppo.sampling import Sample, sample
+from stages.tuning.adapters import lora_config
 
 NEW = 2  # tokens that the longest simulated generation samples: one after the prompt, one with a cache
 ROLLOUT_NUMBERS = 12  # float32 numbers per completion token in a rollout and in what is computed from it
@@ -136,13 +137,12 @@ def _separate(job: Job, cfg: PPOStage, running: Allocations) -> tuple[Watched, R
 
 def _one_backbone(job: Job, cfg: PPOStage, running: Allocations) -> tuple[Watched, Reference, list[Any]]:
     """Adapters: policy, value function and reward adapter on one copy of the weights."""
-    from stages import models
 
     assert job.lora is not None
     peft_model = blueprint.adapted(blueprint.policy(job), job, "CAUSAL_LM", name=POLICY)
     rewards = {f"{REWARD}_{number}" if number else REWARD: lora for number, lora in enumerate(job.reward_adapters)}
     for name, lora in {VALUE: next(iter(rewards.values()), job.lora), **rewards}.items():
-        peft_model.add_adapter(name, models.lora_config(lora, "CAUSAL_LM"))
+        peft_model.add_adapter(name, lora_config(lora, "CAUSAL_LM"))
     backbone = peft_model.get_base_model()
     if job.bf16:
         store_linear_weights(backbone, torch.bfloat16)

@@ -34,7 +34,7 @@ class Sources:
                 raise UserError(f"{error}; a base that the chain's own preparation makes is there once that has run: align run CHAIN.yaml --only sft") from error
             if not is_reference(asked) or self.base is None:
                 raise
-        self._note(f"{asked} is not published yet: planned with the shape of {self.base}")
+        self.note(f"{asked} is not published yet: planned with the shape of {self.base}")
         return models.find(self.base, registry)
 
     def config(self, asked: str, registry: Path) -> Any:
@@ -58,6 +58,8 @@ class Sources:
         if not models.is_adapter(origin):
             return None
         found = json.loads((Path(origin.folder) / "adapter_config.json").read_text(encoding="utf-8"))
+        if found["peft_type"] != "LORA":
+            return None  # it is merged into a model of its own
         return Lora(rank=found["r"], target_modules=found["target_modules"])
 
     def lies_on(self, adapter: str, base: str, registry: Path) -> bool:
@@ -74,10 +76,11 @@ class Sources:
         try:
             return load_tokens(self.origin(asked, registry), template)
         except UserError as error:
-            self._note(f"no tokenizer ({str(error).splitlines()[0][:120]}): rows are taken to be as long as max_length allows")
+            self.note(f"no tokenizer ({str(error).splitlines()[0][:120]}): rows are taken to be as long as max_length allows")
             return None
 
-    def _note(self, text: str) -> None:
+    def note(self, text: str) -> None:
+        """Say something about the plan once."""
         if text not in self.notes:
             self.notes.append(text)
 

@@ -20,7 +20,6 @@ from rewards.combine import WeightedSum
 from rewards.model import RewardModelScorer
 from stages import foreign, models
 from stages.dropout import check_no_dropout
-from stages.ppo import quantized
 from stages.ppo.lora import use_sums
 from stages.ppo.modules import (
     POLICY,
@@ -41,6 +40,8 @@ from stages.ppo.zero.frozen import split_reference, split_trunk
 from stages.registry import Parent
 from stages.scorers import scorer_of
 from stages.tokens import ModelTokens, refuse_other_tokens
+from stages.tuning import quantized
+from stages.tuning.adapters import check_lora_targets, lora_config
 
 
 @dataclass
@@ -263,11 +264,11 @@ def _one_backbone(
     from peft import get_peft_model
 
     assert cfg.lora is not None
-    models.check_lora_targets(policy, cfg.lora, head=False)
+    check_lora_targets(policy, cfg.lora, head=False)
     if cfg.quantization is not None:
         quantized.quantize(policy, place.device, _compute_dtype(cfg) or torch.float32)
     torch.manual_seed(cfg.seed)
-    peft_model = get_peft_model(policy, models.lora_config(cfg.lora, "CAUSAL_LM"), adapter_name=POLICY)
+    peft_model = get_peft_model(policy, lora_config(cfg.lora, "CAUSAL_LM"), adapter_name=POLICY)
     value_head, adapters = _add_adapters(peft_model, cfg, [o for o in _reward_origins(cfg) if _is_on(o, origin, tokens)])
     backbone = peft_model.get_base_model()
     store_linear_weights(backbone, models.weights_dtype(cfg.train.precision, frozen=True))
@@ -313,7 +314,7 @@ def _add_adapters(peft_model: Any, cfg: PPOStage, rewards: list[models.Origin]) 
     assert cfg.lora is not None
     in_place = {o.identity: o for o in rewards}
     if not in_place:
-        peft_model.add_adapter(VALUE, models.lora_config(cfg.lora, "CAUSAL_LM"))
+        peft_model.add_adapter(VALUE, lora_config(cfg.lora, "CAUSAL_LM"))
         return _fresh_head(peft_model.get_base_model().get_input_embeddings().weight.shape[1], cfg, zero=True), {}
     first = next(iter(in_place.values()))
     value_head = _value_head(cfg, first, add_reward_adapter(peft_model, first, VALUE))
@@ -344,8 +345,8 @@ def _reward_origin(cfg: PPOStage, asked: str) -> models.Origin:
 
 
 def _is_on(reward: models.Origin, origin: models.Origin, tokens: ModelTokens) -> bool:
-    """Whether a reward model is an adapter on the very weights the policy starts from."""
-    if not models.is_adapter(reward) or not _same_tokens(reward, tokens):
+    """Whether a reward model is a LoRA adapter on the very weights the policy starts from."""
+    if not models.is_adapter(reward) or not _same_tokens(reward, tokens) or models.adapter_kind(reward) != "LORA":
         return False
     base = models.adapter_base(reward)
     return base.identity == origin.identity or Path(base.folder).resolve() == Path(origin.folder).resolve()

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from stages.ppo.forward import TokenOutputs, hidden_states, token_outputs
 from stages.ppo.gradients import clip_norm, sum_gradients
-from stages.ppo.quantized import is_quantized
 from stages.ppo.rollout import Tokens
+from stages.tuning.quantized import is_quantized
 
 POLICY = "default"  # the adapter name that peft writes to the top of a folder
 VALUE, REWARD = "value", "reward"

@@ -8,7 +8,7 @@ from typing import Any
 
 from configs.errors import UserError
 from configs.extras import check_trainer_packages
-from configs.schema import TRLStage
+from configs.schema import Full, SFTTrain, TRLStage
 from configs.trainer_args import check_trainer
 from stages.models import uses_bf16
 from stages.training.plan import Plan
@@ -32,7 +32,7 @@ def trl_arguments(cfg: TRLStage, stage: str, plan: Plan, resume_folder: Path, *,
     best = bool(train.early_stopping_patience)
     if best and not has_validation:
         raise UserError("train.early_stopping_patience needs validation rows, and there are none: raise split.validation, or leave it out")
-    return {
+    return _of_technique(cfg) | {
         "output_dir": str(resume_folder), "seed": cfg.seed, "data_seed": cfg.seed, "max_steps": plan.steps,
         "per_device_train_batch_size": train.micro_batch_size, "per_device_eval_batch_size": train.micro_batch_size,
         "gradient_accumulation_steps": plan.accumulation, "learning_rate": train.learning_rate, "lr_scheduler_type": train.schedule if train.schedule != "constant" else "constant_with_warmup",
@@ -43,8 +43,16 @@ def trl_arguments(cfg: TRLStage, stage: str, plan: Plan, resume_folder: Path, *,
         "save_strategy": "steps", "save_steps": plan.save_every, "save_total_limit": 2, "load_best_model_at_end": best,
         "metric_for_best_model": "eval_loss" if best else None, "greater_is_better": False if best else None,
         # The rows come in the order of `row_order`, once through; every batch is full.
-        "train_sampling_strategy": "sequential", "dataloader_pin_memory": torch.cuda.is_available(), "ddp_find_unused_parameters": False,
+        "train_sampling_strategy": "sequential", "dataloader_pin_memory": torch.cuda.is_available(),
     } | cfg.trainer  # fmt: skip
+
+
+def _of_technique(cfg: TRLStage) -> dict[str, Any]:
+    """Arguments that follow from what is trained, and how."""
+    technique, train = cfg.technique, cfg.train
+    thaws = isinstance(technique, Full) and technique.freeze is not None and technique.freeze.unfreeze_every is not None
+    noise = train.neftune_alpha if isinstance(train, SFTTrain) else None
+    return {"ddp_find_unused_parameters": thaws, "neftune_noise_alpha": noise}  # DDP waits for gradients of layers that are frozen for now, unless told to look
 
 
 def refuse_owned(cfg: TRLStage, stage: str) -> None:

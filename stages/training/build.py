@@ -20,6 +20,7 @@ from stages.training.ranks import say
 from stages.training.stop_trainer import Beats, StopWhenTold
 from stages.training.trainer_saves import saving
 from stages.training.watchdog import beating
+from stages.tuning.trainer import tuned
 
 Rows = list[dict[str, Any]]
 
@@ -70,7 +71,7 @@ def build(
     torch.manual_seed(cfg.seed)  # adapters are drawn in the constructor, before the Trainer sets its seed
     try:
         args = config_class(**shared | arguments)
-        trainer = exact(saving(trainer_class, stage), beating(measure))(args=args, **given, **constructor)
+        trainer = exact(saving(tuned(trainer_class, cfg), stage), beating(measure))(args=args, **given, **constructor)
     except (TypeError, ValueError) as error:
         raise UserError(f"TRL refuses the arguments of stage {stage}: {error}") from error
     trainer.train_dataset, trainer.eval_dataset = train, validation

@@ -11,12 +11,14 @@ from typing import Any
 from configs.errors import UserError
 from configs.schema import StageConfig, TRLStage
 from stages import models
+from stages.dropout import without_dropout
 from stages.nodes import agree
 from stages.registry import Checkpoint, Parent, Registry, resumable
 from stages.tokens import ModelTokens
 from stages.training import saves, stop, watchdog
 from stages.training.ranks import from_rank_0, say, world_size
 from stages.training.ready import output_folder
+from stages.tuning import published
 from stages.zero import gather
 
 
@@ -48,6 +50,7 @@ def publish(
     accelerator = trainer.accelerator
     model = accelerator.unwrap_model(trainer.model)
     adapter = hasattr(model, "peft_config")
+    without_dropout(model)  # a config must not ask those who train on for what this run had
     state = whole_state(trainer, model, adapter)  # a collective: on every rank
     stage_info = dict(info.get("stage_info") or {})
     if adapter:
@@ -55,10 +58,11 @@ def publish(
         stage_info["adapter"] = models.adapter_facts(origin) | {"vocabulary": vocabulary}
 
     def write(folder: Path) -> None:
-        models.save_model(
-            model, tokens.tokenizer, folder, eos_ids=tokens.eos_ids, base=origin if adapter else None, like=origin,
-            **({"state_dict": state} if state is not None else {}),
-        )  # fmt: skip
+        with published.as_plain(model, trainer.initial, state) as saved:
+            models.save_model(
+                model, tokens.tokenizer, folder, eos_ids=tokens.eos_ids, base=origin if adapter else None, like=origin,
+                **({"state_dict": saved} if saved is not None else {}),
+            )  # fmt: skip
 
     return publish_checkpoint(cfg, stage, write, parents=parents, info={**info, "tokenizer": tokens.facts, "stage_info": stage_info}, eval_set=eval_set)
 

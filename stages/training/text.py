@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from configs.schema import StageConfig
+from configs.schema import StageConfig, TRLStage, lora_of
 from stages import data, models
 from stages.tokens import ModelTokens
 from stages.training.ranks import say
+from stages.tuning.adapters import check_lora_targets
 
 
-def fit(model: Any, tokens: ModelTokens, cfg: StageConfig) -> int:
+def fit(model: Any, tokens: ModelTokens, cfg: TRLStage) -> int:
     """Grow the embeddings for a new pad token; the tokens a row may have: max_length, or the model's positions if fewer."""
     for note in tokens.notes:
         say(f"tokenizer: {note}")
-    models.check_lora_targets(model, getattr(cfg, "lora", None))
+    check_lora_targets(model, lora_of(cfg))
     models.resize_to(model, len(tokens.tokenizer))
     model.config.pad_token_id = tokens.pad_id  # a sequence classifier finds its last token by it
     return row_limit(model, cfg)

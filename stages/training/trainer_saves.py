@@ -164,7 +164,7 @@ def as_configured(trainer: Any, groups: list[dict[str, Any]]) -> None:
     scheduler = getattr(scheduler, "scheduler", scheduler)
     for group, settings in zip(now, groups, strict=False):
         group.update(settings)
-    scheduler.base_lrs = [trainer.args.learning_rate for _ in scheduler.base_lrs]
+    scheduler.base_lrs = list(trainer.rates)
     scheduler._last_lr = [base * share(scheduler.last_epoch) for base, share in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
     for group, base, rate in zip(now, scheduler.base_lrs, scheduler._last_lr, strict=True):
         group["initial_lr"], group["lr"] = base, rate

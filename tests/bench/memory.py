@@ -135,8 +135,9 @@ def bare_sft(folder: Path) -> None:
     from stages import models
     from stages.ppo.forward import hidden_states, token_outputs
     from stages.ppo.rollout import Tokens
+    from stages.tuning.adapters import lora_config
 
-    model = get_peft_model(models.load_policy(models.find("sft/one", folder / "registry")), models.lora_config(Lora(rank=RANK, alpha=32), "CAUSAL_LM"))
+    model = get_peft_model(models.load_policy(models.find("sft/one", folder / "registry")), lora_config(Lora(rank=RANK, alpha=32), "CAUSAL_LM"))
     backbone = model.get_base_model()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     ids = torch.randint(3, 256, (ROWS, PROMPT + COMPLETION), generator=torch.Generator().manual_seed(0))

@@ -22,6 +22,7 @@ from stages.ppo.train import main, start
 from stages.ppo.update import update_policy
 from stages.registry import Checkpoint, Parent, Registry
 from stages.tokens import ModelTokens, load_tokens
+from stages.tuning.adapters import lora_config
 from tests.tiny import tiny_model
 
 HELD_OUT = ["blue", "a long day", "who", "the moon and a hat", "six", "old men sing", "no", "a red dog"]
@@ -80,7 +81,7 @@ def publish_reward(
     if lora:
         from peft import get_peft_model
 
-        scorer = get_peft_model(scorer, models.lora_config(Lora(rank=3, alpha=5.0, dropout=dropout), "SEQ_CLS"))
+        scorer = get_peft_model(scorer, lora_config(Lora(rank=3, alpha=5.0, dropout=dropout), "SEQ_CLS"))
         stage_info["adapter"] = models.adapter_facts(origin)
     with torch.no_grad():
         for parameter in scorer.parameters():

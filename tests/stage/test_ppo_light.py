@@ -12,11 +12,13 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from configs.errors import MissingExtra, UserError
 from configs.schema import PPOStage
-from stages.ppo import offload, quantized, train
+from stages.ppo import offload, train
 from stages.ppo.collect import experience_of
 from stages.ppo.modules import store_linear_weights
 from stages.ppo.optimizer import optimizer_of
+from stages.ppo.quantized import check as check_quantized
 from stages.ppo.update import update_policy
+from stages.tuning import quantized
 from tests.stage.ppo_runs import LORA, assembled, metrics, publish_reward, rollout_of, run, settings, weights, workspace
 from tests.unit.ppo_samples import model_of
 
@@ -182,6 +184,6 @@ def test_bad_input_quantization_where_it_cannot_be(place, monkeypatch):
         assembled(values)
     monkeypatch.setattr("configs.extras.find_spec", lambda _: None)
     with pytest.raises(MissingExtra, match=r"quantization: nf4.*align-stack\[quantization\]"):
-        quantized.check(PPOStage.model_validate(values), torch.device("cuda"))
+        check_quantized(PPOStage.model_validate(values), torch.device("cuda"))
     with pytest.raises(ValidationError, match=r"quantization: nf4 is for a frozen backbone under adapters; add a `lora:` section"):
         PPOStage.model_validate(values | {"lora": None})

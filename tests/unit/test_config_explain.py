@@ -204,7 +204,7 @@ def test_trl_is_not_imported_to_check_its_arguments():
 
 
 def test_arguments_pass_or_are_refused_with_what_to_do():
-    assert check_trainer("sft", {"optim": "sgd", "eval_accumulation_steps": None, "logging_first_step": True, "adam_beta2": 0.98, "neftune_noise_alpha": 5}) == []
+    assert check_trainer("sft", {"optim": "sgd", "eval_accumulation_steps": None, "logging_first_step": True, "adam_beta2": 0.98, "torch_empty_cache_steps": 5}) == []
     assert check_trainer("dpo", {}) == []
     assert check_trainer("dpo", {"beta": 0.1}) == ["beta: the stage sets this itself; set `beta` instead"]
     assert check_trainer("reward", {"adam_beta1": "x"}) == ["adam_beta1: found 'x'; expected a number"]

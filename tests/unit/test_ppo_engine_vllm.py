@@ -9,9 +9,9 @@ from peft import get_peft_model
 
 from configs.errors import UserError
 from configs.schema import VLLM, Lora
-from stages import models
 from stages.ppo.engines.vllm import PlainWeights, VLLMEngine
 from stages.ppo.modules import POLICY, VALUE, AdapterSwitch
+from stages.tuning.adapters import lora_config
 from tests.unit import fake_vllm
 from tests.unit.ppo_samples import model_of, ragged_ids
 from tests.unit.test_ppo_engines import largest_gap, policy_of
@@ -38,8 +38,8 @@ def engine_of(policy, cfg):
 
 def with_adapters(model):
     """Policy and value adapters on one backbone, both far from zero."""
-    peft_model = get_peft_model(model, models.lora_config(Lora(rank=4, alpha=8), "CAUSAL_LM"), adapter_name=POLICY)
-    peft_model.add_adapter(VALUE, models.lora_config(Lora(rank=4, alpha=8), "CAUSAL_LM"))
+    peft_model = get_peft_model(model, lora_config(Lora(rank=4, alpha=8), "CAUSAL_LM"), adapter_name=POLICY)
+    peft_model.add_adapter(VALUE, lora_config(Lora(rank=4, alpha=8), "CAUSAL_LM"))
     backbone = peft_model.get_base_model().eval()
     AdapterSwitch(backbone, [POLICY, VALUE])
     generator = torch.Generator().manual_seed(0)

@@ -230,11 +230,11 @@ def test_lora_the_engine_samples_with_the_policy_adapter(engine):
     from peft import get_peft_model
 
     from configs.schema import Lora
-    from stages import models
     from stages.ppo.modules import POLICY, VALUE, AdapterSwitch
+    from stages.tuning.adapters import lora_config
 
-    peft_model = get_peft_model(model_of(spread=0.15), models.lora_config(Lora(rank=4, alpha=8), "CAUSAL_LM"), adapter_name=POLICY)
-    peft_model.add_adapter(VALUE, models.lora_config(Lora(rank=4, alpha=8), "CAUSAL_LM"))
+    peft_model = get_peft_model(model_of(spread=0.15), lora_config(Lora(rank=4, alpha=8), "CAUSAL_LM"), adapter_name=POLICY)
+    peft_model.add_adapter(VALUE, lora_config(Lora(rank=4, alpha=8), "CAUSAL_LM"))
     backbone = peft_model.get_base_model().eval()
     switch = AdapterSwitch(backbone, [POLICY, VALUE])
     generator = torch.Generator().manual_seed(0)

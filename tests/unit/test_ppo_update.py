@@ -18,6 +18,7 @@ from stages.ppo.collect import Clock
 from stages.ppo.modules import POLICY, VALUE, AdapterSwitch, PolicyAndValue, is_of
 from stages.ppo.rollout import Experience, Rollout
 from stages.ppo.update import SamplerDiffersError, micro_batches, minibatches, update_policy
+from stages.tuning.adapters import lora_config
 from tests.unit.ppo_samples import config, model_of, ragged_ids, tokens_of
 
 
@@ -43,8 +44,8 @@ def adapters_on(policy):
     from configs.schema import Lora
 
     torch.manual_seed(0)
-    peft_model = get_peft_model(policy, models.lora_config(Lora(rank=4, alpha=8), "CAUSAL_LM"), adapter_name=POLICY)
-    peft_model.add_adapter(VALUE, models.lora_config(Lora(rank=4, alpha=8), "CAUSAL_LM"))
+    peft_model = get_peft_model(policy, lora_config(Lora(rank=4, alpha=8), "CAUSAL_LM"), adapter_name=POLICY)
+    peft_model.add_adapter(VALUE, lora_config(Lora(rank=4, alpha=8), "CAUSAL_LM"))
     for name, parameter in policy.named_parameters():
         parameter.requires_grad_(is_of(name, POLICY) or is_of(name, VALUE))
         if parameter.requires_grad:

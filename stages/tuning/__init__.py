@@ -1,0 +1,1 @@
+"""Techniques: which weights a stage trains, how they start, how fast each learns, and what of them is published."""
