@@ -17,6 +17,7 @@ from configs.overrides import Places, apply_overrides, escape_references, resolv
 from configs.problems import describe, did_you_mean, show
 from configs.schema import Chain, DPOStage, EvalConfig, PPOStage, PPOTrain, RewardStage, SFTStage
 from configs.schema.chain import STAGES, fill_places, fill_sections, forget_inherited
+from configs.schema.sweep import Sweep
 from configs.trainer_args import KINDS_WITH_TRAINER, trainer_problems
 from configs.yaml_lines import parse, read_text, to_yaml
 
@@ -27,11 +28,12 @@ MODELS: dict[str, type[BaseModel]] = {
     "ppo": PPOStage,
     "eval": EvalConfig,
     "chain": Chain,
+    "sweep": Sweep,
 }
 
 
 def load(path: Path | str, kind: str, overrides: Sequence[str] = ()) -> Any:
-    """Read a config file and return the model of its kind (sft, reward, dpo, ppo, eval, chain), complete and checked.
+    """Read a config file and return the model of its kind (sft, reward, dpo, ppo, eval, chain, sweep), complete and checked.
 
     Overrides are `a.b=VALUE` or `data.0.path=VALUE` with VALUE in YAML; they win over the file. After them `${key}` is
     replaced by the value of the file's top-level `key` (`$${key}` stands for the text itself). Relative paths mean what

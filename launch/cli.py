@@ -18,6 +18,7 @@ from configs.printable import printable
 VERBS = {
     "demo": ("launch.demo_cli", "build a small world and align a model in it: offline, on a CPU, in minutes"),
     "run": ("launch.run_cli", "run a chain of stages from one YAML file"),
+    "sweep": ("launch.sweep_cli", "try values of any fields of a chain or a stage, and say which are best"),
     "plan": ("launch.plan_cli", "memory, time and disk of every stage before it starts"),
     "sft": ("launch.stage_cli", "fine-tune a model on demonstrations"),
     "reward": ("launch.stage_cli", "train a reward model on preference pairs"),

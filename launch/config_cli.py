@@ -9,7 +9,7 @@ from typing import Any
 
 from configs.errors import UserError
 
-KINDS = ("sft", "reward", "dpo", "ppo", "eval", "chain")
+KINDS = ("sft", "reward", "dpo", "ppo", "eval", "chain", "sweep")
 STAGES = KINDS[:4]
 TELLING_KEYS = {
     "dpo": {"beta", "loss_type", "label_smoothing"},
@@ -95,6 +95,8 @@ def guess_kind(file: str) -> str:
         return "chain"
     if "checkpoints" in found or "against" in found:
         return "eval"
+    if "space" in found or "trials" in found:
+        return "sweep"
     if "prompts" in found:
         return "ppo"
     for kind, keys in TELLING_KEYS.items():

@@ -12,6 +12,7 @@ from configs.schema.evaluation import EvalSettings
 from configs.schema.ppo import PPOStage
 from configs.schema.scorers import Combination
 from configs.schema.supervised import DPOStage, RewardStage, SFTStage
+from configs.schema.sweep import Sweep
 
 SHARED = ("registry", "seed", "template", "max_length", "split", "machine", "processes", "attn_implementation", "watchdog")
 STAGES = ("sft", "reward", "dpo", "ppo")
@@ -70,6 +71,7 @@ class Chain(Strict):
     dpo: DPOStage | None = Field(default=None, description="Direct preference optimisation, from the SFT model.")
     ppo: PPOStage | None = Field(default=None, description="PPO, from the SFT model.")
     eval: EvalSettings | None = Field(default=None, description="The evaluation at the end, on prompts no stage has seen.")
+    sweep: Sweep | None = Field(default=None, description="What `align sweep` tries; `align run` leaves it aside.")
 
     @model_validator(mode="before")
     @classmethod

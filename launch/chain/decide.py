@@ -11,6 +11,7 @@ from configs.errors import UserError
 from configs.references import is_reference, pin, references
 from launch.chain import inputs
 from launch.chain.steps import STAGES, Step, evaluation_config, made_by, sections, stage_of
+from launch.chain.uses import texts_in, uses
 
 if TYPE_CHECKING:
     from stages.registry import Checkpoint, Registry
@@ -38,7 +39,7 @@ class Decider:
         self.chain = chain
         self.output: Path = chain.output
         self.results: dict[str, Checkpoint] = {}
-        self._pending: dict[str, list[str]] = {}  # stage or prepare step that would run -> what it would write
+        self._pending: set[str] = set()  # stages and prepare steps that would run
 
     def registry(self) -> Registry | None:
         """The chain's registry, or None while there is none."""
@@ -62,8 +63,7 @@ class Decider:
         """In a dry run: the step would be run now, or its checkpoint stands."""
         step = decision.step
         if decision.action != "skip":
-            writes = [str(path) for path in self.chain.prepare[step.name].writes] if step.kind == "prepare" else []
-            self._pending[step.name] = writes
+            self._pending.add(step.name)
         elif decision.ref is not None:
             self.results[step.name] = self.resolve(decision.ref)
 
@@ -85,14 +85,7 @@ class Decider:
 
     def _waits_for(self, refs: list[str], config: dict[str, Any]) -> str | None:
         """The name of a step that has to run before the inputs of this one are known."""
-        for ref in refs:
-            name = made_by(self.chain, ref)
-            if name in self._pending:
-                return name
-        written = {path: name for name, paths in self._pending.items() for path in paths}
-        texts = [Path(text) for text in inputs.named(config, inputs.FILE_KEYS)]
-        texts += [Path(text) for text in _texts(config.get("with", {}))]
-        return next((name for path, name in written.items() if any(t == Path(path) or Path(path) in t.parents for t in texts)), None)
+        return next((name for name in uses(self.chain, refs, config) if name in self._pending), None)
 
     def _stage(self, step: Step) -> Decision:
         section = sections(self.chain)[step.name]
@@ -173,7 +166,7 @@ class Decider:
     def _prepare(self, step: Step) -> Decision:
         spec = self.chain.prepare[step.name]
         writes = [str(path) for path in spec.writes]
-        refs = sorted({text for text in _texts(spec.arguments) if is_reference(text)})
+        refs = sorted({text for text in texts_in(spec.arguments) if is_reference(text)})
         record = self.output / "prepare" / f"{step.name}.done.json"
         config = {"run": spec.run, "with": spec.arguments, "writes": writes, "key": None, "record": str(record)}
         waits = self._waits_for(refs, config)
@@ -200,7 +193,7 @@ class Decider:
 
     def _read_by(self, arguments: dict[str, Any], writes: list[str]) -> list[str]:
         """Arguments that name a file or a model folder that exists and that the step does not itself write."""
-        texts = [text for text in _texts(arguments) if text not in writes and len(text) < 4096]
+        texts = [text for text in texts_in(arguments) if text not in writes and len(text) < 4096]
         return [text for text in texts if Path(text).is_file() or (Path(text) / "config.json").is_file()]
 
 
@@ -216,15 +209,6 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _texts(value: Any) -> list[str]:
-    """Every text in nested mappings and lists."""
-    if isinstance(value, dict):
-        return [text for inner in value.values() for text in _texts(inner)]
-    if isinstance(value, list):
-        return [text for inner in value for text in _texts(inner)]
-    return [value] if isinstance(value, str) else []
 
 
 def _replace(value: Any, by: dict[str, str]) -> Any:
