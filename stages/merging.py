@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from configs.errors import UserError
-from stages import models
+from stages import models, soft
 from stages.registry import Checkpoint, Registry
 from stages.tokens import ModelTokens, load_tokens
 
@@ -29,6 +29,7 @@ def merge(registry: Registry, checkpoint: Checkpoint, folder: Path, dtype: str, 
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
     origin = models.Origin(checkpoint.ref, checkpoint, registry)
+    soft.refuse_merge(origin)
     models.verify(origin)
     tokens, scorer = load_tokens(origin), checkpoint.stage == "reward"
     model = (models.load_scorer if scorer else models.load_policy)(origin)

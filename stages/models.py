@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from torch import nn
 
 from configs.errors import UserError
 from configs.references import is_reference, pin
-from stages import foreign, shards
+from stages import foreign, shards, soft
 from stages.compat import files_of_weights, never_split
 from stages.dropout import without_dropout
 from stages.registry import Checkpoint, Parent, Registry
@@ -34,16 +34,17 @@ class Origin:
     asked: str
     checkpoint: Checkpoint | None
     registry: Registry | None
+    inside: str = ""  # the folder in the checkpoint's model folder that is meant
 
     @property
     def folder(self) -> str:
         """What `from_pretrained` is given."""
-        return str(self.checkpoint.model_dir) if self.checkpoint else self.asked
+        return str(self.checkpoint.model_dir / self.inside) if self.checkpoint else self.asked
 
     @property
     def identity(self) -> str:
-        """The checkpoint's id, or the outside model's path or name."""
-        return self.checkpoint.id if self.checkpoint else self.asked
+        """The checkpoint's id (and the folder in it), or the outside model's path or name."""
+        return "/".join(filter(None, (self.checkpoint.id, self.inside))) if self.checkpoint else self.asked
 
     def ancestors(self) -> Sequence[Checkpoint]:
         """The published checkpoints that this is and descends from, itself first; none for a model from outside."""
@@ -119,14 +120,16 @@ def verify(*origins: Origin) -> None:
     """
     from stages.registry import contract
 
-    waiting, seen = list(origins), set()
+    waiting, seen, read = list(origins), set(), set()
     while waiting:
         origin = waiting.pop(0)
         if origin.identity in seen:
             continue
         seen.add(origin.identity)
         if origin.checkpoint is not None and origin.registry is not None:
-            origin.registry.resolve(origin.checkpoint.ref, deep=True)
+            if origin.checkpoint.id not in read:
+                origin.registry.resolve(origin.checkpoint.ref, deep=True)
+            read.add(origin.checkpoint.id)
         elif Path(origin.folder).is_dir():
             contract.check_finite(Path(origin.folder), origin.asked)
         if is_adapter(origin):
@@ -172,6 +175,8 @@ def adapter_base(origin: Origin) -> Origin:
     """
     from stages.registry import contract
 
+    if soft.is_prompt(origin) and (Path(origin.folder) / soft.BASE).is_dir():
+        return Origin(str(Path(origin.asked) / soft.BASE), None, None) if origin.checkpoint is None else replace(origin, inside=soft.BASE)
     if origin.checkpoint is None:
         foreign.check_folder(Path(origin.folder))
         base = foreign.read_json(Path(origin.folder) / foreign.ADAPTER).get("base_model_name_or_path")
@@ -183,14 +188,15 @@ def adapter_base(origin: Origin) -> Origin:
         assert origin.registry is not None
         base_checkpoint = origin.registry.resolve(facts["base_id"])
         contract.check_base_under_adapter(origin.checkpoint, base_checkpoint.id)
-        return Origin(facts["base"], base_checkpoint, origin.registry)
+        return Origin(facts["base"], base_checkpoint, origin.registry, facts.get("inside", ""))
     return Origin(facts["base"], None, None)
 
 
 def adapter_facts(origin: Origin) -> dict[str, Any]:
-    """What an adapter checkpoint records about its base: stage_info["adapter"]."""
+    """What an adapter checkpoint records about its base: stage_info["adapter"]. A soft prompt stays on top: the base is what lies under it."""
+    origin = soft.beneath(origin)
     parent = origin.parent("base")
-    return {"base": origin.asked, "base_id": origin.checkpoint.id if origin.checkpoint else None, "base_digest": parent.digest}
+    return {"base": origin.asked, "base_id": origin.checkpoint.id if origin.checkpoint else None, "base_digest": parent.digest, "inside": origin.inside}
 
 
 def weights_dtype(precision: str, *, frozen: bool = False) -> torch.dtype:
@@ -262,13 +268,17 @@ def load_tokenizer(origin: Origin) -> PreTrainedTokenizerBase:
 
 
 def load_policy(origin: Origin, *, dtype: torch.dtype = torch.float32, attn_implementation: str | None = None) -> Any:
-    """A causal language model in eval mode with dropout off; an adapter is merged into its base, however deep.
+    """A causal language model in eval mode with dropout off; an adapter is merged into its base, however deep, a soft prompt put in front.
 
     Merged weights are float32 whatever `dtype` says: bf16 keeps 8 bits of a weight, and most of what an adapter adds is smaller.
     """
     from transformers import AutoModelForCausalLM
 
-    if is_adapter(origin):
+    if soft.is_prompt(origin):
+        model = load_policy(adapter_base(origin), dtype=dtype, attn_implementation=attn_implementation)
+        resize_to(model, adapter_vocabulary(origin))
+        soft.attach(model, origin.folder)
+    elif is_adapter(origin):
         model = _merged(load_apart(origin, attn_implementation=attn_implementation))
     else:
         model = from_pretrained(AutoModelForCausalLM, origin.folder, dtype=dtype, attn_implementation=attn_implementation, use_safetensors=True)
@@ -311,7 +321,7 @@ def _merged(peft_model: Any) -> Any:
 
 def adapter_vocabulary(origin: Origin) -> int | None:
     """The vocabulary size an adapter was trained at, where its checkpoint says so."""
-    return origin.checkpoint.info("stage_info")["adapter"].get("vocabulary") if origin.checkpoint else None
+    return origin.checkpoint.info("stage_info").get("adapter", {}).get("vocabulary") if origin.checkpoint else None
 
 
 def resize_to(model: Any, vocabulary: int | None) -> None:
@@ -368,7 +378,9 @@ def load_scorer(origin: Origin, *, dtype: torch.dtype = torch.float32, attn_impl
     """A published reward model: sequence classification with one output, eval mode, dropout off; an adapter is merged, in float32."""
     from transformers import AutoModelForSequenceClassification
 
-    if is_adapter(origin):
+    if soft.is_prompt(origin):
+        model = soft.attach(load_scorer(adapter_base(origin), dtype=dtype, attn_implementation=attn_implementation), origin.folder)
+    elif is_adapter(origin):
         model = _merged(load_apart(origin, scorer=True, attn_implementation=attn_implementation))
     else:
         model = from_pretrained(
@@ -388,21 +400,22 @@ def save_model(
 ) -> None:
     """Write a plain Hugging Face folder: safetensors, tokenizer with its chat template, and a generation config that
     stops at every EOS id and restricts sampling in no way. `base` is what lies under an adapter, `like` what whole weights were made from:
-    they are laid out in files as its are. `extra` goes to `save_pretrained`."""
+    they are laid out in files as its are. `extra` goes to `save_pretrained`. A frozen soft prompt is the folder, the weights under it its `base`."""
     from transformers import GenerationConfig
 
-    pad_id = tokenizer.pad_token_id
+    pad_id, weights = tokenizer.pad_token_id, soft.put_aside(model, folder)
     if base is not None:
         for config in model.peft_config.values():
-            config.base_model_name_or_path = base.folder
+            config.base_model_name_or_path = soft.beneath(base).folder
     else:
         model.config.pad_token_id = pad_id
         if getattr(model, "generation_config", None) is not None:
             model.generation_config = GenerationConfig(
                 bos_token_id=tokenizer.bos_token_id, eos_token_id=eos_ids if len(eos_ids) > 1 else eos_ids[0], pad_token_id=pad_id
             )
-    inherited = shards.layout_of(like.folder) if like is not None else {}
+    inherited = shards.layout_of(soft.beneath(like).folder) if like is not None else {}
     with files_of_weights(partial(shards.split, inherited=inherited)) if base is None else nullcontext():
-        model.save_pretrained(folder, **extra)
+        model.save_pretrained(weights, **extra)
     tokenizer.save_pretrained(folder)
-    (folder / "README.md").unlink(missing_ok=True)  # peft's empty card: what it would say is in the manifest
+    for name in ("README.md", soft.ENCODER):  # peft's empty card: what it would say is in the manifest; what only a run that goes on needs
+        (weights / name).unlink(missing_ok=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rewards.model import RewardModelScorer
-from stages import models
+from stages import models, soft
 from stages.tokens import load_tokens
 
 
@@ -30,7 +30,9 @@ def scorer_of(origin: models.Origin, model: Any, *, batch_size: int, head: Any =
     assert origin.checkpoint is not None
     contract.check_score_position(origin.checkpoint)
     tokens, stage_info = load_tokens(origin), origin.checkpoint.info("stage_info")
-    return kind(
+    scorer = kind(
         model, tokens.formatter, name=origin.checkpoint.ref.split("@")[0], pad_id=tokens.pad_id, eos_ids=tokens.eos_ids,
         token_key=tokens.key, mean=stage_info["mean"], std=stage_info["std"] or 1.0, batch_size=batch_size, head=head, **extra,
     )  # fmt: skip
+    scorer.max_length = soft.room(model)
+    return scorer

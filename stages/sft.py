@@ -17,9 +17,10 @@ def main(cfg: SFTStage) -> None:
     from trl import SFTConfig, SFTTrainer
 
     from configs.schema import freezes_base
-    from stages import data, models
+    from stages import data, models, soft
     from stages.dropout import with_dropout
     from stages.nodes.once import once_per_node
+    from stages.soft import training as prompts
     from stages.tokens import load_tokens
     from stages.training import build, measures, plan, publish, ranks, ready, resume, text
     from stages.tuning import adapters, possible, quantized
@@ -40,6 +41,8 @@ def main(cfg: SFTStage) -> None:
     if cfg.train.dropout:
         with_dropout(model, cfg.train.dropout)
     quantized.pack(model, cfg, bf16=models.uses_bf16(cfg.train.precision))
+    model = prompts.start(model, cfg, origin.folder)
+    limit = min(limit, soft.room(model) or limit)
     (train, too_long), (validation, too_long_v) = once_per_node("tokenising", lambda: [
         data.encode_demonstrations(tokens.formatter, rows, limit, cfg.overlong, cfg.loss_on, may_be_empty=rows is not splits.train)
         for rows in (splits.train, splits.validation)

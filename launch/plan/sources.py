@@ -51,10 +51,10 @@ class Sources:
         return read_config(origin.folder)
 
     def adapter(self, asked: str, registry: Path) -> Lora | None:
-        """The shape of a published adapter; None of a whole model."""
-        from stages import models
+        """The shape of a published adapter, under a soft prompt too; None of a whole model."""
+        from stages import models, soft
 
-        origin = self.origin(asked, registry)
+        origin = soft.beneath(self.origin(asked, registry))
         if not models.is_adapter(origin):
             return None
         found = json.loads((Path(origin.folder) / "adapter_config.json").read_text(encoding="utf-8"))
@@ -64,10 +64,11 @@ class Sources:
 
     def lies_on(self, adapter: str, base: str, registry: Path) -> bool:
         """Whether a published adapter was trained on the weights that `base` names."""
-        from stages import models
+        from stages import models, soft
 
-        under, start = models.adapter_base(self.origin(adapter, registry)), self.origin(base, registry)
-        return under.identity == start.identity or Path(under.folder).resolve() == Path(start.folder).resolve()
+        there, start = self.origin(adapter, registry), self.origin(base, registry)
+        under, start, alike = models.adapter_base(soft.beneath(there)), soft.beneath(start), soft.same_prompt(there, start)
+        return alike and (under.identity == start.identity or Path(under.folder).resolve() == Path(start.folder).resolve())
 
     def tokens(self, asked: str, registry: Path, template: str) -> Any:
         """The tokenizer with its template; None where there is none beside the config."""

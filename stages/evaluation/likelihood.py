@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from configs.errors import UserError
+from stages import soft
 from stages.evaluation.statistics import perplexity, windows
 from stages.ppo.forward import hidden_states, token_outputs
 from stages.ppo.rollout import padded
@@ -48,7 +49,7 @@ def text_perplexity(model: Any, tokenizer: Any, path: Path, *, pad_id: int, max_
     Documents are separated by <|endoftext|>; each begins with BOS where the tokenizer has one. Comparable between models of one
     tokenizer. Raises UserError for a file that cannot be read or holds too little.
     """
-    width = min(WINDOW, getattr(model.config.get_text_config(), "max_position_embeddings", None) or WINDOW)
+    width = min(WINDOW, soft.room(model) or WINDOW)
     contexts, scored = [], []
     for ids in _documents(tokenizer, path, max_tokens):
         cut = list(windows(len(ids), width, width // 2))

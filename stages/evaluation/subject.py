@@ -10,7 +10,7 @@ import torch
 
 from configs.errors import UserError
 from configs.schema import EvalConfig
-from stages import models
+from stages import models, soft
 from stages.data import Prompt
 from stages.ppo.sampling import completion_seed, sample
 from stages.tokens import ModelTokens, load_tokens
@@ -64,12 +64,12 @@ def load_reader(label: str, origin: models.Origin, template: str) -> Reader:
     """Tokens of a model. `template` is for models from outside; a published one carries its own. Raises UserError."""
     from transformers import AutoConfig
 
-    under = origin
+    under, taken = origin, 0
     while models.is_adapter(under):
-        under = models.adapter_base(under)
+        taken, under = taken + soft.virtual_tokens(under.folder), models.adapter_base(under)
     config = models.from_pretrained(AutoConfig, under.folder)
     room = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return Reader(label, origin, load_tokens(origin, "auto" if origin.checkpoint else template), room)
+    return Reader(label, origin, load_tokens(origin, "auto" if origin.checkpoint else template), room - taken if room else room)
 
 
 def load_subject(reader: Reader, cfg: EvalConfig) -> Subject:

@@ -18,7 +18,7 @@ from configs.schema.scorers import reward_models
 from rewards.build import build_scorers
 from rewards.combine import WeightedSum
 from rewards.model import RewardModelScorer
-from stages import foreign, models
+from stages import foreign, models, soft
 from stages.dropout import check_no_dropout
 from stages.ppo.lora import use_sums
 from stages.ppo.modules import (
@@ -345,8 +345,11 @@ def _reward_origin(cfg: PPOStage, asked: str) -> models.Origin:
 
 
 def _is_on(reward: models.Origin, origin: models.Origin, tokens: ModelTokens) -> bool:
-    """Whether a reward model is a LoRA adapter on the very weights the policy starts from."""
-    if not models.is_adapter(reward) or not _same_tokens(reward, tokens) or models.adapter_kind(reward) != "LORA":
+    """Whether a reward model is a LoRA adapter on the very weights the policy starts from, under the same soft prompt if under one."""
+    if not _same_tokens(reward, tokens) or not soft.same_prompt(reward, origin):
+        return False
+    reward, origin = soft.beneath(reward), soft.beneath(origin)
+    if not models.is_adapter(reward) or models.adapter_kind(reward) != "LORA":
         return False
     base = models.adapter_base(reward)
     return base.identity == origin.identity or Path(base.folder).resolve() == Path(origin.folder).resolve()
@@ -361,6 +364,7 @@ def add_reward_adapter(peft_model: Any, reward: models.Origin, name: str) -> nn.
     from peft import LoraConfig, set_peft_model_state_dict
     from safetensors.torch import load_file
 
+    reward = soft.beneath(reward)
     foreign.check_folder(Path(reward.folder))
     config = LoraConfig.from_pretrained(reward.folder)
     config.modules_to_save, config.task_type, config.inference_mode, config.lora_dropout = None, "CAUSAL_LM", False, 0.0

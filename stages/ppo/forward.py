@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from stages import soft
 from stages.ppo.logprobs import choose, chosen_logprobs, chunk_rows, pad_last_chunk
 from stages.ppo.onednn import OneDNNLinear, widened
 from stages.ppo.rollout import Tokens
@@ -30,7 +31,7 @@ def hidden_states(trunk: Any, tokens: Tokens) -> Tensor:
     which saves building one and a few percent of attention.
     """
     starts, longest = tokens.prompt_mask.sum(dim=1, keepdim=True), tokens.longest()
-    limit = getattr(getattr(trunk, "config", None), "max_position_embeddings", None) or longest
+    limit = soft.room(trunk) or longest
     width = max(longest, min(widened(longest, trunk), limit))
     states = trunk(input_ids=tokens.flush_left(width), use_cache=False).last_hidden_state
     columns = starts - 1 + torch.arange(tokens.mask.shape[1] + 1, device=starts.device)

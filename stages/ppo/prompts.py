@@ -8,7 +8,7 @@ from configs.errors import UserError
 from configs.schema import PPOStage
 from rewards.model import RewardModelScorer
 from rewards.protocol import scorer_prompt, turns_of
-from stages import data
+from stages import data, soft
 from stages.nodes.once import once_per_node
 from stages.ppo.build import PPOModels
 from stages.ppo.collect import PromptSet
@@ -83,7 +83,7 @@ def row_limit(cfg: PPOStage, built: PPOModels, tokens: ModelTokens) -> int:
     scorers = [scorer for _, scorer in _scorers(built) if getattr(scorer, "token_key", None) == tokens.key]
     readers = [built.trained.policy, built.reference.model, *(s.model for s in scorers)]
     readers += [built.trained.value_trunk] if built.trained.value_trunk is not None else []
-    limit = text.row_limit(min(readers, key=lambda model: getattr(model.config, "max_position_embeddings", None) or cfg.max_length), cfg)
+    limit = text.row_limit(min(readers, key=lambda model: soft.room(model) or cfg.max_length), cfg)
     if cfg.sampling.stop_at_eos:
         return limit
     # A completion of fixed length is scored at an EOS after it: one token more.

@@ -14,7 +14,7 @@ import torch
 from configs import presets
 from configs.errors import UserError
 from configs.schema import PPOStage
-from stages import models
+from stages import models, soft
 from stages.guard.verdict import GoneBadError, Guard
 from stages.ppo import health, maths, quantized, report, state
 from stages.ppo.allocator import keep_freed_memory
@@ -194,7 +194,7 @@ def publish(
     """Publish the policy, then drop the resumable saves."""
     output = ready.output_folder(cfg, "ppo")
     seen = health.counts(report.lines_of(output / "metrics.jsonl"))
-    stage_info: dict[str, Any] = {"scorers": built.scorer.name, "run": outcome.record, "health": seen}
+    stage_info: dict[str, Any] = {"scorers": built.scorer.name, "run": outcome.record, "health": seen} | soft.described(built.published)
     extra: dict[str, Any] = {"selected_adapters": [POLICY]} if built.base is not None else {}
     whole = built.trained.state_to_publish(built.published, adapter=built.base is not None)
     if whole is not None:

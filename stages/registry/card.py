@@ -89,7 +89,15 @@ def _bases(node: LineageNode) -> list[str]:
 def _use(facts: Facts) -> str:
     cls = "AutoModelForSequenceClassification" if facts.checkpoint.stage == "reward" else "AutoModelForCausalLM"
     place = facts.name or "FOLDER"
-    if facts.weights == "adapter":
+    if under := [name for name in ("config.json", "adapter_config.json") if f"model/base/{name}" in facts.checkpoint.manifest["files"]]:
+        weights = f'{cls}.from_pretrained("{place}/base")' if under == ["config.json"] else f'PeftModel.from_pretrained({cls}.from_pretrained("BASE"), "{place}/base").merge_and_unload()'
+        code = f"from peft import PeftModel\nfrom transformers import {cls}\n\nmodel = PeftModel.from_pretrained({weights}, \"{place}\")"
+        note = "\n\nA soft prompt stands in front of the weights in `base`, which mean little without it." + (
+            " peft reads the score of a row at its last column: give it one row at a time, or pad on the left." if facts.checkpoint.stage == "reward" else ""
+        )
+        if under != ["config.json"]:
+            note += f" BASE is `{public(str(facts.checkpoint.info('stage_info', {}).get('adapter', {}).get('base')))}`."
+    elif facts.weights == "adapter":
         adapter = facts.checkpoint.info("stage_info", {}).get("adapter", {})
         code = f"from peft import PeftModel\nfrom transformers import {cls}\n\nmodel = PeftModel.from_pretrained({cls}.from_pretrained(\"BASE\"), \"{place}\")"
         note = f"\n\nBASE is `{public(str(adapter.get('base')))}`; on other weights this adapter means nothing."

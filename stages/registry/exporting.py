@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from stages.registry.registry import Registry
 
 CARD, SUMS, ADAPTER = "README.md", "SHA256SUMS", "adapter_config.json"
+BASE = "base"  # in a model folder with a soft prompt: the weights under it (stages/soft/folder.py)
 Say = Callable[[str], None]
 
 
@@ -117,14 +118,17 @@ def _fill(registry: Registry, checkpoint: Checkpoint, staging: Path, options: Op
         if hash_file(place) != entry["blake3"]:
             raise UserError(f"{checkpoint.ref} is damaged: {name} is not what was published. See all of it: align registry verify {checkpoint.ref} --deep --registry {registry.root}")
     if adapter:
-        _name_base(staging / ADAPTER, checkpoint, say)
+        _name_base(staging, checkpoint, say)
     return None
 
 
-def _name_base(file: Path, checkpoint: Checkpoint, say: Say) -> None:
-    """An exported adapter names its base, not a folder of this machine."""
+def _name_base(folder: Path, checkpoint: Checkpoint, say: Say) -> None:
+    """An exported adapter names its base, not a folder of this machine. Under a soft prompt it lies in `base`, if it is not whole weights there."""
+    file = (folder / BASE if (folder / BASE).is_dir() else folder) / ADAPTER
+    if not file.is_file():
+        return
     facts = checkpoint.info("stage_info")["adapter"]
-    base = public(str(facts["base"]))
+    base = public(str(facts["base"])) + (f" (its folder {facts['inside']})" if facts.get("inside") else "")
     config = json.loads(file.read_text(encoding="utf-8"))
     file.write_text(json.dumps(config | {"base_model_name_or_path": base}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if facts.get("base_id") or base != facts["base"]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from configs.errors import UserError
 from configs.schema import StageConfig, TRLStage
-from stages import models
+from stages import models, soft
 from stages.dropout import without_dropout
 from stages.nodes import agree
 from stages.registry import Checkpoint, Parent, Registry, resumable
@@ -52,7 +52,7 @@ def publish(
     adapter = hasattr(model, "peft_config")
     without_dropout(model)  # a config must not ask those who train on for what this run had
     state = whole_state(trainer, model, adapter)  # a collective: on every rank
-    stage_info = dict(info.get("stage_info") or {})
+    stage_info = dict(info.get("stage_info") or {}) | soft.described(model)
     if adapter:
         vocabulary = gather.shape(model.get_input_embeddings().weight)[0]
         stage_info["adapter"] = models.adapter_facts(origin) | {"vocabulary": vocabulary}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from configs.errors import UserError
 from configs.schema import StageConfig
-from stages import models
+from stages import models, soft
 from stages.data import Splitter
 from stages.nodes import agree
 from stages.nodes.fetch import fetch
@@ -53,6 +53,7 @@ def check(cfg: StageConfig, stage: str, *origins: models.Origin) -> None:
             contract.check_split(origin.ancestors(), split, "allow it with allow_changed: [split] if these prompts are new to it")
         models.verify(*origins)
 
+    soft.check(cfg, *origins)
     from_rank_0("verifying what the stage starts from", on_rank_0)
     agree.check_shared({"registry": cfg.registry, "output": output_folder(cfg, stage)})
     folders = [origin.folder for origin in models.with_bases(*origins)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from configs.schema import StageConfig, TRLStage, lora_of
-from stages import data, models
+from stages import data, models, soft
 from stages.tokens import ModelTokens
 from stages.training.ranks import say
 from stages.tuning.adapters import check_lora_targets
@@ -23,9 +23,9 @@ def fit(model: Any, tokens: ModelTokens, cfg: TRLStage) -> int:
 
 def row_limit(model: Any, cfg: StageConfig) -> int:
     """The tokens a row may have: max_length, or the model's positions if fewer."""
-    positions = getattr(model.config, "max_position_embeddings", None) or cfg.max_length
+    positions = soft.room(model) or cfg.max_length
     if positions < cfg.max_length:
-        say(f"max_length: the model has {positions} positions, so rows of at most {positions} tokens are used, not {cfg.max_length}")
+        say(f"max_length: the model has {positions} positions for text, so rows of at most {positions} tokens are used, not {cfg.max_length}")
     return min(cfg.max_length, positions)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from configs.errors import UserError
-from configs.schema import IA3, Full, Lora, Technique
+from configs.schema import IA3, Lora, Technique
 
 INIT = {"default": True, "gaussian": "gaussian", "pissa": "pissa", "pissa_fast": "pissa_niter_16", "olora": "olora"}
 """`lora.init` -> peft's init_lora_weights."""
@@ -93,15 +93,11 @@ def linear_layers(model: nn.Module) -> list[str]:
 
 
 def peft_config(technique: Technique, task: str, model: Any) -> Any:
-    """What a TRL trainer is given as `peft_config`; None where no adapters are trained.
+    """What a TRL trainer is given as `peft_config`; None where no layers get adapters (a soft prompt is put in front of the model by itself, stages/soft).
 
     Raises:
-        UserError: layers that `model` does not have, or a technique that is not trained yet.
+        UserError: layers that `model` does not have.
     """
-    if isinstance(technique, Full):
-        return None
     if isinstance(technique, Lora):
         return lora_config(technique, task)
-    if isinstance(technique, IA3):
-        return ia3_config(technique, model)
-    raise UserError(f"tune.method {technique.method} is not built yet; use lora or ia3")
+    return ia3_config(technique, model) if isinstance(technique, IA3) else None
