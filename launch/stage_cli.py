@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from configs.allowed import add_option, with_allowed
 from configs.errors import UserError
 from launch.nodes import Nodes, add_options
+
+if TYPE_CHECKING:
+    from stages.claim import Claim
 
 STAGES = {
     "sft": "fine-tune a model on demonstrations",
@@ -56,9 +58,9 @@ def run_stage(args: argparse.Namespace) -> int:
     from configs.load import save
     from configs.presets import described
     from launch.batches import check_batches
-    from launch.chain.lock import ChainLock
     from launch.command import check_startable, load_machine, stage_command
     from launch.nodes import nodes_of
+    from stages.claim import Claim
 
     stage = args.stage
     cfg = with_allowed(resolve(stage, args.config, args.overrides, args.machine, args.processes), args.allow_changed)
@@ -77,12 +79,12 @@ def run_stage(args: argparse.Namespace) -> int:
         return 0
     if nodes.rank:
         return _start(command, record, cfg, args.json, nodes)
-    with ChainLock(cfg.output, verb=stage, here_only=True) as lock:
+    with Claim(cfg.output, f"align {stage}", here_only=True) as claim:
         save(cfg, config_file)
-        return _start(command, record, cfg, args.json, nodes, lock.record_child)
+        return _start(command, record, cfg, args.json, nodes, claim)
 
 
-def _start(command: Any, record: dict[str, Any], cfg: Any, as_json: bool, nodes: Nodes, on_start: Callable[[int], None] | None = None) -> int:
+def _start(command: Any, record: dict[str, Any], cfg: Any, as_json: bool, nodes: Nodes, claim: Claim | None = None) -> int:
     from configs.exit_codes import REQUEUE
     from launch.process import leaving_when_told, run_child
 
@@ -92,9 +94,9 @@ def _start(command: Any, record: dict[str, Any], cfg: Any, as_json: bool, nodes:
     before = _newest(cfg, stage)
     if nodes.count > 1:
         _meet(nodes, command, record, cfg)
-    env = command.environment(**({"ALIGN_RENDEZVOUS_TIMEOUT": str(nodes.timeout)} if nodes.count > 1 else {}))
+    env = command.environment(**({"ALIGN_RENDEZVOUS_TIMEOUT": str(nodes.timeout)} if nodes.count > 1 else {}), **(claim.handed_on if claim else {}))
     with leaving_when_told():
-        outcome = run_child(command.argv, env, log_file, prefix=stage, to_stderr=as_json, on_start=on_start)
+        outcome = run_child(command.argv, env, log_file, prefix=stage, to_stderr=as_json, on_start=claim.record_child if claim else None)
     after = _newest(cfg, stage) if outcome.code == 0 or outcome.died else None
     published = after if after != before else None
     code = outcome.code

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
-SINGLE = 256 * 2**10  # bytes below which a model stays one file: a dozen fsyncs would cost more than the bytes that might be shared
+SINGLE = 16 * 2**20  # bytes below which a model stays one file: twenty fsyncs and as many entries in every listing cost more than such bytes do
 LARGEST = 16 * 2**30  # bytes of a file, unless one tensor is larger
 _BULK, _ATTENTION = 32, 8  # files per stack of layers, for the bulk and for each of the two kinds of attention weights
 _LAYER = re.compile(r"(.*?)\.(\d+)\.(.+)")

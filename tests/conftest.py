@@ -13,3 +13,16 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def align(registry, capsys):
+    """`align registry WORDS` on the module's own `registry`: exit code, stdout, stderr."""
+    from launch.cli import main
+
+    def run(*words):
+        code = main(["registry", words[0], "--registry", str(registry.root), *words[1:]])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run

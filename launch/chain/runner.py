@@ -17,7 +17,6 @@ from configs.exit_codes import REQUEUE, USER_ERROR
 from configs.presets import described
 from launch.batches import batch_problem
 from launch.chain.decide import Decider, Decision, check_files, read_attempt
-from launch.chain.lock import ChainLock
 from launch.chain.progress import Progress
 from launch.chain.steps import Step, sections, steps_of
 from launch.chain.team import Follower, Leader
@@ -26,6 +25,7 @@ from launch.meeting import connect, versions
 from launch.nodes import Nodes, per_node
 from launch.process import leaving_when_told, run_child
 from launch.stage_cli import died_after_publishing
+from stages.claim import Claim
 
 if TYPE_CHECKING:
     from stages.registry import Checkpoint
@@ -59,7 +59,7 @@ def run_chain(
         check_steps(chain, plan, nodes, starts=False)
         show_plan(chain, plan, command_for, as_json)
         return 0
-    with ChainLock(chain.output) as lock, leaving_when_told():
+    with Claim(chain.output, "align run") as lock, leaving_when_told():
         again = " ".join(["align run", chain_file, *overrides])
         team = Leader(nodes, connect(nodes, about(chain) if nodes.count > 1 else {}))
         code = 1
@@ -172,7 +172,7 @@ class Runner:
     """One `align run` under its lock."""
 
     def __init__(
-        self, chain: Any, plan: list[Decision], command_for: CommandFor, lock: ChainLock, as_json: bool, again: str, team: Leader | None = None
+        self, chain: Any, plan: list[Decision], command_for: CommandFor, lock: Claim, as_json: bool, again: str, team: Leader | None = None
     ) -> None:
         self.chain, self.plan, self.command_for, self.lock, self.again = chain, plan, command_for, lock, again
         self.as_json, self.told = as_json, False
@@ -203,6 +203,9 @@ class Runner:
         step = decision.step
         folder = None if step.kind == "prepare" else decision.config.output
         if folder is not None:
+            if step.kind == "stage":
+                with Claim(folder, "align run", here_only=True):  # its processes claim it next; nobody may be at work in what is moved away here
+                    pass
             begin_attempt(decision, folder, self.chain.output / "previous")
         file = config_file(decision)
         write_config(decision, file)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import resource
 import secrets
@@ -14,11 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from launch.doctor.check import Findings, Settings
+from stages.mounts import file_system, is_network
 
-NETWORK = {
-    "nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "gpfs", "beegfs", "ceph", "glusterfs", "afs", "9p", "orangefs", "wekafs", "panfs", "davfs", "ocfs2", "gfs2",
-    "fuse.sshfs", "fuse.glusterfs", "fuse.s3fs", "fuse.gcsfuse", "fuse.juicefs", "fuse.ceph", "fuse.rclone", "fuse.blobfuse", "fuse.mount-s3", "virtiofs",
-}  # fmt: skip
 MEMORY = {"tmpfs", "ramfs"}
 GIB, MIB = 2**30, 2**20
 LITTLE_SHM, NO_SHM = 1 * GIB, 16 * MIB  # containers get 64 MiB unless asked for more
@@ -100,7 +96,7 @@ def _disk(found: Findings, name: str, folder: Path, needed: bool, quick: bool) -
     free = usage.f_bavail * usage.f_frsize
     kind = file_system(there)
     facts: dict[str, Any] = {
-        "folder": str(folder), "exists": folder.exists(), "file system": kind, "kind": "network" if kind in NETWORK else "memory" if kind in MEMORY else "local",
+        "folder": str(folder), "exists": folder.exists(), "file system": kind, "kind": "network" if is_network(kind) else "memory" if kind in MEMORY else "local",
         "free [GiB]": round(free / GIB, 2), "free inodes": usage.f_favail,
     }  # fmt: skip
     tell = found.fail if needed else found.warn
@@ -177,17 +173,3 @@ def existing(folder: Path) -> Path:
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     return folder
-
-
-def file_system(folder: Path, mounts: Path = Path("/proc/mounts")) -> str:
-    """Type of the file system a folder is on, such as ext4 or nfs4; "unknown" where the system does not tell."""
-    with contextlib.suppress(OSError):
-        folder = folder.resolve()
-    best, kind = -1, "unknown"
-    with contextlib.suppress(OSError):
-        for line in mounts.read_text().splitlines():
-            _, point, name, *_ = line.split(" ")
-            point = point.replace("\\040", " ")
-            if (folder == Path(point) or Path(point) in folder.parents) and len(point) >= best:
-                best, kind = len(point), name
-    return kind

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from launch.registry.output import print_json, size, table
 
 if TYPE_CHECKING:
-    from stages.registry.gc import Done, Plan
+    from stages.registry.gc import Done, Frees, Plan
 
 
 def run_gc(args: argparse.Namespace) -> int:
@@ -24,11 +24,12 @@ def run_gc(args: argparse.Namespace) -> int:
         raise UserError(f"no checkpoints of {args.family} in {args.registry}; see: align registry list --registry {args.registry}")
     rules = gc.Rules(args.keep, args.keep_resume, tuple(args.best), args.grace, stage or None, name or None)
     plan = gc.make_plan(registry, rules, deep=args.apply)
+    free = gc.frees(registry, plan)
     done = gc.apply(registry, plan, _progress) if args.apply else None
     if args.json:
-        print_json(gc.to_json(plan, done))
+        print_json(gc.to_json(plan, done, free))
     else:
-        _show(plan, done, args)
+        _show(plan, done, free, args)
     for checkpoint_id, problem in plan.damaged.items():
         print(f"warning: checkpoint {checkpoint_id} is damaged and was left alone: {problem}", file=sys.stderr)
     return 0
@@ -55,7 +56,7 @@ def _progress(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def _show(plan: Plan, done: Done | None, args: argparse.Namespace) -> None:
+def _show(plan: Plan, done: Done | None, free: Frees, args: argparse.Namespace) -> None:
     going = done.trashed if done else plan.going
     rows = [("trashed" if done else "trash", item.ref, size(item.size), "no rule keeps it", item.id) for item in going]
     rows += [("purged" if done else "purge", item.ref, size(item.size or 0), f"in the trash since {item.since:%Y-%m-%d %H:%M}", item.id) for item in (done.purged if done else plan.overdue)]
@@ -66,9 +67,12 @@ def _show(plan: Plan, done: Done | None, args: argparse.Namespace) -> None:
     rows += [("kept", item.ref, size(item.size), plan.why[item.id], item.id) for item in plan.kept]
     if rows:
         print("\n".join(table([("", "REF", "SIZE", "WHY", "ID"), *rows])))
-    freed = sum(item.size for item in going)
     waiting = f"; {len(plan.waiting)} wait in the trash" if plan.waiting else ""
-    print(f"{len(plan.kept)} kept, {len(going)} {'trashed' if done else 'would go to the trash'} ({size(freed)}){waiting}")
+    print(f"{len(plan.kept)} kept, {len(going)} {'trashed' if done else 'would go to the trash'} ({size(sum(item.size for item in going))}){waiting}")
+    if going or plan.resume:
+        print(f"when the trash is emptied, {size(free.later)} {'become' if done else 'would become'} free: what others hold too stays")
+    if plan.overdue or plan.resume_overdue:
+        print(f"{size(free.now)} {'are' if done else 'would be'} free at once, of what is purged")
     if done is None and (plan.going or plan.resume or plan.resume_overdue or plan.overdue or plan.returning or plan.leftovers):
         print(f"nothing was changed; to do it: {shlex.join(['align', *sys.argv[1:], '--apply'])}")
     elif done is not None and done.trashed:

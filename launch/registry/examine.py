@@ -9,7 +9,8 @@ from launch.registry.output import print_json, table
 
 def run_doctor(args: argparse.Namespace) -> int:
     """Probe the file system; 1 when it lacks what a registry needs."""
-    from launch.doctor.storage import existing, file_system
+    from launch.doctor.storage import existing
+    from stages.mounts import file_system
     from stages.registry.probe import examine
 
     folder = args.folder or args.registry

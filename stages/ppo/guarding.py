@@ -8,6 +8,7 @@ from typing import Any
 
 from configs.errors import UserError
 from configs.schema import PPOStage
+from stages import models
 from stages.guard.verdict import GoneBadError, Guard, Skipped
 from stages.ppo import state
 from stages.ppo.ema import PolicyAverage
@@ -77,7 +78,7 @@ class Undo:
             return {"train/skipped_steps": self.guard.skipped}
         save = from_rank_0("looking for a healthy save", lambda: healthy_save(self.store.folder))
         kept = f"the last healthy save is {save}" if save else "there is no healthy save yet"
-        remedy = "Lower train.learning_rate or use train.precision: fp32, and run again"
+        remedy = f"Lower train.learning_rate{' or use train.precision: fp32' if models.uses_bf16(self.cfg.train.precision) else ''}, and run again"
         if save is not None and self.fallen is not None and saves.number_of(save) <= self.fallen:
             raise UserError(f"iteration {iteration + 1}: {why}, again after the run had gone back to the save of iteration {self.fallen}; {kept}. {remedy}")
         if save is None or iteration + 1 >= self.cfg.train.iterations or not self.cfg.guard.enabled:

@@ -76,7 +76,7 @@ def _hub_result(result: Mapping[str, Any]) -> dict[str, Any]:
     metrics = [{"type": name, "value": row[0]} for name, row in figures(result).items()]
     return {
         "task": {"type": "text-generation"}, "metrics": metrics,
-        "dataset": {"name": f"evaluation set {result.get('eval_set')}", "type": "held-out"},
+        "dataset": {"name": f"evaluation set {result['eval_set']}" if result.get("eval_set") else "held-out prompts", "type": "held-out"},
     }  # fmt: skip
 
 
@@ -100,14 +100,18 @@ def _use(facts: Facts) -> str:
     elif facts.weights == "adapter":
         adapter = facts.checkpoint.info("stage_info", {}).get("adapter", {})
         code = f"from peft import PeftModel\nfrom transformers import {cls}\n\nmodel = PeftModel.from_pretrained({cls}.from_pretrained(\"BASE\"), \"{place}\")"
-        note = f"\n\nBASE is `{public(str(adapter.get('base')))}`; on other weights this adapter means nothing."
+        base = f"`{public(str(adapter['base']))}`" if adapter.get("base") else "what `adapter_config.json` names"
+        note = f"\n\nBASE is {base}; on other weights this adapter means nothing."
     else:
         code, note = f"from transformers import {cls}, AutoTokenizer\n\nmodel, tokenizer = {cls}.from_pretrained(\"{place}\"), AutoTokenizer.from_pretrained(\"{place}\")", ""
     if facts.weights == "merged":
-        note += f"\n\nThe adapter is merged into its base; over 8 prompts the largest difference between merged and unmerged logits is {facts.difference:.3g}."
+        difference = "" if facts.difference is None else f"; over 8 prompts the largest difference between merged and unmerged logits is {facts.difference:.3g}"
+        note += f"\n\nThe adapter is merged into its base{difference}."
     if facts.checkpoint.stage == "reward":
         info = facts.checkpoint.info("stage_info", {})
-        note += f"\n\nThe score is read at the last token of prompt and completion. On demonstrations it has mean {_number(info.get('mean'))} and standard deviation {_number(info.get('std'))}."
+        note += "\n\nThe score is read at the last token of prompt and completion."
+        if info.get("mean") is not None and info.get("std") is not None:
+            note += f" On demonstrations it has mean {_number(info['mean'])} and standard deviation {_number(info['std'])}."
     return _section("Use", _block("python", code) + note)
 
 
@@ -121,7 +125,7 @@ def without_paths(node: LineageNode) -> LineageNode:
 
 
 def _data(item: Checkpoint) -> str:
-    data = item.info("data") or {}
+    data = told(item.info("data") or {})
     rows = [[part, _number(count)] for part, count in (data.get("rows") or {}).items()] if isinstance(data.get("rows"), Mapping) else []
     lines = [_table(["part", "rows after filtering"], rows)] if rows else []
     if dropped := data.get("dropped"):
@@ -178,38 +182,49 @@ def _metrics(facts: Facts) -> str:
         if found and dict(result.get("metrics") or {}) != dict(own):
             count = result.get("prompts") or (result.get("metrics") or {}).get("prompts")
             against = f", compared with {inert(public(str(result['against'])))}" if result.get("against") else ""
-            parts.append(f"On evaluation set `{result.get('eval_set')}`{f', {count} prompts' if count else ''}{against}:\n\n" + _figure_table(found))
+            where = f"evaluation set `{result['eval_set']}`" if result.get("eval_set") else "held-out prompts"
+            parts.append(f"On {where}{f', {count} prompts' if count else ''}{against}:\n\n" + _figure_table(found))
     return _section("Metrics", "\n\n".join(parts))
 
 
 def _figure_table(found: Mapping[str, Estimate]) -> str:
-    return _table(["metric", "value", "95 % interval"], [[name, _number(value), f"[{_number(low)}, {_number(high)}]" if low is not None else ""] for name, (value, low, high) in found.items()])
+    return _table(["metric", "value", "95 % interval"], [[name, _number(value), f"[{_number(low)}, {_number(high)}]" if low is not None else "–"] for name, (value, low, high) in found.items()])
 
 
 def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
     parts = []
     for row in samples:
         score = f", score {_number(row['score'])}" if isinstance(row.get("score"), (int, float)) else ""
-        parts.append(f"Prompt:\n\n{_block('text', str(row.get('prompt', '')))}\n\nCompletion{score}:\n\n{_block('text', str(row.get('completion', '')))}")
+        shown = (("Prompt", row.get("prompt")), (f"Completion{score}", row.get("completion")))
+        parts.append("\n\n".join(f"{title}:\n\n{_block('text', str(text)) if text else '(empty)'}" for title, text in shown if text is not None))
     return _section("Samples", "\n\n".join(parts))
 
 
 def _config(item: Checkpoint) -> str:
     import yaml
 
-    config = {key: value for key, value in (item.info("config") or {}).items() if value is not None}
+    config = told(item.info("config") or {})
     return yaml.safe_dump(_public_values(config), sort_keys=True, allow_unicode=True).strip() if config else ""
 
 
 def _versions(item: Checkpoint) -> str:
     code, libraries = item.manifest["code"], item.manifest["libraries"]
     sha = f" {code['git'][:12]}{' with uncommitted changes' if code.get('dirty') else ''}" if "git" in code else ""
-    return _section("Versions", f"align-stack {code['version']}{sha}, python {item.manifest['python']}, " + ", ".join(f"{key} {value}" for key, value in libraries.items()) + ".")
+    return _section("Versions", f"align-stack {code['version']}{sha}, python {item.manifest['python']}, " + ", ".join(f"{key} {value}" for key, value in libraries.items() if value) + ".")
 
 
 def _licence(facts: Facts) -> str:
-    told = facts.licence or "**Not stated.** Fill in `license` at the top of this file (and take `license_name` out): a model inherits obligations from its base model and its data."
-    return _section("Licence", told)
+    stated = facts.licence or "**Not stated.** Fill in `license` at the top of this file (and take `license_name` out): a model inherits obligations from its base model and its data."
+    return _section("Licence", stated)
+
+
+def told(value: Any) -> Any:
+    """A record without what says nothing: null, and mappings, lists and texts that are empty or come to be."""
+    if isinstance(value, Mapping):
+        return {key: kept for key, item in value.items() if (kept := told(item)) not in (None, {}, [], "")}
+    if isinstance(value, list):
+        return [kept for item in value if (kept := told(item)) not in (None, {}, [], "")]
+    return value
 
 
 def public(text: str) -> str:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 CARD, SUMS, ADAPTER = "README.md", "SHA256SUMS", "adapter_config.json"
 BASE = "base"  # in a model folder with a soft prompt: the weights under it (stages/soft/folder.py)
+NOTHING, ELSEWHERE = "Nothing was exported.", "another folder"
 Say = Callable[[str], None]
 
 
@@ -70,7 +71,7 @@ def export(registry: Registry, ref: str, target: Path, options: Options | None =
     staging, held = target.parent / draft_name(), None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        check_room(target.parent, checkpoint.size)
+        check_room(target.parent, checkpoint.size, NOTHING, ELSEWHERE)
         held = registry.lease(checkpoint, "align registry export")
         staging.mkdir()
         difference = _fill(registry, checkpoint, staging, options, adapter, say)
@@ -82,8 +83,8 @@ def export(registry: Registry, ref: str, target: Path, options: Options | None =
         durable_move(staging, target)
     except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
-        if isinstance(error, OSError) and (told := storage_error(error, f"exporting {checkpoint.ref} to {target}")):
-            raise UserError(str(told).replace("another registry folder", "another folder").removesuffix(" The registry is unchanged.")) from error
+        if told := storage_error(error, f"exporting {checkpoint.ref} to {target}", NOTHING, ELSEWHERE):
+            raise told from error
         raise
     finally:
         if held is not None:

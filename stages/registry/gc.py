@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 from configs.errors import UserError
 from stages.registry import resumable, trash
 from stages.registry.best import best_of_each_set
-from stages.registry.integrity import check
+from stages.registry.integrity import check, read_checkpoint
 from stages.registry.leases import Lease, counting, leases
 from stages.registry.manifest import Checkpoint
+from stages.registry.sizes import freed
 from stages.registry.storage import storage_error
 
 if TYPE_CHECKING:
@@ -107,6 +108,33 @@ def make_plan(registry: Registry, rules: Rules, *, deep: bool = False, at: datet
     plan.leftovers, plan.in_progress = trash.leftovers(registry.root, rules.grace, at)
     plan.lapsed = [lease for lease in leases(registry.root) if lease.lapsed(at)]
     return plan
+
+
+@dataclass(frozen=True)
+class Frees:
+    """Bytes that become free: at once, of what is deleted for good, and, of what goes to the trash, when that is emptied. Identical files are stored
+    once, so both may be far less than the sizes."""
+
+    now: int
+    later: int
+
+
+def frees(registry: Registry, plan: Plan) -> Frees:
+    """What carrying a plan out gives back; to be asked before it is carried out. The resumable states count as well."""
+    states = resumable.root_of(registry)
+    gone = [*_in_trash(registry.root, plan.overdue), *_in_trash(states, plan.resume_overdue)]
+    waiting = [*_in_trash(registry.root, [*plan.waiting, *plan.returning]), *_in_trash(states, trash.trashed(states), but=plan.resume_overdue)]
+    going = {item.path for item in (*plan.going, *plan.resume)}
+    there = [item for item in (*registry.list(), *resumable.kept(registry)) if item.path not in going]
+    leaving = [*plan.going, *plan.resume]
+    return Frees(freed(gone, [*there, *leaving, *waiting]), freed(leaving, there))
+
+
+def _in_trash(root: Path, items: Iterable[trash.Trashed], but: Iterable[trash.Trashed] = ()) -> list[Checkpoint]:
+    """The checkpoints in the trash of a root, those that can be read."""
+    left = {item.id for item in but}
+    found = (read_checkpoint(root / "trash" / item.id) for item in items if item.id not in left)
+    return [item for item in found if isinstance(item, Checkpoint)]
 
 
 def apply(registry: Registry, plan: Plan, told: Callable[[str], None] = lambda line: None) -> Done:
@@ -291,7 +319,7 @@ def _look_at_trash(registry: Registry, plan: Plan, why: Mapping[str, str], rules
             plan.waiting.append(item)
 
 
-def to_json(plan: Plan, done: Done | None) -> dict[str, Any]:
+def to_json(plan: Plan, done: Done | None, free: Frees) -> dict[str, Any]:
     """A plan, and what was done of it, for machines."""
     def names(items: Iterable[Checkpoint]) -> list[dict[str, Any]]:
         return [{"ref": item.ref, "id": item.id, "size": item.size} for item in items]
@@ -303,5 +331,6 @@ def to_json(plan: Plan, done: Done | None) -> dict[str, Any]:
         "resume": names(plan.resume), "purge_resume": [item.to_json() for item in plan.resume_overdue],
         "restore": done.returned if done else [item.id for item in plan.returning], "leftovers": [str(path) for path in plan.leftovers],
         "in_progress": [str(path) for path in plan.in_progress], "lapsed_leases": [str(lease) for lease in plan.lapsed], "damaged": plan.damaged,
+        "frees": {"now": free.now, "when_the_trash_is_emptied": free.later},
     }  # fmt: skip
     return facts | ({"saved": done.saved} if done else {})

@@ -13,12 +13,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cache
-from pathlib import Path
 from typing import Any
 
+from stages import processes
 from stages.registry.names import new_id
 
-PROC = Path("/proc")
 _STAGING = re.compile(r"\.tmp-(?P<id>(?P<time>\d{8}t\d{6})-[0-9a-f]{12})(\.(?P<boot>[0-9a-f]{12})\.(?P<space>\d+)\.(?P<pid>\d+)\.(?P<start>\d+))?")
 
 
@@ -50,14 +49,14 @@ class Holder:
 def this_process() -> Holder:
     """The process that asks."""
     pid = os.getpid()
-    return Holder(socket.gethostname(), _boot(), _space(), pid, _start(pid) or 0)
+    return Holder(socket.gethostname(), _boot(), processes.pid_space(), pid, processes.start_time(pid) or 0)
 
 
 def provably_dead(holder: Holder) -> bool:
     """Whether a process of this kernel and PID namespace has ended; False wherever that can't be known."""
-    if not holder.boot or (holder.boot, holder.space) != (_boot(), _space()) or not holder.start:
+    if not holder.boot or (holder.boot, holder.space) != (_boot(), processes.pid_space()) or not holder.start:
         return False
-    return _start(holder.pid) != holder.start
+    return processes.start_time(holder.pid) != holder.start
 
 
 def staging_name(checkpoint_id: str) -> str:
@@ -82,30 +81,11 @@ def is_leftover(name: str, older_than: timedelta, at: datetime) -> bool | None:
         return None
     if found["boot"]:
         holder = Holder("", found["boot"], int(found["space"]), int(found["pid"]), int(found["start"]))
-        if (holder.boot, holder.space) == (_boot(), _space()):
+        if (holder.boot, holder.space) == (_boot(), processes.pid_space()):
             return provably_dead(holder)
     return at - datetime.strptime(found["time"], "%Y%m%dt%H%M%S").replace(tzinfo=UTC) > older_than
 
 
 @cache
 def _boot() -> str:
-    try:
-        return (PROC / "sys/kernel/random/boot_id").read_text().strip().replace("-", "")[:12]
-    except OSError:
-        return ""
-
-
-def _space() -> int:
-    try:
-        return os.stat(PROC / "self/ns/pid").st_ino
-    except OSError:
-        return 0
-
-
-def _start(pid: int) -> int | None:
-    """When a process started, in clock ticks after boot; None when there is none, or only its exit code is left (a zombie)."""
-    try:
-        fields = (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
-    except (OSError, UnicodeDecodeError):
-        return None
-    return None if fields[0] in ("Z", "X", "x") else int(fields[19])
+    return processes.boot_id().replace("-", "")[:12]

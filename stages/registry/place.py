@@ -7,9 +7,9 @@ import stat
 import tempfile
 from pathlib import Path
 
+from stages.mounts import on_network
 from stages.registry.sealing import hash_bytes
 
-_NETWORK = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "gpfs", "beegfs", "ceph", "afs", "9p", "glusterfs", "pvfs2", "panfs", "wekafs")
 _FORMAT = 1  # of the tables; another number is another file
 
 
@@ -41,19 +41,3 @@ def _ours(folder: Path) -> bool:
     except FileNotFoundError:
         return True
     return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o077
-
-
-def on_network(path: Path, mounts: Path = Path("/proc/self/mounts")) -> bool:
-    """Whether a path lies on a network file system, as far as the table of mounts tells."""
-    try:
-        lines = mounts.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return False
-    here, best, kind = os.path.realpath(path), "", ""
-    for line in lines:
-        _, point, found, *_ = line.split(" ")
-        point = point.encode().decode("unicode_escape")
-        inside = here == point or here.startswith(point.rstrip("/") + "/")
-        if inside and len(point) >= len(best):
-            best, kind = point, found
-    return kind in _NETWORK or kind.startswith("fuse.")

@@ -52,7 +52,7 @@ def keep(registry: Registry, checkpoint: Checkpoint, save: Path) -> None:
     staging = folder / staging_name(checkpoint.id)
     try:
         durable_mkdir(folder)
-        check_room(folder, sum(status.st_size for _, status in walk(save)))
+        check_room(folder, sum(status.st_size for _, status in walk(save)), "The state was not kept.")
         place = staging / STATE / save.name
         place.mkdir(parents=True)
         for name, _ in walk(save):
@@ -112,7 +112,7 @@ def restore(registry: Registry, ref: str, target: Path) -> Path:
         durable_move(draft, place)
     except OSError as error:
         shutil.rmtree(draft, ignore_errors=True)
-        if told := storage_error(error, f"writing the resumable state to {target}"):
+        if told := storage_error(error, f"writing the resumable state to {target}", "Nothing was written.", "another output folder"):
             raise told from error
         raise
     return place / save.name

@@ -21,13 +21,14 @@ MARK = "registry.json"  # the file that makes a folder a registry
 _durable: set[tuple[int, int]] = set()  # device and inode of folders whose name is known to be on the disk
 
 _ADVICE = {
-    errno.ENOSPC: "the disk is full: free some room or choose another registry folder",
-    errno.EDQUOT: "the disk quota is used up: free some room or choose another registry folder",
-    errno.EACCES: "permission denied: check who owns the folder, or choose another registry folder",
-    errno.EPERM: "operation not permitted: check the folder's owner, or choose another registry folder",
-    errno.EROFS: "the file system is read-only: choose another registry folder",
-    errno.EIO: "the disk reported an input/output error: check the disk, or choose another registry folder",
+    errno.ENOSPC: "the disk is full: free some room or choose {place}",
+    errno.EDQUOT: "the disk quota is used up: free some room or choose {place}",
+    errno.EACCES: "permission denied: check who owns the folder, or choose {place}",
+    errno.EPERM: "operation not permitted: check the folder's owner, or choose {place}",
+    errno.EROFS: "the file system is read-only: choose {place}",
+    errno.EIO: "the disk reported an input/output error: check the disk, or choose {place}",
 }
+REGISTRY = "another registry folder"
 
 
 _FICLONE = 0x40049409  # ioctl of Linux: the target shares the source's blocks until one of the two is written (btrfs, XFS, bcachefs, NFS 4.2)
@@ -156,28 +157,28 @@ def replace(source: Path, target: Path) -> None:
     source.unlink(missing_ok=True)  # of two names of one file, rename(2) leaves both
 
 
-def storage_error(error: BaseException, doing: str, left: str = "The registry is unchanged.") -> UserError | None:
-    """The UserError for a full disk, missing permission and the like; None when `error` is something else. left: in what state things are.
+def storage_error(error: BaseException, doing: str, left: str = "The registry is unchanged.", place: str = REGISTRY) -> UserError | None:
+    """The UserError for a full disk, missing permission and the like; None when `error` is something else. left: in what state things are; place: what
+    else could be chosen.
 
-    Rust writers (safetensors, tokenizers) raise their own exception types with the errno in the text.
+    Rust writers (safetensors, tokenizers) and shutil.copytree raise their own exception types with the errno in the text.
     """
     number = error.errno if isinstance(error, OSError) else None
-    if number is None and (found := re.search(r"os error (\d+)", str(error))):
+    if number is None and (found := re.search(r"(?:os error|\[Errno) (\d+)", str(error))):
         number = int(found.group(1))
     if number not in _ADVICE:
         return None
     file = getattr(error, "filename", None)
-    return UserError(f"{doing} failed{f' at {file}' if file else ''}: {_ADVICE[number]}. {left}")
+    return UserError(f"{doing} failed{f' at {file}' if file else ''}: {_ADVICE[number].format(place=place)}. {left}")
 
 
-def check_room(folder: Path, need: int) -> None:
-    """Refuse before writing when fewer than `need` bytes (plus a reserve) are free. Raises UserError."""
+def check_room(folder: Path, need: int, left: str = "Nothing was published.", place: str = REGISTRY) -> None:
+    """Refuse before writing when fewer than `need` bytes (plus a reserve) are free; `left` and `place` as of `storage_error`. Raises UserError."""
     free = shutil.disk_usage(folder).free
     if free < need + ROOM_RESERVE:
         raise UserError(
             f"{folder}: {free / 2**20:.0f} MiB are free and the checkpoint needs about "
-            f"{(need + ROOM_RESERVE) / 2**20:.0f} MiB. Free some room or choose another registry folder. "
-            "Nothing was published."
+            f"{(need + ROOM_RESERVE) / 2**20:.0f} MiB. Free some room or choose {place}. {left}"
         )
 
 

@@ -82,7 +82,7 @@ def build(
         callbacks.append(trainer.skips)
     if cfg.train.early_stopping_patience:
         callbacks.append(StopEarly(cfg.train.early_stopping_patience, say))
-    for callback in [*callbacks, StopWhenTold(), Beats()]:
+    for callback in [*callbacks, StopWhenTold(trainer), Beats()]:
         trainer.add_callback(callback)
     return trainer
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ SCHEDULE = {
     )
 }  # fmt: skip
 DATA = {"data", "prompts", "demonstrations"}
+FEW = 3  # fields that a refusal names one by one
 LAYOUT = "the optimizer's state lies in one part for each process and can't be cut anew: continue with the machine file and number of processes that it was made with"
 
 
@@ -102,10 +103,22 @@ def refused(found: Iterable[Change], allowed: Iterable[str]) -> list[Change]:
     return [change for change in found if not fine(change)]
 
 
-def refusal(folder: Path, save: str, found: list[Change]) -> str:
-    """The message for a resume that is refused."""
+def narrowest(found: Iterable[Change], fields: Collection[str]) -> list[str]:
+    """Keys of `allow_changed` that allow these changes and as little else as can be: of the config's `fields`, unless there are many of a group."""
+    by_group: dict[str, list[str]] = {}
+    for change in found:
+        if change.key is not None:
+            parts = change.field.split(".") if change.of_config else []
+            named = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
+            by_group.setdefault(change.key, []).append(next((name for name in named if name in fields), change.key))
+    wide = {group for group, own in by_group.items() if group in own or len(set(own)) > FEW}
+    return [key for group, own in by_group.items() for key in ([group] if group in wide else dict.fromkeys(own))]
+
+
+def refusal(folder: Path, save: str, found: list[Change], fields: Collection[str] = ()) -> str:
+    """The message for a resume that is refused; `fields` of the config may be allowed one by one."""
     lines = "".join(f"\n  {change}" for change in found)
-    keys = list(dict.fromkeys(change.key for change in found if change.key is not None))
+    keys = narrowest(found, fields)
     allow = f"allow it with {' '.join(f'--allow-changed {key}' for key in keys)} (or allow_changed: [{', '.join(keys)}]), " if keys and all(c.key for c in found) else ""
     return f"{folder / save} was made otherwise (field: was → is):{lines}\nChange it back to continue, {allow}or delete {folder} to start anew"
 

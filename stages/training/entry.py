@@ -9,11 +9,14 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from configs.allowed import add_option, with_allowed
 from configs.errors import UserError
 from configs.printable import printable
+from stages.claim import Claim
 from stages.devices import hide_gpus_if_asked
 from stages.registry import leases
 from stages.training import stop, watchdog
@@ -22,6 +25,7 @@ from stages.zero.leave import leave
 
 __all__ = ["rank", "run", "say"]
 
+TRAINING = ("sft", "reward", "dpo", "ppo")
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 SET_BY_LAUNCHERS = ("TORCHELASTIC_RUN_ID", "ALIGN_LAUNCHED")  # by torchrun (and so accelerate launch with several processes), by align
 GRACE_SECONDS = 10.0  # for rank 0 to print its message before the launcher ends it because another rank has left
@@ -41,6 +45,7 @@ def run(main: Callable[[Any], None], kind: str, argv: Sequence[str] | None = Non
     stop.listen()
     end_with_the_launcher()
     hide_gpus_if_asked()
+    held = ExitStack()
     try:
         from configs.load import load
         from stages import models
@@ -52,7 +57,10 @@ def run(main: Callable[[Any], None], kind: str, argv: Sequence[str] | None = Non
         machine.check_compiler()
         join.join()
         cfg = agree.same_config(lambda: with_allowed(load(arguments.config, kind, arguments.overrides), arguments.allow_changed))
-        watchdog.start(cfg, ready.output_folder(cfg, kind))
+        folder = ready.output_folder(cfg, kind)
+        if kind in TRAINING:
+            from_rank_0("claiming the working folder", lambda: claim(folder, kind, held))
+        watchdog.start(cfg, folder)
         main(from_rank_0("looking up the checkpoints", lambda: models.pinned(cfg)))
     except UserError as error:
         if rank():
@@ -64,7 +72,18 @@ def run(main: Callable[[Any], None], kind: str, argv: Sequence[str] | None = Non
         stop.mode(stop.Mode.LEAVING)
         watchdog.end()
         leases.give_back_all()
+        held.close()
         leave(sys.exc_info()[1])
+
+
+def claim(folder: Path, kind: str, held: ExitStack) -> None:
+    """Claim the working folder until `held` is closed, for rank 0 to call: two runs would remove each other's saves. `align`, which started this
+    process and holds the folder already, lets it in.
+
+    Raises:
+        UserError: another run works there.
+    """
+    held.enter_context(Claim(folder, f"stages.{kind}", here_only=True))
 
 
 def end_with_the_launcher() -> None:

@@ -16,7 +16,7 @@ from configs.schema.guard import Guard as GuardConfig
 from stages.guard.skip import innermost, skip_if
 from stages.guard.verdict import Guard, Skipped
 from stages.training import rollback, watchdog
-from stages.training.progress import SKIPPED
+from stages.training.progress import SKIPPED, remedy
 from stages.training.ranks import say
 from stages.training.saves import number_of
 
@@ -104,7 +104,11 @@ class SkipSteps(TrainerCallback, ExportableState):
         found = self.catch_up()
         broken = control.should_save and not rollback.weights_are_finite(self.trainer)
         if broken or self.guard.streak >= self.cfg.max_skipped_in_row:
-            self.go_back("a trained weight is not finite" if broken else self.reason(found), state)
+            if not broken and self.is_trained(state):
+                control.should_save = False
+                say(f"warning: {self.reason(found)}. No step is left: the weights are those of the last step that was taken, {state.global_step - self.guard.streak}")
+            else:
+                self.go_back("a trained weight is not finite" if broken else self.reason(found), state)
         elif self.guard.streak:
             control.should_save = False
 
@@ -125,6 +129,12 @@ class SkipSteps(TrainerCallback, ExportableState):
         if len(found) > SHOWN:
             say(f"warning: {len(found) - SHOWN} more steps are skipped, up to step {found[-1].step}")
 
+    def is_trained(self, state: Any) -> bool:
+        """Whether this is the end of a run that took at least half of its steps, some of them since it last went back: steps that were not taken have
+        changed nothing, so what it has learned until then is whole."""
+        at_end, taken = state.global_step >= state.max_steps, state.global_step - self.guard.skipped
+        return at_end and 2 * taken >= state.global_step and (self.fallen is None or self.good_since)
+
     def reason(self, found: Sequence[Skipped]) -> str:
         """What led to going back."""
         return f"{self.guard.streak} optimizer steps in a row were skipped, the last because {found[-1] if found else 'its numbers had gone bad'}"
@@ -140,11 +150,11 @@ class SkipSteps(TrainerCallback, ExportableState):
             save = rollback.healthy_save(self.trainer.args.output_dir)
         step = state.global_step
         kept = f"the last healthy save is {save}" if save else "there is no healthy save yet"
-        remedy = "Lower train.learning_rate, use train.precision=fp32, or look for broken rows (`align data check`), then run again"
+        advice = remedy(self.trainer.args)
         if self.fallen is not None and not self.made_headway(save):
-            raise UserError(f"{why} at step {step}, again after the run had gone back to the save of step {self.fallen}; {kept}. {remedy}")
+            raise UserError(f"{why} at step {step}, again after the run had gone back to the save of step {self.fallen}; {kept}. {advice}")
         if save is None or step >= state.max_steps or self.trainer.is_fsdp_enabled:
-            raise UserError(f"{why} at step {step}; {kept}. {remedy}")
+            raise UserError(f"{why} at step {step}; {kept}. {advice}")
         with watchdog.during("load"):
             rollback.restore(self.trainer, save)
         self.fallen, self.good_since = number_of(save), False

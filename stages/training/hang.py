@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from configs.exit_codes import HANG
+from stages import processes
 from stages.training import siblings
 from stages.training.watchdog import WANTED
 
@@ -100,8 +101,8 @@ def absent(watch: Watch, rank: int, pid: int | None) -> str:
     last = watch.read_heartbeat(rank)
     text = f"rank {rank} did not answer"
     if pid is not None:
-        text += f": process {pid} is {siblings.state(pid) or 'gone'}"
-    elif last and last["host"] == os.uname().nodename and not siblings.state(last["pid"]):
+        text += f": process {pid} is {processes.state(pid) or 'gone'}"
+    elif last and last["host"] == os.uname().nodename and not processes.state(last["pid"]):
         text += f": process {last['pid']} is gone"
     if last:
         text += f"; last seen on {last['host']} in phase {last['phase']} at step {last['step']}, {time.time() - last['beaten']:.1f} s ago"

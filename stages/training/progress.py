@@ -100,12 +100,10 @@ class Progress(TrainerCallback):
         return f"{self.stage} {state.global_step}/{state.max_steps}  {values}"
 
 
-def not_finite(what: str, step: int) -> str:
-    """The message for a loss or gradient that is NaN or infinite."""
-    return (
-        f"{what} at step {step}; the weights before this step are kept in the resumable saves. Lower train.learning_rate, "
-        "use train.precision=fp32, or look for broken rows (`align data check`), then run again"
-    )
+def remedy(arguments: Any) -> str:
+    """What to try when numbers have gone bad; `arguments` are the trainer's, which know whether it computes in 16 bits."""
+    precision = "use train.precision=fp32, " if arguments.bf16 or arguments.fp16 else ""
+    return f"Lower train.learning_rate, {precision}or look for broken rows (`align data check`), then run again"
 
 
 def read_lines(file: Path) -> list[str]:

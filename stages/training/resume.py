@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from configs.allowed import fields_of
 from configs.errors import UserError
 from configs.schema import StageConfig, TRLStage
 from stages.nodes import agree
@@ -65,7 +66,7 @@ def refuse_changed(save: Path, cfg: StageConfig, now: dict[str, Any]) -> None:
     """Raise UserError where what a save was made from has changed and that is not allowed; say what is allowed to have."""
     found = changes(depends_on(save), now)
     if bad := refused(found, cfg.allow_changed):
-        raise UserError(refusal(save.parent, save.name, bad))
+        raise UserError(refusal(save.parent, save.name, bad, fields_of(type(cfg))))
     for change in found:
         say(f"resume: allowed to have changed: {change}")
         if change.field == "processes":

@@ -8,13 +8,19 @@ from typing import Any
 from transformers import TrainerCallback
 
 from stages.training import stop, watchdog
+from stages.training.rollback import weights_are_finite
 
 
 class StopWhenTold(TrainerCallback):
-    """Asks for a save and for the end of training once all processes have agreed; then leaves. To be the last of a Trainer's callbacks."""
+    """Asks for a save and for the end of training once all processes have agreed; then leaves. To be the last of a Trainer's callbacks.
 
-    def __init__(self) -> None:
+    Weights that are not finite go into no save: the run then leaves with the newest one that it has, and the next start goes on from there.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
         self.agreement = stop.Agreement()
+        self.finite = True  # the weights, when all had agreed
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """From here on there is something to save."""
@@ -41,11 +47,13 @@ class StopWhenTold(TrainerCallback):
             stop.mode(stop.Mode.FINISH)
         else:
             saved = (Path(args.output_dir) / f"checkpoint-{state.global_step}").is_dir()
-            stop.leave(self.agreement.code, f"{'saved' if saved else 'could not save'} at step {state.global_step} of {state.max_steps}")
+            how = "saved" if saved else "could not save" if self.finite else "nothing is saved, for a trained weight is not finite,"
+            stop.leave(self.agreement.code, f"{how} at step {state.global_step} of {state.max_steps}")
 
     def _stop(self, control: Any, code: int) -> None:
         if code:
-            control.should_save = control.should_training_stop = True
+            self.finite = weights_are_finite(self.trainer)
+            control.should_save, control.should_training_stop = self.finite, True
 
 
 class Beats(TrainerCallback):

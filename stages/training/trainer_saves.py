@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from configs.errors import UserError
 from stages.compat import exportable
 from stages.guard.skip import innermost
 from stages.training import saves, watchdog
-from stages.training.progress import not_finite
+from stages.training.progress import remedy
 from stages.training.ranks import from_rank_0, rank, say, world_size
 from stages.training.rollback import weights_are_finite
 from stages.training.saves import Failure, attempted
@@ -33,6 +34,7 @@ def saving(trainer_class: Any, stage: str) -> Any:
         stepped = True  # since the newest save
         saved: str | None = None  # the newest save
         best_before: tuple[Any, ...] = (None, None, None)
+        configured: list[dict[str, Any]] = []  # noqa: RUF012 - the optimizer's groups as the config makes them
 
         def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
             self.stepped = True
@@ -45,19 +47,19 @@ def saving(trainer_class: Any, stage: str) -> Any:
         def _save_checkpoint(self, *_: Any, **__: Any) -> None:
             save(self, warnings)
 
+        def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+            made = super().create_optimizer(*args, **kwargs)
+            self.configured = settings_of(self)  # before anything is loaded: DeepSpeed loads a save by itself
+            return made
+
         def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-            groups = [] if self.is_deepspeed_enabled else settings_of(self)
             super()._load_optimizer_and_scheduler(checkpoint)
             if checkpoint is not None:
-                as_configured(self, groups)
+                as_configured(self, self.configured)
 
         def _load_rng_state(self, checkpoint: str | None) -> None:
             if checkpoint is not None:
-                before = saves.read_seal(Path(checkpoint))["depends_on"].get("processes", world_size())
-                if before == world_size():
-                    super()._load_rng_state(checkpoint)
-                else:
-                    draw_anew(self.args.seed, self.state.global_step)
+                restore_random(self, checkpoint, super()._load_rng_state)
                 restore_running(self, Path(checkpoint))
 
         def _load_best_model(self) -> None:
@@ -105,7 +107,8 @@ def best_of(trainer: Any) -> tuple[Any, Any, Any]:
 def refuse_not_finite(trainer: Any) -> None:
     """Raise on every process where a trained weight of any is NaN or infinite: such weights go into no save."""
     if not weights_are_finite(trainer):
-        raise UserError(not_finite("the weights are not finite", trainer.state.global_step))
+        step = trainer.state.global_step
+        raise UserError(f"the weights are not finite at step {step}; the weights before this step are kept in the resumable saves. {remedy(trainer.args)}")
 
 
 # -- writing
@@ -157,12 +160,12 @@ def settings_of(trainer: Any) -> list[dict[str, Any]]:
 
 
 def as_configured(trainer: Any, groups: list[dict[str, Any]]) -> None:
-    """Put the config's settings back after a save was loaded: it brings back its own, so a learning rate that was allowed to change would be recorded
-    but never used. `groups`: `settings_of` before the load; none under DeepSpeed, which has loaded them already, so there the learning rate alone.
-    """
+    """Put the config's settings back after a save was loaded: it brings back its own, so a learning rate or a weight decay that was allowed to change
+    would be recorded but never used. `groups`: `settings_of` the optimizer as it was made."""
     now, scheduler = innermost(trainer.optimizer).param_groups, trainer.lr_scheduler
     scheduler = getattr(scheduler, "scheduler", scheduler)
-    for group, settings in zip(now, groups, strict=False):
+    assert len(now) == len(groups), "the optimizer has other groups of parameters than it was made with"
+    for group, settings in zip(now, groups, strict=True):
         group.update(settings)
     scheduler.base_lrs = list(trainer.rates)
     scheduler._last_lr = [base * share(scheduler.last_epoch) for base, share in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
@@ -194,6 +197,14 @@ def restore_running(trainer: Any, checkpoint: Path) -> None:
         trainer._metrics[mode].update({key: list(value) for key, value in values.items()})
     if hasattr(trainer, "_total_train_tokens"):
         trainer._total_train_tokens = mine["tokens"]
+
+
+def restore_random(trainer: Any, checkpoint: str, load: Callable[[str], None]) -> None:
+    """Put the random state of a save back, which `load` does, unless another number of processes made it."""
+    if saves.read_seal(Path(checkpoint))["depends_on"].get("processes", world_size()) == world_size():
+        load(checkpoint)
+    else:
+        draw_anew(trainer.args.seed, trainer.state.global_step)
 
 
 def draw_anew(seed: int, step: int) -> None:

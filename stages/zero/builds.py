@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from stages.registry.place import on_network
+from stages.mounts import on_network
+from stages.processes import PROC
 
-PROC = Path("/proc")
 FOLDER = "TORCH_EXTENSIONS_DIR"
 LOCK = "lock"
 ELSEWHERE = 1800.0  # seconds: a home directory may be shared, and what a process of another machine has open can't be seen from here

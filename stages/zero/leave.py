@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import faulthandler
 import os
 import sys
 import threading
@@ -15,6 +16,9 @@ import traceback
 from typing import NoReturn
 
 from stages.training.ranks import wait_for_everyone
+
+BOUND = 900.0  # seconds: rank 0 may still be removing terabytes of saves while the others wait for it
+SILENT = 60.0  # more, for a process in which no thread can say so
 
 
 def leave(error: BaseException | None = None) -> None:
@@ -25,10 +29,29 @@ def leave(error: BaseException | None = None) -> None:
     if distributed is None or not distributed.is_available() or not distributed.is_initialized():
         return
     code = exit_code(error)  # says first what went wrong
+    end_within(BOUND, code)
     if error is None:
         wait_for_everyone()  # nobody leaves while another may still ask it for something
         distributed.destroy_process_group()  # with NCCL all must come: after an error others may not, and this process would hang
     end(code)
+
+
+def end_within(seconds: float, code: int) -> None:
+    """From now on this process lives for so long at the most: what the run was for is done, and nothing watches it any more.
+
+    A process that never comes, a thread or an exit handler that never ends would hold the processors until the job's time is over.
+    """
+
+    def gone() -> None:
+        with contextlib.suppress(OSError, ValueError):
+            os.write(2, f"warning: the process did not end within {seconds:g} s after its work and is ended now, with its exit code {code}; where it hung:\n".encode())
+            faulthandler.dump_traceback(sys.__stderr__ or sys.stderr, all_threads=True)
+        os._exit(code)
+
+    timer = threading.Timer(seconds, gone)
+    timer.daemon = True  # never waited for
+    timer.start()
+    faulthandler.dump_traceback_later(seconds + SILENT, exit=True)  # where a library keeps the interpreter's lock, with exit code 1
 
 
 def exit_code(error: BaseException | None) -> int:

@@ -13,7 +13,8 @@ import pytest
 
 from configs.errors import UserError
 from configs.exit_codes import REQUEUE
-from launch.chain.lock import start_time
+from stages.claim import Claim
+from stages.processes import start_time
 from tests.chain.fakes import World
 
 ALL = ["sft", "reward", "dpo", "ppo", "eval"]
@@ -281,12 +282,19 @@ def test_a_second_run_in_the_same_folder_is_refused(world):
     world.behave(reward="hang")
     run, _stage = _start(world)
     try:
-        with pytest.raises(UserError, match=rf"another `align run` \(process {run.pid} on "):
+        with pytest.raises(UserError, match=rf"`align run` \(process {run.pid} on "):
             world.run()
     finally:
         run.terminate()
         run.communicate(timeout=20)
     world.behave()
+    assert world.run() == 0
+
+
+def test_a_bare_stage_at_work_in_a_steps_folder_is_left_alone(world):
+    with Claim(world.out / "sft", "stages.sft"), pytest.raises(UserError, match=r"sft: `stages\.sft` "):
+        world.run()
+    assert world.calls() == []
     assert world.run() == 0
 
 

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
-import sys
-import traceback
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
 from stages.training import saves
 from stages.zero.leave import leave
+from tests.forked import become_rank, forked, free_port
 from tests.launch.zero_mortal import at_call, environment
 from tests.stage import ppo_runs
 
@@ -38,11 +37,8 @@ def arm(point: str, number: int) -> None:
 
 def run_in_processes(values: dict[str, Any], world: int, death: tuple[str, int] | None = None, zero_stage: int = 0, prepare: Callable[[int], None] | None = None) -> list[int]:
     """Run PPO in `world` new processes, under DeepSpeed where there is a `zero_stage`; how each ended: 0, an exit code, or minus the signal that killed it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    sys.stdout.flush()
-    children = [_fork(values, rank, world, port, death, zero_stage, prepare) for rank in range(world)]
+    port = free_port()
+    children = [forked(partial(_run, values, rank, world, port, death, zero_stage, prepare)) for rank in range(world)]
     first, status = os.wait()
     ended = {first: os.waitstatus_to_exitcode(status)}
     for child in children:
@@ -54,30 +50,13 @@ def run_in_processes(values: dict[str, Any], world: int, death: tuple[str, int] 
     return [ended[child] for child in children]
 
 
-def _fork(values: dict[str, Any], rank: int, world: int, port: int, death: tuple[str, int] | None, zero_stage: int, prepare: Callable[[int], None] | None) -> int:
-    child = os.fork()
-    if child:
-        return child
-    code = 1
-    try:
-        from accelerate.state import AcceleratorState
-
-        AcceleratorState._reset_state(reset_partial_state=True)
-        if world > 1:
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-        if zero_stage:
-            os.environ |= environment(zero_stage, rank, port, world)
-        if prepare is not None:
-            prepare(rank)
-        if death is not None:
-            arm(*death)
-        ppo_runs.run_alone(values)
-        leave()
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+def _run(values: dict[str, Any], rank: int, world: int, port: int, death: tuple[str, int] | None, zero_stage: int, prepare: Callable[[int], None] | None) -> None:
+    become_rank(rank, world, port)
+    if zero_stage:
+        os.environ |= environment(zero_stage, rank, port, world)
+    if prepare is not None:
+        prepare(rank)
+    if death is not None:
+        arm(*death)
+    ppo_runs.run_alone(values)
+    leave()

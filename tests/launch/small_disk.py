@@ -5,9 +5,10 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
+
+from tests.forked import forked
 
 CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000  # <linux/sched.h>
 MS_REC, MS_PRIVATE = 0x4000, 0x40000  # <linux/mount.h>
@@ -19,24 +20,15 @@ def in_small_disk(folder: Path, size: int, work: Callable[[], int]) -> int:
 
     What is on the tmpfs ends with the process: `work` looks at it itself.
     """
-    sys.stdout.flush()
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    code = 253
-    try:
+    def on_it() -> int:
         try:
             mount(folder, size)
         except OSError as error:
-            print(f"no tmpfs: {error}", file=sys.stderr, flush=True)
-            os._exit(254)
-        code = work()
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+            print(f"no tmpfs: {error}", file=sys.stderr)
+            return 254
+        return work()
+
+    return os.waitstatus_to_exitcode(os.waitpid(forked(on_it, failed=253), 0)[1])
 
 
 def mount(folder: Path, size: int) -> None:

@@ -5,8 +5,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import deepspeed  # noqa: F401 - imported before the forks, once
@@ -15,6 +18,7 @@ import torch
 import trl  # noqa: F401
 
 from stages.registry import Registry
+from stages.training import trainer_saves
 from tests.launch.zero_mortal import run_in_processes, run_in_two
 from tests.launch.zero_worker import LORA
 from tests.stage.runs import settings, weights, workspace
@@ -49,14 +53,32 @@ def test_killed_and_run_again_ends_as_if_nothing_had_happened(place, capfd, monk
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_a_save_is_not_continued_under_another_zero_stage(place, capfd, monkeypatch):
-    """Its shards are laid out otherwise: DeepSpeed ended in a traceback."""
+def test_a_save_is_not_continued_under_another_zero_stage_and_takes_the_settings_that_may_change(place, capfd, monkeypatch):
+    """Its shards are laid out otherwise: DeepSpeed ended in a traceback. Weight decay and betas were allowed to change, recorded, and not used."""
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     values = settings(place, "sft", TRAIN, name="moved", output=str(place / "moved"))
     assert -signal.SIGKILL in run_in_two("sft", values, 2, dies_at=4)
     assert run_in_two("sft", values | {"allow_changed": ["config", "processes"]}, 3) != [0, 0]
     assert "zero_stage: 2 → 3 (the machine file's" in capfd.readouterr().err
     assert (place / "moved" / "resume" / "checkpoint-3" / "sealed.json").exists()
+    values["train"] = values["train"] | {"weight_decay": 0.25, "learning_rate": 2e-3}
+    values["trainer"] = {"adam_beta1": 0.5}
+    assert run_in_two("sft", values | {"allow_changed": ["config"]}, 2, around=partial(settings_used, place / "used")) == [0, 0]
+    assert [json.loads(line) for line in (place / "used").read_text().splitlines()] == [[[0.25, 0.5, 2e-3 * 3 / 6], [0.0, 0.5, 2e-3 * 3 / 6]]] * 2
+
+
+@contextlib.contextmanager
+def settings_used(file: Path) -> Iterator[None]:
+    """Each process writes the weight decay, the first beta and the learning rate of the optimizer's groups once it has resumed."""
+    load = trainer_saves.as_configured
+
+    def observed(trainer, groups):
+        load(trainer, groups)
+        with file.open("a") as stream:
+            stream.write(json.dumps([[group["weight_decay"], group["betas"][0], group["lr"]] for group in trainer_saves.settings_of(trainer)]) + "\n")
+
+    trainer_saves.as_configured = observed
+    yield
 
 
 @pytest.mark.usefixtures("one_thread")

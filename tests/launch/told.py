@@ -10,15 +10,16 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from stages.training import entry, saves
+from tests.forked import become_rank, forked, free_port
 from tests.stage import ppo_runs, runs
 
 SFT = {"max_steps": 60, "eval_every": 20, "save_every": 60, "log_every": 3, "micro_batch_size": 2}
@@ -59,38 +60,20 @@ def settings(folder: Path, stage: str, name: str, **train: Any) -> dict[str, Any
 
 def start(stage: str, values: dict[str, Any], world: int = 2) -> list[int]:
     """Fork the processes of a stage; their ids, by rank."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     config = Path(values["registry"]).parent / f"{values['name']}.json"
     config.write_text(json.dumps(values))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    return [_fork(stage, config, rank, world, port) for rank in range(world)]
+    return [forked(partial(_run, stage, config, rank, world, port)) for rank in range(world)]
 
 
-def _fork(stage: str, config: Path, rank: int, world: int, port: int) -> int:
-    child = os.fork()
-    if child:
-        return child
-    code = 1
-    try:
-        from accelerate.state import AcceleratorState
-
-        AcceleratorState._reset_state(reset_partial_state=True)
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "ACCELERATE_USE_CPU": "true"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        log = os.open(config.with_suffix(f".{rank}.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))  # pytest's own write elsewhere
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that Ctrl-C is ignored
-        entry.run(main_of(stage), stage, ["--config", str(config)])
-        code = 0
-    except SystemExit as left:
-        code = int(left.code or 0)
-    finally:
-        os._exit(code)
+def _run(stage: str, config: Path, rank: int, world: int, port: int) -> None:
+    become_rank(rank, world, port)
+    log = os.open(config.with_suffix(f".{rank}.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))  # pytest's own write elsewhere
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that Ctrl-C is ignored
+    entry.run(main_of(stage), stage, ["--config", str(config)])
 
 
 def main_of(stage: str) -> Any:

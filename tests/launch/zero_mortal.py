@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
-import sys
-import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 from stages.training import guarding, saves
 from stages.zero.leave import leave
+from tests.forked import forked, free_port
 from tests.stage.runs import run
 
 Death = tuple[str, int]
@@ -47,11 +46,10 @@ def run_in_processes(
 ) -> list[int]:  # fmt: skip
     """Run a stage in `world` new processes, within `around()`, that die as `arm` says; how each ended: an exit code, or minus the signal. `prepare(rank)` is
     called in each first."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    sys.stdout.flush()
-    children = [_fork(stage, values, death, environment(zero_stage, rank, port, world), prepare, around) for rank in range(world)]
+    port = free_port()
+    children = [
+        forked(partial(_run, stage, values, death, environment(zero_stage, rank, port, world), prepare, around)) for rank in range(world)
+    ]  # fmt: skip
     ended: dict[int, int] = {}
     while len(ended) < world:
         child, status = os.wait()
@@ -61,33 +59,21 @@ def run_in_processes(
     return [ended[child] for child in children]
 
 
-def _fork(
+def _run(
     stage: str, values: dict[str, Any], death: Death | None, variables: dict[str, str], prepare: Callable[[int], None] | None,
     around: Callable[[], AbstractContextManager[Any]],
-) -> int:  # fmt: skip
-    child = os.fork()
-    if child:
-        return child
-    code = 1
-    try:
-        from accelerate.state import AcceleratorState
+) -> None:  # fmt: skip
+    from accelerate.state import AcceleratorState
 
-        AcceleratorState._reset_state(reset_partial_state=True)
-        os.environ.update(variables)
-        if prepare is not None:
-            prepare(int(variables.get("RANK", "0")))
-        if death is not None:
-            arm(*death)
-        with around():
-            run(stage, values)
-        leave()
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    os.environ.update(variables)
+    if prepare is not None:
+        prepare(int(variables.get("RANK", "0")))
+    if death is not None:
+        arm(*death)
+    with around():
+        run(stage, values)
+    leave()
 
 
 def die(*_: Any, **__: Any) -> None:

@@ -6,13 +6,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
 from tests.faults import cuts, flips, kills, storage_faults
-from tests.faults.scenarios import IMPORT, SCENARIOS, light, memory
+from tests.faults.scenarios import IMPORT, SCENARIOS, Scenario, light, memory
 from tests.reliability.case import Case, Measured
 
 Run = Callable[[Path, int, bool], Measured]
@@ -71,24 +71,29 @@ def kill_at_random(folder: Path, seed: int, quick: bool) -> Measured:
 
 @_isolated
 def cut_power(folder: Path, seed: int, quick: bool) -> Measured:
-    verdict = cuts.Verdict()
-    for scenario in SCENARIOS if quick else (*SCENARIOS, IMPORT):
-        one = cuts.cut_everywhere(scenario, folder, seed, 8 if quick or scenario is IMPORT else 64)
-        verdict.points, verdict.disks = verdict.points + one.points, verdict.disks + one.disks
-        verdict.problems += [f"{scenario.name}: {problem}" for problem in one.problems]
+    def one(scenario: Scenario) -> cuts.Verdict:
+        return cuts.cut_everywhere(scenario, folder, seed, 8 if quick or scenario is IMPORT else 64)
+
+    verdict = _together(SCENARIOS if quick else (*SCENARIOS, IMPORT), one)
     detail = f"{verdict.points} moments in open, publish, alias, gc and import; of each all disks that the model allows, or a seeded sample where there are more than 64 (import: 8)."
     return _of(verdict.problems, verdict.disks, "disks broke a promise", detail)
 
 
 @_isolated
 def cut_power_after_kill(folder: Path, seed: int, quick: bool) -> Measured:
-    verdict = cuts.Verdict()
-    for scenario in SCENARIOS:
-        one = cuts.cut_after_a_kill(scenario, folder, seed, 12, every=9 if quick else 1)
-        verdict.points, verdict.disks = verdict.points + one.points, verdict.disks + one.disks
-        verdict.problems += [f"{scenario.name}: {problem}" for problem in one.problems]
+    verdict = _together(SCENARIOS, lambda scenario: cuts.cut_after_a_kill(scenario, folder, seed, 12, every=9 if quick else 1))
     detail = f"{verdict.points} histories: one process killed before a call, a second publishes or moves an alias, then power fails; up to 12 sampled disks of each."
     return _of(verdict.problems, verdict.disks, "disks broke a promise", detail)
+
+
+def _together(scenarios: Iterable[Scenario], judge: Callable[[Scenario], cuts.Verdict]) -> cuts.Verdict:
+    """The verdicts of several scenarios as one, whose problems say where they are from."""
+    whole = cuts.Verdict()
+    for scenario in scenarios:
+        one = judge(scenario)
+        whole.points, whole.disks = whole.points + one.points, whole.disks + one.disks
+        whole.problems += [f"{scenario.name}: {problem}" for problem in one.problems]
+    return whole
 
 
 @_isolated

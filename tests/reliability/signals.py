@@ -9,10 +9,12 @@ import statistics
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from configs.exit_codes import HANG
+from tests.forked import become_rank, forked, free_port
 from tests.launch import launched, told
 from tests.reliability.case import Case, Measured
 
@@ -72,7 +74,8 @@ def exchange_cost(folder: Path, seed: int, quick: bool) -> Measured:
     """Milliseconds of one exchange of the flag between two processes that have nothing to wait for."""
     prepare()
     out = folder / "times"
-    children = [_measure(rank, 29000 + os.getpid() % 900, out, 100 if quick else 1000) for rank in range(2)]
+    port = free_port()
+    children = [forked(partial(_measure, rank, port, out, 100 if quick else 1000)) for rank in range(2)]
     assert told.ends(children) == [0, 0]
     times = [float(line) for line in out.read_text().split()]
     median = 1000 * statistics.median(times)
@@ -80,32 +83,20 @@ def exchange_cost(folder: Path, seed: int, quick: bool) -> Measured:
     return Measured(f"{median:.2f} ms", share < 0.01, f"median of {len(times)} exchanges (gloo, 2 processes), at most one in half a second: {share:.2%} of the time")
 
 
-def _measure(rank: int, port: int, out: Path, count: int) -> int:
-    child = os.fork()
-    if child:
-        return child
-    code = 1
-    try:
-        from accelerate.state import AcceleratorState
+def _measure(rank: int, port: int, out: Path, count: int) -> None:
+    from stages.training import stop
+    from stages.training.ranks import process_group, wait_for_everyone
 
-        from stages.training import stop
-        from stages.training.ranks import process_group, wait_for_everyone
-
-        AcceleratorState._reset_state(reset_partial_state=True)
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        process_group()
-        times = []
-        for _ in range(count):
-            began = time.perf_counter()
-            stop.exchanged(0, 0.0)
-            times.append(time.perf_counter() - began)
-        if rank == 0:
-            out.write_text("\n".join(map(str, times)))
-        wait_for_everyone()
-        code = 0
-    finally:
-        os._exit(code)
+    become_rank(rank, 2, port)
+    process_group()
+    times = []
+    for _ in range(count):
+        began = time.perf_counter()
+        stop.exchanged(0, 0.0)
+        times.append(time.perf_counter() - began)
+    if rank == 0:
+        out.write_text("\n".join(map(str, times)))
+    wait_for_everyone()
 
 
 def stopped_rank(folder: Path, seed: int, quick: bool) -> Measured:

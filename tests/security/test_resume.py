@@ -7,31 +7,16 @@ from pathlib import Path
 import pytest
 
 from configs.errors import UserError
-from stages.training import guarding
 from tests.security.attack import Place
 from tests.security.saves import reseal
-from tests.stage.runs import run, settings, workspace
-
-
-class Interrupted(Exception):
-    """Stands for a crash."""
+from tests.stage.runs import run, run_until, settings, workspace
 
 
 @pytest.fixture
-def interrupted(tmp_path, monkeypatch):
+def interrupted(tmp_path):
     """A run that crashed at step 3, with saves at 1 and 2; returns its config."""
     values = settings(workspace(tmp_path, rows=40), "sft", {"max_steps": 4, "save_every": 1})
-    check = guarding.SkipSteps.on_pre_optimizer_step
-
-    def crash(self, args, state, control, **kwargs):
-        if state.global_step == 2:
-            raise Interrupted
-        return check(self, args, state, control, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(guarding.SkipSteps, "on_pre_optimizer_step", crash)
-        with pytest.raises(Interrupted):
-            run("sft", values)
+    run_until("sft", values, 2)
     return values
 
 

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from stages.registry import Checkpoint, Registry
 from tests.tiny import tiny_model
 
@@ -60,6 +62,24 @@ def run(stage: str, values: dict[str, Any]) -> Checkpoint:
     cfg = getattr(schema, {"sft": "SFTStage", "reward": "RewardStage", "dpo": "DPOStage"}[stage]).model_validate(values)
     importlib.import_module(f"stages.{stage}").main(cfg)
     return Registry(values["registry"]).resolve(f"{stage}/{values['name']}")
+
+
+class Interrupted(Exception):
+    """Stands for a crash."""
+
+
+def run_until(stage: str, values: dict[str, Any], step: int) -> None:
+    """Run a stage that crashes once it has taken `step` optimizer steps and has the gradient of the next."""
+    from stages.training import guarding
+
+    def crash(self: Any, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == step:
+            raise Interrupted
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(guarding.SkipSteps, "on_pre_optimizer_step", crash)
+        with pytest.raises(Interrupted):
+            run(stage, values)
 
 
 def command(stage: str, values: dict[str, Any], file: Path, processes: int = 1) -> list[str]:

@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from configs.errors import UserError
+from configs.exit_codes import REQUEUE
 from stages.guard import verdict
 from stages.registry import Registry
+from stages.training import stop
 from stages.training.saves import problem, saves
 from tests.stage.numbers import injected, same
-from tests.stage.runs import run, settings, weights, workspace
+from tests.stage.runs import run, run_until, settings, weights, workspace
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +98,43 @@ def test_the_second_time_in_a_row_the_run_stops_with_its_last_healthy_save(place
     assert Registry(place / "registry").resolve("sft/twice").version == 1
 
 
+def test_told_to_stop_while_a_weight_is_not_finite_it_leaves_with_the_newest_healthy_save(place, capsys, monkeypatch):
+    """It ended with 2, as if the user had done something wrong, and was not started again."""
+    def told(agreement):
+        agreement._steps += 1
+        agreement.code = REQUEUE if agreement._steps == 5 else 0
+        return agreement.code
+
+    values = case(place, "sft", "told")
+    with injected("weight", {5}), monkeypatch.context() as patch:
+        patch.setattr(stop.Agreement, "at_step_end", told)
+        with pytest.raises(SystemExit) as left:
+            run("sft", values)
+    assert left.value.code == REQUEUE
+    assert "nothing is saved, for a trained weight is not finite, at step 5 of 8; the same command continues from its newest save" in capsys.readouterr().out
+    assert [(save.name, problem(save)) for save in saves(Path(values["output"]) / "resume")] == [("checkpoint-3", None)]
+    found = run("sft", values)
+    assert "continuing from checkpoint-3" in capsys.readouterr().out
+    expected = weights(run("sft", case(place, "sft", "not-told")))
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(found).items())
+
+
+def test_the_last_steps_skipped_leave_what_was_learned_before(place, capsys):
+    """What was not taken has changed nothing; the run ended with 2 and published nothing."""
+    with injected("batch", {7, 8}) as recorded:
+        run("sft", case(place, "sft", "last", guard={"max_skipped_in_row": 2}))
+    assert same(recorded[0].steps[8], recorded[0].steps[6])
+    assert "warning: 2 optimizer steps in a row were skipped, the last because the loss is not finite and the gradient is not finite. No step is left: the weights are those of the last step that was taken, 6" in capsys.readouterr().out
+
+
+def test_a_run_that_skipped_most_of_its_steps_is_not_published(place):
+    values = case(place, "sft", "most")
+    with injected("batch", {4, 5, 6, 7, 8}), pytest.raises(UserError, match=r"5 optimizer steps in a row were skipped.* at step 8; the last healthy save is \S+checkpoint-3") as refused:
+        run("sft", values)
+    assert "fp32" not in str(refused.value), "it is what this run computes in"
+    assert not Registry(place / "registry").list("sft", "most")
+
+
 def test_a_save_made_since_allows_another_way_back(place, capsys):
     """Broken at 4 and, after the save of step 6, again at 8."""
     with injected("weight", {4, 8}):
@@ -105,27 +144,13 @@ def test_a_save_made_since_allows_another_way_back(place, capsys):
     assert "optimizer of checkpoint-6; the rows of steps 7 to 9 are" in said
 
 
-class Interrupted(Exception):
-    """Stands for a crash."""
-
-
-def crash(self, args, state, control, **_):
-    if state.global_step == 7:
-        raise Interrupted
-
-
 def test_a_run_resumed_after_a_skip_ends_as_the_uninterrupted_one(place, monkeypatch):
     """Skipped at 2, spike at 5 and 7: what is remembered of the first steps decides of the last, across the save of step 6."""
-    from stages.training import guarding
-
     monkeypatch.setattr(verdict, "JUDGED_AFTER", 4)
     whole, broken = (case(place, "sft", name) for name in ("whole", "broken"))
     with injected("spike", {2, 6, 8}):
         expected = run("sft", whole)
-        with monkeypatch.context() as patch:
-            patch.setattr(guarding.SkipSteps, "on_pre_optimizer_step", crash)
-            with pytest.raises(Interrupted):
-                run("sft", broken)
+        run_until("sft", broken, 7)
         found = run("sft", broken)
     assert lines_of(broken) == lines_of(whole)
     assert [line["train/skipped_steps"] for line in lines_of(whole) if "learning_rate" in line] == [0, 0, 0, 0, 0, 1, 1, 2]

@@ -13,7 +13,19 @@ import torch
 
 from configs.errors import UserError
 from stages.registry import Registry
-from tests.stage.runs import ENVIRONMENT, ROOT, command, metrics, run, run_apart, settings, weights, workspace
+from tests.stage.runs import (
+    ENVIRONMENT,
+    ROOT,
+    Interrupted,
+    command,
+    metrics,
+    run,
+    run_apart,
+    run_until,
+    settings,
+    weights,
+    workspace,
+)
 
 LONG = {"max_steps": 60, "save_every": 5, "eval_every": 10, "log_every": 5}
 
@@ -56,28 +68,12 @@ def test_killed_and_run_again_ends_as_if_nothing_had_happened(place, stage):
     assert not registry.verify(f"{stage}/broken", deep=True)
 
 
-class Interrupted(Exception):
-    """Stands for a crash."""
-
-
 @pytest.fixture
-def interrupted(place, monkeypatch, request):
+def interrupted(place, request):
     """A run that crashed at step 8, with saves at 3 and 6; returns its config."""
-    from stages.training import guarding
-
     name = request.node.name.split("[")[0].replace("_", "-")[-60:].strip("-")
     values = settings(place, "sft", {"max_steps": 10, "save_every": 3, "eval_every": 5}, name=name, output=str(place / name))
-    check = guarding.SkipSteps.on_pre_optimizer_step
-
-    def crash(self, args, state, control, **kwargs):
-        if state.global_step == 8:
-            raise Interrupted
-        return check(self, args, state, control, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(guarding.SkipSteps, "on_pre_optimizer_step", crash)
-        with pytest.raises(Interrupted):
-            run("sft", values)
+    run_until("sft", values, 8)
     return values
 
 
@@ -114,8 +110,8 @@ def test_without_a_sound_save_it_starts_anew(interrupted, capsys):
 
 
 CHANGED = {  # what changes: the line of the diff, and the keys that allow it
-    "schedule": ("train.learning_rate: 0.001 → 0.002", ["schedule", "config", "train.learning_rate", "train"]),
-    "config": ("train.weight_decay: 0.0 → 0.1", ["config", "train.weight_decay"]),
+    "schedule": ("train.learning_rate: 0.001 → 0.002", ["train.learning_rate", "config", "train", "schedule"]),
+    "config": ("train.weight_decay: 0.0 → 0.1", ["train.weight_decay", "config"]),
     "data": ("data.train: ", ["data"]),
     "tokenizer": ("tokenizer: .* → 'another'", ["tokenizer"]),
     "processes": ("processes: 1 → 2", ["processes"]),

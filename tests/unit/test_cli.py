@@ -267,7 +267,7 @@ def _start_parent(tmp_path: Path):
 
 
 def _gone(pid: int, within: float = 5.0) -> bool:
-    from launch.chain.lock import start_time
+    from stages.processes import start_time
 
     until = time.monotonic() + within
     while start_time(pid) is not None and time.monotonic() < until:

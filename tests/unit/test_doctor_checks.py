@@ -222,13 +222,6 @@ def test_a_registry_in_memory_is_warned_of(monkeypatch, tmp_path):
     assert found.facts["registry"]["kind"] == "memory"
 
 
-def test_file_systems_by_their_mounts(tmp_path):
-    (tmp_path / "mounts").write_text(f"/dev/a / ext4 rw 0 0\nserver:/x {tmp_path}/my\\040nfs nfs4 rw 0 0\n")
-    assert storage.file_system(tmp_path / "my nfs" / "registry", tmp_path / "mounts") == "nfs4"
-    assert storage.file_system(tmp_path / "my nfs-2", tmp_path / "mounts") == "ext4"
-    assert storage.file_system(tmp_path, tmp_path / "none") == "unknown"
-
-
 # registry, hub
 
 

@@ -18,16 +18,6 @@ def registry(tmp_path):
     return registry
 
 
-@pytest.fixture
-def align(registry, capsys):
-    def run(*words):
-        code = main(["registry", words[0], "--registry", str(registry.root), *words[1:]])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
-
-
 def test_list_is_a_table_with_aligned_columns(align, registry):
     registry.set_alias("sft/demo", "production", "sft/demo")
     code, out, err = align("list")

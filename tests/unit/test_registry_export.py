@@ -69,7 +69,7 @@ def test_the_card_tells_lineage_data_metrics_with_intervals_and_no_path_of_a_mac
     assert huggingface_hub.ModelCard(text).data.library_name == "transformers"
     for told in (
         "└─ init_from: sft/demo@1", "org/base [external]", "reference: base-model [external]", "| train | 1,234 |", "| accuracy | 0.5 | [0.2366, 0.7634] |",
-        "| score | 0.9 | [0.8804, 0.9196] |", "| win_rate | 0.75 | [0.7, 0.8] |", "| kl.k1 | 5 | [4.02, 5.98] |", "| kl.k3 | 4 |  |", "| parts.rule | 1 |",
+        "| score | 0.9 | [0.8804, 0.9196] |", "| win_rate | 0.75 | [0.7, 0.8] |", "| kl.k1 | 5 | [4.02, 5.98] |", "| kl.k3 | 4 | – |", "| parts.rule | 1 |",
         "400 prompts, compared with sft/demo@1", "````text\nsay ```x```\n````", "score 0.5", "data: rows.jsonl", "kl_coef: 0.05", "**Not stated.**", "torch ",
     ):  # fmt: skip
         assert told in text, told

@@ -13,7 +13,6 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from configs.errors import UserError
-from launch.cli import main
 from stages.registry import Parent, Registry, gc, leases, ledger, trash
 from stages.registry.gc import Rules
 from stages.registry.holder import staging_name
@@ -366,61 +365,6 @@ def test_a_registry_that_may_only_be_read_costs_a_warning_and_no_more(registry, 
     monkeypatch.setattr(leases, "_write", refuse)
     assert registry.lease(checkpoint, "eval") is None
     assert "warning: no lease could be written" in capsys.readouterr().err
-
-
-@pytest.fixture
-def align(registry, capsys):
-    def run(*words):
-        code = main(["registry", words[0], "--registry", str(registry.root), *words[1:]])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
-
-
-def test_the_command_shows_a_plan_and_does_it_when_told(align, registry):
-    for _ in range(5):
-        publish(registry)
-    code, out, _ = align("gc")
-    assert (code, versions(registry)) == (0, [1, 2, 3, 4, 5])
-    assert "3 kept, 2 would go to the trash" in out
-    assert "nothing was changed; to do it: align " in out
-    code, out, _ = align("gc", "--apply", "--json")
-    facts = json.loads(out)
-    assert (code, facts["applied"], [item["ref"] for item in facts["trash"]]) == (0, True, ["sft/demo@1", "sft/demo@2"])
-    assert align("restore")[1].count("no rule keeps it") == 2
-    assert align("restore", "sft/demo@2")[1].startswith("restored sft/demo@2")
-    assert versions(registry) == [2, 3, 4, 5]
-    assert "2 kept, 0 would go" not in align("gc", "sft/demo", "--keep", "1")[1]
-    assert align("gc", "sft/none")[0] == 2
-    assert align("gc", "--keep", "0")[0] == 2
-    assert align("restore", "nothing")[0] == 2
-
-
-@pytest.mark.parametrize("text", ["7", "d", "-1d", "7w", "", "nan d"])
-def test_a_time_of_grace_that_is_none_is_refused(align, text):
-    with pytest.raises(SystemExit) as caught:
-        align("gc", f"--grace={text}")
-    assert caught.value.code == 2
-
-
-def test_an_alias_goes_back_step_by_step_and_the_way_is_kept(align, registry):
-    for _ in range(3):
-        publish(registry)
-        registry.set_alias("sft/demo", "production", "sft/demo")
-    registry.set_alias("sft/demo", "production", "sft/demo@3")  # no move
-    for version in (2, 1):
-        assert align("alias", "sft/demo", "production", "--rollback")[1].startswith(f"sft/demo@production points at sft/demo@{version} ")
-    code, _, err = align("alias", "sft/demo", "production", "--rollback")
-    assert (code, "has nowhere to go back to: it points at sft/demo@1" in err) == (2, True)
-    registry.set_alias("sft/demo", "production", "sft/demo@3")
-    assert align("alias", "sft/demo", "production", "--rollback", "--json")[0] == 0
-    assert registry.resolve("sft/demo@production").version == 1
-    code, out, _ = align("alias", "sft/demo", "production", "--history")
-    assert [line.split()[:2] for line in out.splitlines()[1:]] == [[str(i), f"sft/demo@{v}"] for i, v in enumerate((1, 2, 3, 3, 2, 1, 3, 1), 1)]
-    assert "rollback of 3" in out
-    for words in (("alias", "sft/demo", "--rollback"), ("alias", "sft/demo", "none", "--rollback"), ("alias", "sft/demo", "--history")):
-        assert align(*words)[0] == 2
 
 
 def test_of_a_rollback_and_a_move_at_once_the_rollback_gives_way(registry, monkeypatch):

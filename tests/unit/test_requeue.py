@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from configs.exit_codes import HANG, REQUEUE
-from launch.chain.lock import identity, is_alive
 from launch.command import Machine, stage_command
 from launch.process import run_child
+from stages.claim import identity, is_alive
 from stages.training import stop
 
 WARNED = "import signal, sys, time\nsignal.signal(signal.SIGUSR1, lambda *_: sys.exit({}))\nprint('ready', flush=True)\ntime.sleep(60)"

@@ -212,6 +212,29 @@ def test_the_diff_and_what_allows_it(change, line, allowed, not_allowed):
     assert line in changes.refusal(Path("resume"), "checkpoint-1", found)
 
 
+@pytest.mark.parametrize(
+    ("changed", "keys"),
+    [
+        ({"train.learning_rate": 1.0}, "train.learning_rate"),
+        ({"train.learning_rate": 1.0, "beta": 2.0}, "train.learning_rate beta"),
+        ({"lora.rank": 4}, "lora"),  # of a section that is chosen as a whole
+        ({"beta": 2.0, "lora.rank": 1, "a": 1, "b": 1, "c": 1}, "config"),
+    ],
+)
+def test_a_refusal_names_what_allows_as_little_as_can_be(changed, keys):
+    """It named `schedule`, with which number of steps and batch size may change too."""
+    fields = ["train.learning_rate", "beta", "lora", "a", "b", "c"]
+    found = changes.changes(NOW, NOW | {"config": NOW["config"] | changed})
+    said = changes.refusal(Path("resume"), "checkpoint-1", found, fields)
+    assert f"allow it with {' '.join(f'--allow-changed {key}' for key in keys.split())} (or allow_changed: [{keys.replace(' ', ', ')}])" in said
+    assert not changes.refused(found, keys.split())
+
+
+def test_more_steps_are_the_schedules_and_the_fields_that_make_them_need_not_be_named():
+    found = changes.changes(NOW, NOW | {"steps": 20, "config": NOW["config"] | {"train.learning_rate": 1.0}})
+    assert "allow it with --allow-changed schedule (or" in changes.refusal(Path("resume"), "checkpoint-1", found, ["train.learning_rate"])
+
+
 def test_under_zero_another_number_of_processes_can_not_be_allowed():
     now = NOW | {"zero_stage": 3}
     found = changes.changes(now, now | {"processes": 4})

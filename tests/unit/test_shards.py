@@ -43,7 +43,7 @@ def test_few_files_for_any_size_and_what_adapters_and_frozen_layers_leave_alone_
 
 def test_eight_layers_by_hand():
     # per layer 1 of q and v, 1 of k and o, 1 of MLP and norms; embeddings, head, last norm: 8 * 3 + 3
-    files = shards.split(shared.llama_tensors(64, 128, 32, 8, 5000, False))
+    files = shards.split(shared.llama_tensors(512, 1024, 256, 8, 5000, False))
     assert next(iter(files)) == "model-00001-of-00027.safetensors"
     assert files["model-00001-of-00027.safetensors"] == ["model.embed_tokens.weight"]
     assert [re.sub(r"model\.layers\.|\.weight", "", name) for file in list(files)[1:4] for name in files[file]] == [
@@ -54,8 +54,8 @@ def test_eight_layers_by_hand():
 
 
 def test_other_architectures_names_and_what_was_laid_out_before():
-    sizes = {f"transformer.h.{layer}.{name}": 2**20 for layer in range(2) for name in ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight")}
-    sizes |= {"transformer.wte.weight": 2**20, "transformer.ln_f.weight": 4}
+    sizes = {f"transformer.h.{layer}.{name}": 2**22 for layer in range(2) for name in ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight")}
+    sizes |= {"transformer.wte.weight": 2**22, "transformer.ln_f.weight": 4}
     assert [len(names) for names in shards.split(sizes).values()] == [1] * 8
     experts = {f"model.layers.0.mlp.experts.{number}.w1.weight": 2**20 for number in range(8)}
     assert list(shards.split(experts).values()) == [sorted(experts)]
@@ -66,19 +66,25 @@ def test_other_architectures_names_and_what_was_laid_out_before():
 
 
 def test_a_group_larger_than_a_file_may_be_is_cut(monkeypatch):
-    monkeypatch.setattr(shards, "LARGEST", 2**21)
-    sizes = {f"model.layers.0.mlp.experts.{number}.w1.weight": 2**20 for number in range(5)} | {"model.layers.0.mlp.gate.weight": 3 * 2**20}
-    assert [sum(sizes[name] for name in names) / 2**20 for names in shards.split(sizes).values()] == [2, 2, 1, 3]
+    monkeypatch.setattr(shards, "LARGEST", 2**23)
+    sizes = {f"model.layers.0.mlp.experts.{number}.w1.weight": 2**22 for number in range(5)} | {"model.layers.0.mlp.gate.weight": 3 * 2**22}
+    assert [sum(sizes[name] for name in names) / 2**22 for names in shards.split(sizes).values()] == [2, 2, 1, 3]
 
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory):
-    """A registry with a base of 8 layers and what was made of it."""
+    """A registry with a base of 8 layers and what was made of it: split as large models are, though it is small. RELIABILITY.md has those that are not."""
     registry = Registry(tmp_path_factory.mktemp("shards") / "registry")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "SINGLE", 0)
+        return registry, *made_of_a_base(registry)
+
+
+def made_of_a_base(registry):
     parent = shared.base(registry, layers=8, hidden=48, intermediate_size=168, num_key_value_heads=1)  # the proportions of Llama 3
     frozen = shared.frozen(registry, parent, (3, 6))
     adapter, merged = shared.merged(registry, parent, ["q_proj", "v_proj"])
-    return registry, parent, frozen, adapter, merged
+    return parent, frozen, adapter, merged
 
 
 def test_a_child_with_frozen_layers_or_a_merged_adapter_shares_its_bytes(family):
@@ -129,7 +135,8 @@ def test_identical_weights_give_identical_files_in_every_precision(tmp_path, dty
     assert all(torch.equal(one, other) for one, other in zip(model.parameters(), again.parameters(), strict=True))
 
 
-def test_a_reward_model_shares_its_trunk_with_the_policy_it_was_made_from(tmp_path):
+def test_a_reward_model_shares_its_trunk_with_the_policy_it_was_made_from(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "SINGLE", 0)
     registry = Registry(tmp_path / "registry")
     parent = shared.base(registry, layers=4, hidden=64)
     policy = models.load_policy(shared.origin(registry, parent))
@@ -150,6 +157,14 @@ def test_the_layout_of_a_parent_is_kept(tmp_path):
     child = shared.publish(registry, "sft/child", models.load_policy(outside), [], like=outside)
     assert {path.name for path in child.model_dir.glob("*.safetensors")} == {path.name for path in folder.glob("*.safetensors")}
     assert shards.layout_of(child.model_dir) == shards.layout_of(folder)
+
+
+def test_what_a_dozen_more_files_would_cost_more_than_they_could_share_stays_one_file():
+    """A model of 1 MB became 17 files."""
+    small, large = (shared.llama_tensors(hidden, 4 * hidden, hidden, 4, 1024, True) for hidden in (64, 512))
+    assert sum(small.values()) < 2**20 < shards.SINGLE < sum(large.values())
+    assert len(shards.split(small)) == 1
+    assert len(shards.split(large)) == 4 * 3 + 2
 
 
 def test_a_tiny_model_stays_one_file(tmp_path):

@@ -95,6 +95,20 @@ def test_what_an_earlier_run_asked_for_is_not_heeded(watch):
     assert watch.now.phase == "update", "it was not ended"
 
 
+@pytest.mark.parametrize("phase", LIMITS)
+def test_every_phase_has_the_limit_of_its_own_name(watch, phase):
+    """Of all phases, not only of `update`, in which a rank is stopped in a real run (make reliability)."""
+    watch.limits = {name: 100.0 * number for number, name in enumerate(LIMITS, 1)}
+    watch.now.phase = phase
+    watch.now.beaten -= watch.limits[phase] - 5
+    watch.look(1)
+    watch.now.beaten -= 10
+    assert f"in phase {phase} (limit: watchdog.{phase}, {watch.limits[phase] / 60:g} min)" in hang.describe(watch)
+    assert hang.ADVICE[phase]
+    with pytest.raises(EndedError):
+        watch.look(1)
+
+
 @pytest.mark.parametrize(("phase", "goes_on"), [("save", True), ("load", True), ("publish", True), ("update", False)])
 def test_bytes_are_progress_where_models_are_moved(watch, monkeypatch, phase, goes_on):
     watch.now.phase = phase

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,25 @@ def test_an_executor_that_nobody_shut_down_does_not_keep_the_process(tmp_path, b
     done = subprocess.run([sys.executable, "-c", PROGRAM.format(body=idle + body), str(tmp_path / "store")], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == (0 if body == "pass" else 1)
     assert done.stdout.endswith("thread done\nhandler ran\n")
+
+
+HANGS = {
+    "another that does not come": "leave.__globals__['wait_for_everyone'] = lambda: time.sleep(60)",
+    "a thread": "threading.Thread(target=time.sleep, args=(60,)).start()",
+    "an exit handler": "atexit.register(time.sleep, 60)",
+}
+
+
+@pytest.mark.parametrize(("what", "code"), [*((what, 0) for what in HANGS), ("a thread", 85)])
+def test_a_process_that_hangs_after_its_work_is_ended_with_its_own_code(tmp_path, what, code):
+    """Nothing watched it there: the watchdog has ended by then."""
+    body = f"leave.__globals__['BOUND'] = 1.0; {HANGS[what]}" + (f"; sys.exit({code})" if code else "")
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", PROGRAM.format(body=body), str(tmp_path / "store")], cwd=ROOT, capture_output=True, text=True, timeout=50)
+    assert done.returncode == code, done.stderr
+    assert time.monotonic() - began < 40
+    assert f"did not end within 1 s after its work and is ended now, with its exit code {code}; where it hung:" in done.stderr
+    assert "most recent call first" in done.stderr
 
 
 def test_what_went_wrong_is_told_before_and_without_waiting_for_the_others(tmp_path):

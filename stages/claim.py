@@ -1,4 +1,4 @@
-"""One `align run`, or one `align sft`, per working folder: an exclusive claim that a dead process cannot hold.
+"""One run per working folder, `align run`, `align sft` or a bare stage: an exclusive claim that a dead process cannot hold.
 
 Claims are files `.lock/00000001.json`, `.lock/00000002.json`, …; the highest is the one that counts. A claim is made by link(2),
 which fails where the file exists, so of two processes that see the same dead claim only one gets the next number. (Replacing a
@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import platform
+import secrets
 import sys
 import time
 from contextlib import suppress
@@ -19,28 +20,43 @@ from types import TracebackType
 from typing import Any
 
 from configs.errors import UserError
+from stages import processes
+
+TOKEN = "ALIGN_CLAIM"
 
 
-class ChainLock:
-    """Context manager; entering raises UserError while another live process holds the folder, or where it cannot be written."""
+class Claim:
+    """Context manager; entering raises UserError while another live process holds the folder, or where it cannot be written.
 
-    def __init__(self, output: Path, patience: float = 60.0, verb: str = "run", here_only: bool = False) -> None:
-        """`patience`: seconds to wait for the stage of a killed run, which the kernel has told to stop. `here_only`: a claim made on another machine,
-        which nobody can look at from here, is warned of and taken over; for what must go on unattended wherever a scheduler starts it again."""
+    Who starts a process that works for it in the same folder hands on its token in ALIGN_CLAIM: that process's claim is the same one.
+    """
+
+    def __init__(self, output: Path, what: str, patience: float = 60.0, here_only: bool = False) -> None:
+        """`what` claims, in a person's words: `align run`, `stages.sft`. `patience`: seconds to wait for the stage of a killed run, which the kernel has
+        told to stop. `here_only`: a claim made on another machine, which nobody can look at from here, is warned of and taken over; for what must go on
+        unattended wherever a scheduler starts it again."""
         self.folder = output / ".lock"
-        self.patience, self.verb, self.here_only = patience, verb, here_only
+        self.what, self.patience, self.here_only = what, patience, here_only
+        self.token = secrets.token_hex(16)
         self._mine: Path | None = None
 
-    def __enter__(self) -> ChainLock:
+    @property
+    def handed_on(self) -> dict[str, str]:
+        """Variables for a process that works for this one in the same folder."""
+        return {TOKEN: self.token}
+
+    def __enter__(self) -> Claim:
         try:
             return self._take()
         except OSError as error:
             raise UserError(f"{self.folder.parent} cannot be written: {error.strerror}; give another output folder with output=PATH") from error
 
-    def _take(self) -> ChainLock:
+    def _take(self) -> Claim:
         self.folder.mkdir(parents=True, exist_ok=True)
         while self._mine is None:
             number, holder = self._highest()
+            if holder and holder.get("token") == os.environ.get(TOKEN, ""):
+                return self  # of the process that has started this one
             until = time.monotonic() + self.patience
             while holder and is_alive(holder) and not is_alive({**holder, "child": None}) and time.monotonic() < until:
                 time.sleep(0.1)
@@ -58,14 +74,18 @@ class ChainLock:
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         if self._mine is not None:
-            self._mine.unlink(missing_ok=True)
+            with suppress(OSError):  # a disk that fails: the claim ends with this process all the same
+                self._mine.unlink(missing_ok=True)
             self._mine = None
 
     def record_child(self, pid: int) -> None:
         """Remember the process group we started, so that who comes after our death can wait for it."""
         assert self._mine is not None
         with suppress(OSError):  # a full disk: the claim stays without it, and the child runs already
-            _write(self._mine, {**identity(os.getpid()), "child": identity(pid)})
+            _write(self._mine, {**self._content(), "child": identity(pid)})
+
+    def _content(self) -> dict[str, Any]:
+        return {**identity(os.getpid()), "what": self.what, "token": self.token}
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:08d}.json"
@@ -82,7 +102,7 @@ class ChainLock:
 
     def _claim(self, number: int) -> Path | None:
         draft = self.folder / f"draft-{os.getpid()}-{time.monotonic_ns()}"
-        draft.write_text(json.dumps(identity(os.getpid())), encoding="utf-8")
+        draft.write_text(json.dumps(self._content()), encoding="utf-8")
         try:
             os.link(draft, self._path(number))
         except FileExistsError:
@@ -102,7 +122,7 @@ class ChainLock:
         if not self.here_only or holder.get("host") == platform.node():
             self._refuse(number, holder)
         print(
-            f"warning: {self.folder.parent}: an `align {self.verb}` on {holder.get('host', '?')} (since {holder.get('since', '?')}) did not say that it had ended; "
+            f"warning: {self.folder.parent}: `{holder.get('what', 'another run')}` on {holder.get('host', '?')} (since {holder.get('since', '?')}) did not say that it had ended; "
             "if it still runs, stop one of the two, for each would remove the other's saves",
             file=sys.stderr,
         )
@@ -110,7 +130,7 @@ class ChainLock:
     def _refuse(self, number: int, holder: dict[str, Any]) -> None:
         where = f"process {holder.get('pid', '?')} on {holder.get('host', '?')}"
         raise UserError(
-            f"{self.folder.parent}: another `align {self.verb}` ({where}, since {holder.get('since', '?')}) works in this folder. "
+            f"{self.folder.parent}: `{holder.get('what', 'another run')}` ({where}, since {holder.get('since', '?')}) works in this folder already. "
             f"Wait for it or stop it; or give this run its own folder with output=PATH. "
             f"If that machine is gone for good, delete {self._path(number)}"
         )
@@ -119,7 +139,7 @@ class ChainLock:
 def identity(pid: int) -> dict[str, Any]:
     """What tells a process from a later one that got the same number: host, boot and start time; and the cluster's job, if any."""
     return {
-        "pid": pid, "start": start_time(pid), "boot": _boot(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "pid": pid, "start": processes.start_time(pid), "boot": processes.boot_id(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S"),
         "job": os.environ.get("ALIGN_JOB"),
     }  # fmt: skip
 
@@ -131,38 +151,12 @@ def is_alive(holder: dict[str, Any] | None) -> bool:
         return False
     if holder.get("host") != platform.node():
         return not holder.get("job") or holder["job"] != os.environ.get("ALIGN_JOB")
-    if holder.get("boot") != _boot():
+    if holder.get("boot") != processes.boot_id():
         return False
-    here = start_time(int(holder["pid"]))
+    here = processes.start_time(int(holder["pid"]))
     if here is not None and here == holder.get("start"):
         return True
     return is_alive(holder.get("child"))
-
-
-def start_time(pid: int) -> str | None:
-    """When a process started, in clock ticks since boot (field 22 of /proc/PID/stat); None if it does not run."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None if Path("/proc/self/stat").exists() else _start_time_without_proc(pid)
-    fields = stat.rpartition(")")[2].split()  # the name in parentheses may hold spaces
-    return None if fields[0] == "Z" else fields[19]
-
-
-def _start_time_without_proc(pid: int) -> str | None:
-    import psutil
-
-    try:
-        return str(psutil.Process(pid).create_time())
-    except psutil.Error:
-        return None
-
-
-def _boot() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
