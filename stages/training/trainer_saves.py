@@ -34,7 +34,7 @@ def saving(trainer_class: Any, stage: str) -> Any:
         stepped = True  # since the newest save
         saved: str | None = None  # the newest save
         best_before: tuple[Any, ...] = (None, None, None)
-        configured: list[dict[str, Any]] = []  # noqa: RUF012 - the optimizer's groups as the config makes them
+        configured: list[dict[str, Any]] = []  # noqa: RUF012 - the optimizer's groups as it was made (stages/tuning/trainer.py)
 
         def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
             self.stepped = True
@@ -46,11 +46,6 @@ def saving(trainer_class: Any, stage: str) -> Any:
 
         def _save_checkpoint(self, *_: Any, **__: Any) -> None:
             save(self, warnings)
-
-        def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-            made = super().create_optimizer(*args, **kwargs)
-            self.configured = settings_of(self)  # before anything is loaded: DeepSpeed loads a save by itself
-            return made
 
         def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
             super()._load_optimizer_and_scheduler(checkpoint)
@@ -167,7 +162,7 @@ def as_configured(trainer: Any, groups: list[dict[str, Any]]) -> None:
     assert len(now) == len(groups), "the optimizer has other groups of parameters than it was made with"
     for group, settings in zip(now, groups, strict=True):
         group.update(settings)
-    scheduler.base_lrs = list(trainer.rates)
+    scheduler.base_lrs = [settings["lr"] for settings in groups]
     scheduler._last_lr = [base * share(scheduler.last_epoch) for base, share in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
     for group, base, rate in zip(now, scheduler.base_lrs, scheduler._last_lr, strict=True):
         group["initial_lr"], group["lr"] = base, rate

@@ -8,6 +8,7 @@ import torch
 
 from configs.schema import Full, SFTTrain, TRLStage, lora_of
 from stages.training.ranks import say
+from stages.training.trainer_saves import settings_of
 from stages.tuning import published
 from stages.tuning.freezing import Thaw
 from stages.tuning.quantized import is_packed
@@ -21,7 +22,6 @@ def tuned(trainer_class: Any, cfg: TRLStage) -> Any:
     class Tuned(trainer_class):
         thaw: Thaw | None = None
         initial: dict[str, torch.Tensor] | None = None  # what PiSSA and OLoRA took out of the base
-        rates: list[float]  # learning rate of each of the optimizer's groups, before the schedule
         hidden: LastHidden
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -36,7 +36,7 @@ def tuned(trainer_class: Any, cfg: TRLStage) -> Any:
             if made:
                 if lora is not None and lora.learning_rate_ratio is not None:
                     faster_b(optimizer, self.model, lora.learning_rate_ratio)
-                self.rates = [group["lr"] for group in optimizer.param_groups]
+                self.configured = settings_of(self)  # before anything is loaded: DeepSpeed loads a save by itself
             return optimizer
 
         def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
