@@ -19,7 +19,7 @@ from configs.schema import Chain, DPOStage, EvalConfig, PPOStage, PPOTrain, Rewa
 from configs.schema.chain import STAGES, fill_places, fill_sections, forget_inherited
 from configs.schema.sweep import Sweep
 from configs.trainer_args import KINDS_WITH_TRAINER, trainer_problems
-from configs.yaml_lines import parse, read_text, to_yaml
+from configs.yaml_lines import Key, parse, read_text, to_yaml
 
 MODELS: dict[str, type[BaseModel]] = {
     "sft": SFTStage,
@@ -62,6 +62,13 @@ def load_text(text: str, kind: str, name: str = "config") -> Any:
         raise UserError(f"{name}:1: expected the keys of a {kind} config")
     problems = [f"{name}:{line}: {message}" for line, message in document.problems]
     return _build(document.data, kind, Places(name, document.lines), problems)
+
+
+def load_mapping(data: dict[str, Any], kind: str, overrides: Sequence[str] = (), name: str = "config", lines: dict[Key, int] | None = None) -> Any:
+    """As `load`, for keys that were put together; `name` and `lines` (key -> line) say where problems are told to be."""
+    places = Places(name, lines or {})
+    problems = apply_overrides(data, overrides, places)
+    return _build(data, kind, places, problems)
 
 
 def _build(data: dict[str, Any], kind: str, places: Places, problems: list[str]) -> Any:

@@ -25,6 +25,8 @@ VERBS = {
     "dpo": ("launch.stage_cli", "optimise a policy on preference pairs directly"),
     "ppo": ("launch.stage_cli", "optimise a policy against a scorer with PPO"),
     "eval": ("launch.eval_cli", "measure and compare checkpoints on held-out prompts"),
+    "chat": ("launch.chat_cli", "talk to policies in the terminal: switch between them, compare their answers"),
+    "adapters": ("launch.adapters_cli", "list the adapters of each base and compose new ones"),
     "slurm": ("launch.slurm_cli", "write sbatch scripts that run a chain on many nodes"),
     "k8s": ("launch.k8s_cli", "write a Kubernetes manifest that runs a chain on many nodes"),
     "data": ("launch.data_cli", "check data files and show what the stages make of them"),

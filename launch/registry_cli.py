@@ -179,11 +179,15 @@ def run_show(args: argparse.Namespace) -> int:
         ("code", f"align-stack {code['version']}{sha}, python {facts['python']}"),
         ("libraries", ", ".join(f"{key} {item}" for key, item in facts["libraries"].items())),
         ("machine", f"{facts['hardware']['platform']}, {facts['hardware']['cpu_count']} processors"),
-        *((key, _short(item)) for key, item in facts["info"].items() if key != "config"),
+        *((key, _short(item)) for key, item in facts["info"].items() if key not in ("config", "continued")),
         *((f"evaluation {index}", _short(item)) for index, item in enumerate(results, 1)),
         ("config", _short(facts["info"].get("config", {}))),
     ]
     print("\n".join(table(rows)))
+    if continued := facts["info"].get("continued"):
+        from stages.continuing.table import lines
+
+        print("\n".join(["", *(printable(line) for line in lines(continued))]))
     return 0
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from configs.allowed import add_option, with_allowed
 from configs.errors import UserError
+from launch import continuing
 from launch.nodes import Nodes, add_options
 
 if TYPE_CHECKING:
@@ -32,7 +33,9 @@ def add_parser(verbs: argparse._SubParsersAction) -> None:
             description=f"{line[0].upper()}{line[1:]}. The result is published in the registry as {stage}/NAME.",
             epilog=f"Keys, units and defaults: align config explain {stage}",
         )
-        parser.add_argument("--config", required=True, metavar="FILE", help="the stage's YAML file")
+        parser.add_argument("--config", required=stage != "sft", metavar="FILE", help="the stage's YAML file")
+        if stage == "sft":
+            continuing.add_options(parser)
         parser.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a key of the file, such as train.epochs=2")
         add_options(parser)
         add_option(parser)
@@ -63,7 +66,8 @@ def run_stage(args: argparse.Namespace) -> int:
     from stages.claim import Claim
 
     stage = args.stage
-    cfg = with_allowed(resolve(stage, args.config, args.overrides, args.machine, args.processes), args.allow_changed)
+    asked = continuing.resolve(args) if continuing.is_asked(args) else resolve(stage, args.config, args.overrides, args.machine, args.processes)
+    cfg = with_allowed(asked, args.allow_changed)
     machine = load_machine(cfg.machine, cfg.processes, args.nodes or 1)
     nodes = nodes_of(args, machine.settings, machine.ships)
     config_file = cfg.output / ("plan.yaml" if args.dry_run else "config.yaml")  # a dry run leaves a real run's config alone

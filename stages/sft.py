@@ -18,6 +18,7 @@ def main(cfg: SFTStage) -> None:
 
     from configs.schema import freezes_base
     from stages import data, models, soft
+    from stages.continuing import report, same
     from stages.dropout import with_dropout
     from stages.nodes.once import once_per_node
     from stages.soft import training as prompts
@@ -35,13 +36,14 @@ def main(cfg: SFTStage) -> None:
     loaded = once_per_node("reading the data", lambda: data.read_demonstrations(cfg.data), node_0_first=True)
     splits = data.Splitter(cfg.split).split(loaded.rows)
 
+    under = same.underneath(cfg, origin)
     dtype = models.weights_dtype(cfg.train.precision, frozen=freezes_base(cfg))
-    model = models.load_policy(origin, dtype=dtype, attn_implementation=cfg.attn_implementation)
+    model = models.load_policy(under, dtype=dtype, attn_implementation=cfg.attn_implementation)
     limit = text.fit(model, tokens, cfg)
     if cfg.train.dropout:
         with_dropout(model, cfg.train.dropout)
     quantized.pack(model, cfg, bf16=models.uses_bf16(cfg.train.precision))
-    model = prompts.start(model, cfg, origin.folder)
+    model = prompts.start(model, cfg, origin.folder) if under is origin else same.trained_on(model, origin, cfg)
     limit = min(limit, soft.room(model) or limit)
     (train, too_long), (validation, too_long_v) = once_per_node("tokenising", lambda: [
         data.encode_demonstrations(tokens.formatter, rows, limit, cfg.overlong, cfg.loss_on, may_be_empty=rows is not splits.train)
@@ -49,6 +51,7 @@ def main(cfg: SFTStage) -> None:
     ])  # fmt: skip
     facts = text.data_facts(loaded, splits, {"train": too_long, "validation": too_long_v})
     text.report_rows(facts, loaded.report.warnings)
+    compared = report.prepare(cfg, tokens, splits, limit)
     data.prove_loss_mask(tokens.formatter, train)
     covered, every = (sum(len(row["input_ids"]) if key is None else sum(row[key]) for row in train) for key in ("completion_mask", None))
     ranks.say(f"the loss covers {covered} of {every} tokens (align data show prints which; texts stay out of logs)")
@@ -60,13 +63,14 @@ def main(cfg: SFTStage) -> None:
         validation=build.as_dataset([labelled(row) for row in validation]) if validation else None,
         # The rows are tokenised and labelled: TRL must not prepare, truncate or pack them again.
         arguments={"max_length": None, "packing": False, "padding_free": cfg.packing, "dataset_kwargs": {"skip_prepare_dataset": True}},
-        model=model, processing_class=tokens.tokenizer, peft_config=adapters.peft_config(cfg.technique, "CAUSAL_LM", model),
+        model=model, processing_class=tokens.tokenizer, peft_config=adapters.peft_config(cfg.technique, "CAUSAL_LM", model) if under is origin else None,
     )  # fmt: skip
+    report.measure_before(compared, trainer)
     resume.train(trainer, cfg, resume.identity(cfg, data=facts["parts"], tokenizer=tokens.key, parents=[publish.digest(parent)]))
     metrics = build.final_metrics(trainer, measures.tokens)
     publish.publish(
-        trainer, cfg, STAGE, tokens, origin=origin, parents=[parent], eval_set=facts["parts"]["validation"],
-        info={"data": facts, "metrics": metrics},
+        trainer, cfg, STAGE, tokens, origin=under, parents=[parent], eval_set=facts["parts"]["validation"],
+        info={"data": facts, "metrics": metrics, **report.finish(compared, trainer, cfg)},
     )  # fmt: skip
     resume.forget(build.output_folder(cfg, STAGE) / "resume")
 

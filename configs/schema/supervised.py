@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from configs.schema.common import Fraction, Lora, Sources, StageConfig, Train
+from configs.schema.continued import Continued
 from configs.schema.guard import Guard
 from configs.schema.tuning import Full, LoraTuning, Technique, Tune
 
@@ -54,6 +55,7 @@ class SFTStage(TRLStage):
     data: Sources = Field(description="Demonstrations.")
     loss_on: Literal["all", "last"] = Field(default="all", description="Assistant turns that the loss covers: all of them or the last.")
     packing: bool = Field(default=False, description="Put several rows into one sequence; refused where attention would leak between them.")
+    continued: Continued | None = Field(default=None, description="Training on from init_from with new data, as `align sft --continue` writes it; null is a run of its own.")
 
     @property
     def technique(self) -> Technique:

@@ -19,7 +19,7 @@ from stages.data import Prompt
 from stages.evaluation.likelihood import read_beginning
 from stages.evaluation.measure import Measured, compare, measure
 from stages.evaluation.prompts import check_split, choose_prompts, eval_set
-from stages.evaluation.subject import Reader, device, load_reader, load_subject, that_fit
+from stages.evaluation.subject import Reader, Subject, device, load_reader, shelf_of, that_fit
 from stages.scorers import reward_scorer
 
 POLICIES = ("sft", "dpo", "ppo")
@@ -108,14 +108,18 @@ def _scorer_ids(cfg: EvalConfig) -> dict[str, str]:
 def _measure_all(
     cfg: EvalConfig, readers: dict[str, Reader], reference: str, prompts: list[Prompt], scorer: WeightedSum, say: Callable[[str], None]
 ) -> dict[str, Measured]:
-    """Every model's figures; beside the reference no more than one model is held at a time."""
-    held = load_subject(readers[reference], cfg)
-    measured = {}
-    for number, label in enumerate([reference, *(label for label in readers if label != reference)], start=1):
-        say(f"eval {number}/{len(readers)}  {label}: {len(prompts)} prompts x {cfg.samples_per_prompt}")
-        subject = held if label == reference else load_subject(readers[label], cfg)
+    """Every model's figures. Beside the reference no more than one model is held at a time; adapters of one base lie on one copy of it, and are switched."""
+    shelf = shelf_of(readers, cfg)
+    held = Subject(readers[reference], shelf.weights(reference))
+    order, measured = shelf.in_order(reference), {}
+    for number, label in enumerate(order, start=1):
+        shared = len(shelf.neighbours(label)) > 1
+        say(f"eval {number}/{len(readers)}  {label}: {len(prompts)} prompts x {cfg.samples_per_prompt}" + (", an adapter switched on a base that is shared" if shared else ""))
+        subject = held if label == reference else Subject(readers[label], shelf.weights(label))
         measured[label] = measure(subject, held, prompts, scorer, cfg)
         del subject
+        if reference not in (near := shelf.neighbours(label)) and all(other in measured for other in near):
+            shelf.forget(label)
     return measured
 
 

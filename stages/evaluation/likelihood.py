@@ -61,6 +61,21 @@ def text_perplexity(model: Any, tokenizer: Any, path: Path, *, pad_id: int, max_
     return perplexity(logprobs, mask)
 
 
+def text_rows(tokenizer: Any, path: Path, positions: int, max_tokens: int = TEXT_TOKENS) -> list[dict[str, list[int]]]:
+    """The same windows as rows, {"input_ids", "completion_mask"}: for a measure of rows. `positions`: tokens that the model reads.
+
+    Raises UserError as `text_perplexity` does.
+    """
+    width = min(WINDOW, positions)
+    rows = []
+    for ids in _documents(tokenizer, path, max_tokens):
+        for w in windows(len(ids), width, width // 2):
+            rows.append({"input_ids": ids[w.start : w.end], "completion_mask": [0] * (w.scored - w.start) + [1] * (w.end - w.scored)})
+    if not rows:
+        raise UserError(f"plain_text {path}: holds fewer than two tokens; perplexity needs a text")
+    return rows
+
+
 def _documents(tokenizer: Any, path: Path, max_tokens: int) -> list[list[int]]:
     """Ids of the documents of a text file, max_tokens of them in all."""
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]

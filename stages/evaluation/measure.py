@@ -73,7 +73,7 @@ def kl_to_reference(subject: Subject, reference: Subject, written: Completions, 
     """KL(model || reference) summed over a completion, nats, at the sampling temperature; None with another vocabulary."""
     if not same_vocabulary(subject.reader.vocabulary, reference.reader.vocabulary):
         return None
-    if subject.model is reference.model:
+    if subject.reader is reference.reader:
         return {"k1": 0.0, "k1_se": 0.0, "k3": 0.0, "k3_se": 0.0}
     ids = (written.prompt_ids, written.completion_ids)
     ours, mask = completion_logprobs(subject.model, *ids, temperature=temperature, pad_id=subject.tokens.pad_id)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from configs.errors import UserError
 from configs.schema import EvalConfig
 from stages import models, soft
+from stages.adapters.shelf import Shelf
 from stages.data import Prompt
 from stages.ppo.sampling import completion_seed, sample
 from stages.tokens import ModelTokens, load_tokens
@@ -36,7 +37,12 @@ class Subject:
     """A loaded model and its reader."""
 
     reader: Reader
-    model: Any
+    weights: Callable[[], Any]
+
+    @property
+    def model(self) -> Any:
+        """The model; of adapters that lie on one base, with this one's switched on, until another's is asked for."""
+        return self.weights()
 
     @property
     def tokens(self) -> ModelTokens:
@@ -72,13 +78,12 @@ def load_reader(label: str, origin: models.Origin, template: str) -> Reader:
     return Reader(label, origin, load_tokens(origin, "auto" if origin.checkpoint else template), room - taken if room else room)
 
 
-def load_subject(reader: Reader, cfg: EvalConfig) -> Subject:
-    """Load the weights. Raises UserError for what cannot be loaded."""
-    model = models.load_policy(
-        reader.origin, dtype=models.weights_dtype(cfg.precision, frozen=True), attn_implementation=cfg.attn_implementation
-    ).to(device())  # fmt: skip
-    models.resize_to(model, len(reader.tokens.tokenizer))  # a pad token that had to be added is an input like any other
-    return Subject(reader, model)
+def shelf_of(readers: Mapping[str, Reader], cfg: EvalConfig) -> Shelf:
+    """Where the models of an evaluation are loaded: those that are adapters of one base, on one copy of it."""
+    return Shelf(
+        {label: reader.origin for label, reader in readers.items()}, {label: len(reader.tokens.tokenizer) for label, reader in readers.items()},
+        device=device(), dtype=models.weights_dtype(cfg.precision, frozen=True), attn_implementation=cfg.attn_implementation,
+    )  # fmt: skip
 
 
 def that_fit(prompts: Sequence[Prompt], readers: Sequence[Reader], new_tokens: int) -> list[Prompt]:

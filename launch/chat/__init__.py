@@ -1,0 +1,1 @@
+"""`align chat`: the terminal's side of a conversation."""
