@@ -11,12 +11,8 @@ from configs.errors import UserError
 
 KINDS = ("sft", "reward", "dpo", "ppo", "eval", "chain", "sweep")
 STAGES = KINDS[:4]
-TELLING_KEYS = {
-    "dpo": {"beta", "loss_type", "label_smoothing"},
-    "reward": {"center_coefficient", "use_margin", "demonstrations"},
-    "sft": {"loss_on", "packing"},
-}
-"""Keys that only one of the stages trained by TRL has."""
+TRAINED_BY_TRL = STAGES[:3]  # their configs are alike but for a few keys
+HOW = "name the kind with --kind, or in the file's name, such as my-sft.yaml"
 
 
 def add_parser(verbs: argparse._SubParsersAction) -> None:
@@ -59,18 +55,29 @@ def _schema(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
+    kinds = [args.kind] if args.kind else likely_kinds(args.file)
+    found = {kind: _problems(args.file, kind, args.overrides) for kind in kinds}
+    good = [kind for kind in kinds if not found[kind]]
+    kind = good[0] if good else min(kinds, key=lambda kind: len(found[kind]))
+    if args.json:
+        print(json.dumps({"file": args.file, "kind": kind, "kinds": good or [kind], "good": bool(good), "problems": found[kind]}))
+        return 0 if good else 2
+    if not good:
+        taken = "" if args.kind else f"\n{args.file}: taken for a {kind} config; if it is another, {HOW}"
+        raise UserError("\n".join(found[kind]) + taken)
+    print(f"{args.file}: a good {kind} config" if len(good) == 1 else f"{args.file}: good as {', '.join(good)}; its keys fit each of them: {HOW}")
+    return 0
+
+
+def _problems(file: str, kind: str, overrides: list[str]) -> list[str]:
+    """What is wrong with a file as a config of this kind, a line each."""
     from configs.load import load
 
-    kind = args.kind or guess_kind(args.file)
     try:
-        load(args.file, kind, args.overrides)
+        load(file, kind, overrides)
     except UserError as error:
-        if not args.json:
-            raise
-        print(json.dumps({"file": args.file, "kind": kind, "good": False, "problems": str(error).splitlines()}))
-        return 2
-    print(json.dumps({"file": args.file, "kind": kind, "good": True, "problems": []}) if args.json else f"{args.file}: a good {kind} config")
-    return 0
+        return str(error).splitlines()
+    return []
 
 
 def _show(args: argparse.Namespace) -> int:
@@ -87,23 +94,28 @@ def _show(args: argparse.Namespace) -> int:
 
 def guess_kind(file: str) -> str:
     """The kind of a config file, told by the keys that only one kind has, else by its name. UserError where neither tells."""
+    kinds = likely_kinds(file)
+    if len(kinds) > 1:
+        raise UserError(f"{file}: its keys do not tell what kind of config this is ({', '.join(kinds)}); {HOW}")
+    return kinds[0]
+
+
+def likely_kinds(file: str) -> list[str]:
+    """The kinds of config that a file may be of: one where the keys that only one kind has, or its name, tell. UserError for a file that can't be read."""
+    from configs.load import MODELS
     from configs.yaml_lines import parse, read_text
 
     data: Any = parse(read_text(file), file).data
     found = set(data) if isinstance(data, dict) else set()
     if "base" in found or found & set(STAGES):
-        return "chain"
-    if "checkpoints" in found or "against" in found:
-        return "eval"
-    if "space" in found or "trials" in found:
-        return "sweep"
-    if "prompts" in found:
-        return "ppo"
-    for kind, keys in TELLING_KEYS.items():
-        if found & keys:
-            return kind
+        return ["chain"]
+    for kind, telling in (("eval", {"checkpoints", "against"}), ("sweep", {"space", "trials"}), ("ppo", {"prompts"})):
+        if found & telling:
+            return [kind]
+    keys = {kind: set(MODELS[kind].model_fields) for kind in TRAINED_BY_TRL}
+    own = [kind for kind in TRAINED_BY_TRL if found & (keys[kind] - set().union(*(keys[other] for other in TRAINED_BY_TRL if other != kind)))]
+    if len(own) == 1:
+        return own
     words = Path(file).stem.replace("-", "_").replace(".", "_").split("_")
     named = [kind for kind in KINDS if kind in words]
-    if len(named) == 1:
-        return named[0]
-    raise UserError(f"{file}: its keys do not tell what kind of config this is; say so with --kind ({', '.join(KINDS)})")
+    return named if len(named) == 1 else list(TRAINED_BY_TRL)

@@ -32,3 +32,11 @@ def announce(train: Train) -> None:
     if found.zero3_init_flag:
         found.set_deepspeed_weakref()
         _announced.append(found)
+
+
+def withdraw() -> None:
+    """Take back what an earlier stage of this process has told: models that are loaded from now on are whole, and who wants them split does it (PPO)."""
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    _announced.clear()
+    unset_hf_deepspeed_config()

@@ -138,7 +138,27 @@ def test_check_prints_the_problems_and_exits_2(tmp_path):
     assert "Traceback" not in done.stderr
     told = align("config", "check", str(file), "--json")
     assert told.returncode == 2
-    assert json.loads(told.stdout)["problems"] == [line for line in done.stderr.removeprefix("error: ").splitlines() if line]
+    *problems, taken = [line for line in done.stderr.removeprefix("error: ").splitlines() if line]
+    assert json.loads(told.stdout)["problems"] == problems
+    assert taken == f"{file}: taken for a sft config; if it is another, name the kind with --kind, or in the file's name, such as my-sft.yaml"
+
+
+def test_a_file_that_may_be_of_several_kinds_is_checked_all_the_same(tmp_path, capsys):
+    """It was not looked at, and with --json nothing was printed."""
+    file = tmp_path / "my.yaml"
+    file.write_text("name: demo\ninit_from: m\ndata: x\n")
+    assert main(["config", "check", str(file)]) == 0
+    assert f"{file}: good as sft, reward, dpo; its keys fit each of them: name the kind with --kind" in capsys.readouterr().out
+    file.write_text("name: demo\ninit_from: m\ndata: x\ntrain: {learning_rat: 1}\n")
+    assert main(["config", "check", str(file), "--json"]) == 2
+    told = json.loads(capsys.readouterr().out)
+    assert (told["kind"], told["good"], len(told["problems"])) == ("sft", False, 1)
+    assert main(["config", "check", str(file)]) == 2
+    err = capsys.readouterr().err
+    assert f"{file}:4: train.learning_rat: unknown key" in err
+    assert f"{file}: taken for a sft config; if it is another" in err
+    assert main(["config", "show", str(file)]) == 2
+    assert "(sft, reward, dpo); name the kind with --kind, or in the file's name" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -151,6 +171,7 @@ def test_check_prints_the_problems_and_exits_2(tmp_path):
         ("data: x\nbeta: 1\n", "a.yaml", "dpo"),
         ("data: x\nuse_margin: true\n", "a.yaml", "reward"),
         ("data: x\npacking: true\n", "a.yaml", "sft"),
+        ("data: x\ntune: {method: full}\n", "a.yaml", "sft"),
         ("data: x\n", "my-reward.yaml", "reward"),
     ],
 )

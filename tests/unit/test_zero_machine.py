@@ -112,3 +112,21 @@ def test_deepspeed_without_zero_is_refused_before_training(zero3, monkeypatch):
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "0")
     with pytest.raises(UserError, match=r"zero_stage 0, which splits nothing.*zero_stage 1, 2 or 3"):
         machine.check_settings(Train(precision="fp32"), bf16=False, processes=1)
+
+
+def test_ppo_after_another_stage_of_the_same_process_loads_whole_models(zero3, monkeypatch):
+    """transformers went on splitting every model as it was loaded, and the first forward pass outside of an engine met an empty embedding
+    ("Padding_idx must be within num_embeddings")."""
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    from configs.schema import PPOStage
+    from stages.ppo.zero.engines import zero_of_machine
+    from stages.zero.load import announce
+
+    announce(Train(precision="fp32"))
+    assert is_deepspeed_zero3_enabled()
+    cfg = PPOStage.model_validate({"name": "x", "init_from": "m", "prompts": "p", "scorers": [{"kind": "length", "target": 3}]})
+    found = zero_of_machine(cfg)
+    assert found is not None
+    assert found.splits_weights
+    assert not is_deepspeed_zero3_enabled()

@@ -18,7 +18,7 @@ from torch import nn
 
 from configs.errors import UserError
 from configs.schema import PPOStage
-from stages.zero import machine
+from stages.zero import load, machine
 
 BUCKET = 2**26  # numbers reduced at once where the machine file does not say; DeepSpeed's own 5e8 would be 2 GB for every engine
 
@@ -52,6 +52,7 @@ def zero_of_machine(cfg: PPOStage) -> Zero | None:
     Raises:
         UserError: something that PPO can't do under it.
     """
+    load.withdraw()
     plugin = machine.plugin()
     if plugin is None:
         return None
