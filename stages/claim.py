@@ -78,6 +78,11 @@ class Claim:
                 self._mine.unlink(missing_ok=True)
             self._mine = None
 
+    def holder(self) -> tuple[Path, dict[str, Any]] | None:
+        """The claim that counts and who made it; None where nobody has."""
+        number, found = self._highest() if self.folder.is_dir() else (0, None)
+        return (self._path(number), found) if found else None
+
     def record_child(self, pid: int) -> None:
         """Remember the process group we started, so that who comes after our death can wait for it."""
         assert self._mine is not None

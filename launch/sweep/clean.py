@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+
+from launch.chain.decide import read_json
+from launch.chain.lock import ChainLock, is_alive
 
 
 def drop_state(folder: Path) -> None:
@@ -12,6 +16,32 @@ def drop_state(folder: Path) -> None:
     shutil.rmtree(folder / "previous", ignore_errors=True)
     for state in folder.glob("*/resume"):
         shutil.rmtree(state, ignore_errors=True)
+
+
+def is_left(folder: Path) -> bool:
+    """Whether a process of an earlier sweep, which is dead, still saves in a trial's folder.
+
+    Only for who holds the sweep's lock: a claim from another machine is then one that nobody has, and goes.
+    """
+    found = ChainLock(folder).holder()
+    if found is None:
+        return False
+    claim, holder = found
+    if holder.get("host") != platform.node():
+        claim.unlink(missing_ok=True)
+        return False
+    return is_alive(holder)
+
+
+def drop_made(folder: Path, root: Path) -> list[str]:
+    """Delete what the steps of a trial that was ended early have published: nobody goes on from it. Returns the ids of those that went."""
+    steps = read_json(folder / "chain.json").get("steps", {})
+    refs = {step["checkpoint"] for step in steps.values() if isinstance(step, dict) and step.get("checkpoint")}
+    if not refs:
+        return []
+    from stages.registry import Registry
+
+    return drop_checkpoints(root, [checkpoint.id for checkpoint in Registry(root, create=False).list() if checkpoint.ref in refs])
 
 
 def drop_checkpoints(root: Path, ids: Iterable[str]) -> list[str]:

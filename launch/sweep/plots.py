@@ -13,7 +13,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from optuna.study import Study
 
-ENOUGH = 8  # finished trials below which importances are noise
+ENOUGH = 10  # finished trials below which importances are noise
+# The share of trials that importance asks about. Of a made-up loss with one decisive field, the decisive one came first in 35 of 36 studies of 10 to 40
+# trials; with optuna's 0.1, which is one trial of ten, in 25 of 36, and a field without any effect in the other 11.
+UPPER = 0.5
 DONE, EARLY, FAILED, BEST = "#1f5fa8", "#b0b0b0", "#c0392b", "#e67e22"
 
 
@@ -50,11 +53,41 @@ def _plain(axes: Axes) -> Axes:
     return axes
 
 
-def _scale(axes: Axes, found: dict[str, Any]) -> None:
-    """A logarithmic axis of values that lie far apart: one trial that diverged must not flatten all others."""
-    values = [row["value"] for row in found["trials"] if row["value"] is not None and math.isfinite(row["value"])]
-    if values and min(values) > 0 and max(values) / min(values) > 10:
+def _frame(axes: Axes, found: dict[str, Any], key: str | None = None) -> None:
+    """Set the axis of values by the trials that ran to their end, and mark at its edge the others that lie beyond it.
+
+    After one evaluation of nine a loss is far above any final one: drawn to scale, it would flatten what is to be compared.
+    """
+    values = [row["value"] for row in found["trials"] if row["state"] == "done"]
+    early = [row for row in found["trials"] if row["state"] == "ended early" and row["value"] is not None and math.isfinite(row["value"])]
+    if len(values) < 2 or max(values) == min(values):
+        values += [row["value"] for row in early]
+    low, high = min(values), max(values)
+    if low > 0 and high / low > 10:
         axes.set_yscale("log")
+        edges = (low / (high / low) ** 0.15, high * (high / low) ** 0.15)
+    else:
+        room = 0.15 * (high - low) or 0.1 * abs(high) or 0.1
+        edges = (low - room, high + room)
+    axes.set_ylim(*edges)
+    where = {row["number"]: row["number"] if key is None else _at(row, key, found) for row in early}
+    inside = [row for row in early if edges[0] <= row["value"] <= edges[1]]
+    axes.scatter([where[row["number"]] for row in inside], [row["value"] for row in inside], facecolors="none", edgecolors="#808080", label="ended early (last value)" if inside else "_", zorder=2)
+    for marker, height, beyond in (("^", 0.985, [row for row in early if row["value"] > edges[1]]), ("v", 0.015, [row for row in early if row["value"] < edges[0]])):
+        if beyond:
+            axes.plot([where[row["number"]] for row in beyond], [height] * len(beyond), marker, color="#808080", markerfacecolor="none", transform=axes.get_xaxis_transform(), label="ended early, beyond the axis", zorder=2)
+
+
+def _names(found: dict[str, Any], key: str) -> list[str] | None:
+    """The values of a field that is no number, in order; None of numbers."""
+    values = [row["values"].get(key) for row in found["trials"]]
+    return sorted({str(value) for value in values}) if any(isinstance(value, str | bool | list | dict | None) for value in values) else None
+
+
+def _at(row: dict[str, Any], key: str, found: dict[str, Any]) -> float:
+    """Where a trial stands on a field's axis."""
+    names = _names(found, key)
+    return names.index(str(row["values"].get(key))) if names else row["values"][key]
 
 
 def _history(found: dict[str, Any]) -> Figure:
@@ -65,18 +98,17 @@ def _history(found: dict[str, Any]) -> Figure:
     axes = _plain(figure.subplots())
     rows = sorted(found["trials"], key=lambda row: row["number"])
     done = [row for row in rows if row["state"] == "done"]
-    early = [row for row in rows if row["state"] == "ended early" and row["value"] is not None]
     better = min if found["goal"] == "min" else max
     best = [better(row["value"] for row in done[: number + 1]) for number in range(len(done))]
     axes.step([row["number"] for row in done] + [rows[-1]["number"]], [*best, best[-1]], where="post", color=BEST, label="best so far", zorder=1)
     axes.scatter([row["number"] for row in done], [row["value"] for row in done], color=DONE, label="done", zorder=3)
-    axes.scatter([row["number"] for row in early], [row["value"] for row in early], facecolors="none", edgecolors="#808080", label="ended early (last value)", zorder=2)
-    failed = [row["number"] for row in rows if row["state"] == "failed"]
-    axes.plot(failed, [0.02] * len(failed), "x", color=FAILED, transform=axes.get_xaxis_transform(), label="failed" if failed else "_", clip_on=False)
+    _frame(axes, found)
+    if failed := [row["number"] for row in rows if row["state"] == "failed"]:
+        axes.plot(failed, [0.02] * len(failed), "x", color=FAILED, transform=axes.get_xaxis_transform(), label="failed")
+    axes.set_xlim(-0.5, rows[-1]["number"] + 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _scale(axes, found)
     axes.set(xlabel="trial", ylabel=found["metric"], title=f"{found['metric']} by trial ({found['goal']}imum is best)")
-    axes.legend(frameon=False)
+    figure.legend(frameon=False, loc="outside lower center", ncols=4)
     return figure
 
 
@@ -85,27 +117,23 @@ def _slices(found: dict[str, Any]) -> Figure:
     keys = list(found["space"])
     columns = min(3, len(keys))
     lines = math.ceil(len(keys) / columns)
-    figure = _figure(max(5.0, 4 * columns), 3.6 * lines)
+    figure = _figure(max(5.0, 4 * columns), 3.6 * lines + 0.4)
     panels = figure.subplots(lines, columns, squeeze=False).ravel()
-    shown = [row for row in found["trials"] if row["value"] is not None and row["state"] in ("done", "ended early")]
+    done, best = [row for row in found["trials"] if row["state"] == "done"], found["best"]
     for axes, key in zip(panels, keys, strict=False):
         _plain(axes)
-        names = sorted({str(row["values"].get(key)) for row in shown}) if any(isinstance(row["values"].get(key), str | bool | None) for row in shown) else None
-        for state, style in (("ended early", {"facecolors": "none", "edgecolors": "#808080"}), ("done", {"color": DONE})):
-            rows = [row for row in shown if row["state"] == state]
-            where = [names.index(str(row["values"].get(key))) if names else row["values"][key] for row in rows]
-            axes.scatter(where, [row["value"] for row in rows], label=state, **style)
-        best = found["best"]
-        axes.scatter([names.index(str(best["values"].get(key))) if names else best["values"][key]], [best["value"]], s=110, facecolors="none", edgecolors=BEST, linewidths=2, label="best")
-        if names:
+        axes.scatter([_at(row, key, found) for row in done], [row["value"] for row in done], color=DONE, label="done", zorder=3)
+        axes.scatter([_at(best, key, found)], [best["value"]], s=110, facecolors="none", edgecolors=BEST, linewidths=2, label="best", zorder=4)
+        _frame(axes, found, key)
+        if names := _names(found, key):
             axes.set_xticks(range(len(names)), names)
-        if key in found.get("log", []):
+            axes.set_xlim(-0.5, len(names) - 0.5)
+        elif key in found.get("log", []):
             axes.set_xscale("log")
-        _scale(axes, found)
         axes.set(xlabel=key, ylabel=found["metric"])
     for axes in panels[len(keys) :]:
         axes.set_visible(False)
-    panels[0].legend(frameon=False)
+    figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=4)
     return figure
 
 
@@ -123,27 +151,28 @@ def _curves(found: dict[str, Any]) -> Figure:
         steps, values = zip(*row["curve"], strict=True)
         name = "best" if row["number"] == best else row["state"]
         colour = {"best": BEST, "done": DONE, "failed": FAILED}.get(name, EARLY)
-        axes.plot(steps, values, color=colour, linewidth=2 if name == "best" else 1.1, marker="o" if len(steps) == 1 else None, markersize=3.5, label=name if name not in told else "_")
-        if row["state"] == "ended early":
-            axes.plot(steps[-1], values[-1], "|", color="#707070", markersize=9)
+        ended = {"marker": "x", "markevery": [len(steps) - 1], "markersize": 5} if name in ("ended early", "failed") else {}
+        axes.plot(steps, values, color=colour, linewidth=2 if name == "best" else 1.1, label=name if name not in told else "_", **ended)
         told.add(name)
+    values = [value for row in found["trials"] for _, value in row["curve"] if math.isfinite(value)]
+    if min(values) > 0 and max(values) / min(values) > 10:
+        axes.set_yscale("log")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _scale(axes, {"trials": [{"value": value} for row in found["trials"] for _, value in row["curve"]]})
-    axes.set(xlabel="evaluation", ylabel=found["metric"], title="learning curves; a bar marks where a trial was ended")
+    axes.set(xlabel="evaluation", ylabel=found["metric"], title="learning curves (a cross is where a trial was ended)")
     axes.legend(frameon=False)
     return figure
 
 
 def _importance(study: Study, found: dict[str, Any]) -> Figure:
-    """How much each field decides whether a trial is among the best, by PED-ANOVA (arXiv:2304.10255), of the trials that ran to their end."""
+    """How much each field decides whether a trial is in the better half, by PED-ANOVA (arXiv:2304.10255), of the trials that ran to their end."""
     from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
     with studies.quiet():
-        shares = get_param_importances(study, evaluator=PedAnovaImportanceEvaluator())
+        shares = get_param_importances(study, evaluator=PedAnovaImportanceEvaluator(target_quantile=UPPER))
     figure = _figure(6.5, 1.2 + 0.45 * len(shares))
     axes = _plain(figure.subplots())
     names = list(reversed(shares))
     bars = axes.barh(names, [shares[name] for name in names], color=DONE)
     axes.bar_label(bars, [f"{shares[name]:.0%}" for name in names], padding=3)
-    axes.set(xlim=(0, 1.08), xlabel=f"importance (PED-ANOVA, {found['counts']['done']} trials; few trials make it rough)")
+    axes.set(xlim=(0, 1.08), xlabel=f"importance (PED-ANOVA, {found['counts']['done']} trials; rough where they are few)")
     return figure

@@ -94,6 +94,7 @@ def beyond(study: Study, keep: int) -> list[str]:
 
 def show(found: dict[str, Any], output: Path) -> None:
     """Print the table, the best trial beside the config's own values, and what to type next."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -101,44 +102,38 @@ def show(found: dict[str, Any], output: Path) -> None:
     keys = list(found["space"])
     short = {key: key if [other.rpartition(".")[2] for other in keys].count(key.rpartition(".")[2]) > 1 else key.rpartition(".")[2] for key in keys}
     counts = ", ".join(f"{count} {state}" for state, count in found["counts"].items() if count)
-    table = Table(title=f"{len(found['trials'])} trials of {found['file']}: {counts}", caption=f"{found['metric']} of {found['stage']}, {found['goal']}imum is best; {duration(found['seconds'])} of trials")
-    table.add_column("trial", justify="right")
-    for key in keys:
-        table.add_column(Text(short[key]), justify="right")
-    for head in (found["metric"], "evaluations", "time"):
-        table.add_column(Text(head), justify="right")
-    table.add_column("state")
+    caption = f"{found['metric']} of {found['stage']}, {found['goal']}imum is best; {duration(found['seconds'])} of trials"
+    table = Table(title=f"{len(found['trials'])} trials of {found['file']}: {counts}", caption=caption, box=box.SIMPLE_HEAD)
+    for head in ("trial", *(short[key] for key in keys), found["metric"].rpartition("/")[2], "evals", "time", "state"):
+        table.add_column(Text(head), justify="left" if head == "state" else "right", overflow="fold")
     best = found["best"]["number"] if found["best"] else None
     for row in found["trials"]:
-        value = "–" if row["value"] is None else f"{row['value']:.6g}"
+        value = "–" if row["value"] is None else f"{row['value']:.5g}"
         cells = [str(row["number"]), *(number(row["values"].get(key)) for key in keys), value, str(row["evaluations"] or "–"), duration(row["seconds"]), _note(row, found)]
         table.add_row(*map(Text, cells), style="bold" if row["number"] == best else None)
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:  # in a file, no line is too long
+        console.width = max(console.width, Console(width=400).measure(table).maximum)
+    console.print(table)
     for line in closing(found, output):
         print(line)
 
 
 def _note(row: dict[str, Any], found: dict[str, Any]) -> str:
     notes = [row["state"]]
-    if found["best"] and row["number"] == found["best"]["number"]:
-        notes.append("best")
-    if found["configured"] and row["number"] == found["configured"]["number"]:
-        notes.append("the config's own")
-    if row["same_as"] is not None:
-        notes.append(f"as {row['same_as']}")
-    if row["error"]:
-        notes.append(row["error"].splitlines()[0][:60])
-    return ", ".join(notes)
+    notes += [what for what, which in (("best", found["best"]), ("as configured", found["configured"])) if which and row["number"] == which["number"]]
+    notes += [f"as trial {row['same_as']}"] if row["same_as"] is not None else []
+    return " · ".join(notes)
 
 
 def number(value: Any) -> str:
     """A value as a table shows it."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) and (value == 0 or abs(value) >= 1e-3) else f"{value:.2e}".replace("e-0", "e-") if isinstance(value, float) else str(value)
 
 
 def closing(found: dict[str, Any], output: Path) -> list[str]:
     """The lines under the table."""
-    lines = []
+    lines = [f"trial {row['number']} failed: {row['error'].splitlines()[0]}" for row in found["trials"] if row["error"]]
     best, own = found["best"], found["configured"]
     if best is not None:
         lines.append(f"best: trial {best['number']}, {found['metric']} {best['value']:.6g}" + (f", published as {', '.join(best['published'].values())} in {found['registry']}" if best["published"] else ""))

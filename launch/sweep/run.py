@@ -74,7 +74,12 @@ class Running:
             time.sleep(POLL)
         if self.stopping:
             raise UserError(self.stopping)
-        return self._interrupted() if self.received else 0
+        if self.received:
+            return self._interrupted()
+        for trial in study.counted(self.study):
+            if trial.state.name == "PRUNED":  # until now another trial with the same values before this stage could go on from them
+                clean.drop_made(self.setting.folder(trial.number), self.setting.registry)
+        return 0
 
     def say(self, text: str) -> None:
         """One line for a person; a reader that has gone stops nothing."""
@@ -140,6 +145,8 @@ class Running:
         free = [place for place in range(self.setting.spec.jobs) if place not in busy]
         if not free or not self._more():
             return False
+        if self.waiting and clean.is_left(self.setting.folder(self.waiting[0].number)):
+            return False  # several processes of a killed sweep save before they leave
         trial = self.waiting.pop(0) if self.waiting else self._drawn()
         folder = self.setting.folder(trial.number)
         trial.set_user_attr("values", dict(self.setting.values(trial.params)))

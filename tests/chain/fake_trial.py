@@ -39,6 +39,9 @@ def stage(step: str, config_file: str) -> int:
     if how.get("fail above", math.inf) < cfg["train"]["learning_rate"]:
         print(f"error: the loss is not finite at step {trial}", file=sys.stderr)
         return 2
+    if trial in how.get("says", {}):
+        print(how["says"][trial], file=sys.stderr)
+        return 2
     if how.get("crash") == trial:
         raise ZeroDivisionError(f"in {trial}")
     state = output / "resume" / "checkpoint"
@@ -84,6 +87,8 @@ def command_for(step: Any, file: Path, chain: Any) -> Any:
 if __name__ == "__main__":
     if sys.argv[1] == "--stage":
         sys.exit(stage(*sys.argv[2:]))
+    from launch.chain import inputs
     from launch.chain.runner import run_chain
 
+    inputs.code_digest = lambda module: "the fake stage's"  # half of the time of a run that trains nothing
     sys.exit(run_chain(sys.argv[1], [], command_for=command_for, as_json=True))

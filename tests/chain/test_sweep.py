@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -19,22 +20,22 @@ from configs.load import load
 from stages.registry import Registry
 from tests.chain.sweeps import LR, Sweeps
 
-LIST = f"{LR}=1e-2,1e-4,1e-3,1e-1"
+LIST = f"{LR}=1e-2,1e-3,1e-1"
 
 
 @pytest.fixture
 def world(tmp_path, monkeypatch):
     monkeypatch.setenv("FAKE_DIR", str(tmp_path))
-    monkeypatch.setattr("launch.sweep.run.POLL", 0.02)
+    monkeypatch.setattr("launch.sweep.run.POLL", 0.05)
     return Sweeps(tmp_path)
 
 
 def test_a_grid_finds_the_best_and_its_config_runs_as_it_is(world, capfd):
     assert world.run(LIST, sampler="grid", pruner="none", jobs=2) == 0
     found = world.results()
-    assert [row["values"][LR] for row in found["trials"]] == [1e-3, 1e-2, 1e-4, 1e-1]
-    # (log10 lr + 3)^2 + 1/4: 0.25, 1.25, 1.25, 4.25
-    assert [row["value"] for row in found["trials"]] == pytest.approx([0.25, 1.25, 1.25, 4.25])
+    assert [row["values"][LR] for row in found["trials"]] == [1e-3, 1e-2, 1e-1]
+    # (log10 lr + 3)^2 + 1/4
+    assert [row["value"] for row in found["trials"]] == pytest.approx([0.25, 1.25, 4.25])
     assert found["configured"]["value"] == pytest.approx(1.25)
     assert found["configured"]["number"] == 0, "the config's own values come first"
     chain = load(world.out / "best.yaml", "chain")
@@ -61,7 +62,7 @@ def test_what_is_not_swept_is_made_once_and_only_what_the_metric_needs(world):
 
 def test_successive_halving_ends_bad_trials_early_and_keeps_no_state_of_them(world):
     world.behave(seconds=0.15)
-    assert world.run(LIST, sampler="grid", reduction=2, trials=4) == 0
+    assert world.run(LIST, sampler="grid", reduction=2) == 0
     states = {row["values"][LR]: row for row in world.results()["trials"]}
     assert states[1e-2]["state"] == "done", "the first is compared with nothing"
     assert states[1e-3]["state"] == "done"
@@ -92,7 +93,7 @@ def test_a_killed_sweep_goes_on_where_it_was(world):
     assert [call.rpartition(":")[0] for call in world.calls()] == ["0000:sft", "0001:sft"]
     world.behave()
     assert world.run(LIST, **options) == 0
-    assert [call.rpartition(":")[0] for call in world.calls()] == ["0001:sft", "0002:sft", "0003:sft"]
+    assert [call.rpartition(":")[0] for call in world.calls()] == ["0001:sft", "0002:sft"]
     steps = [json.loads(line)["step"] for line in (world.out / "trials" / "0001" / "sft" / "metrics.jsonl").read_text().splitlines()]
     assert steps == [10, 20, 30, 40], "it went on from its save"
     assert set(world.states().values()) == {"done"}
@@ -119,12 +120,31 @@ def test_a_failed_trial_is_recorded_and_the_others_go_on(world):
     world.behave(crash="0001")
     assert world.run(LIST, sampler="grid", pruner="none") == 0
     rows = {row["number"]: row for row in world.results()["trials"]}
-    assert [rows[number]["state"] for number in range(4)] == ["done", "failed", "done", "done"]
+    assert [rows[number]["state"] for number in range(3)] == ["done", "failed", "done"]
     assert rows[1]["error"] == "ZeroDivisionError: in 0001"
     world.behave()
     assert world.run(LIST, sampler="grid", pruner="none", retry_failed=True) == 0
     assert set(world.states().values()) == {"done"}
     assert 1 not in world.states()
+
+
+def test_a_full_disk_ends_it_cleanly(world, monkeypatch):
+    """Of the study, or of a trial that says so: what was running is ended, the trial goes on once there is room."""
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    space = f"{LR}=1e-2,1e-3"
+    with monkeypatch.context() as patch:
+        patch.setattr("launch.sweep.study.tell", full)
+        with pytest.raises(UserError, match=r"sweep can't be written: No space left on device; .* go on with: align sweep"):
+            world.run(space, sampler="grid")
+    assert not _running("tests.chain.fake_trial")
+    world.behave(says={"0001": "error: out/sft: No space left on device"})
+    with pytest.raises(UserError, match="No space left on device; the trials so far are kept"):
+        world.run(space, sampler="grid")
+    world.behave()
+    assert world.run(space, sampler="grid", pruner="none") == 0
+    assert set(world.states().values()) == {"done"}
 
 
 def test_it_gives_up_when_the_first_trials_fail_alike(world):
@@ -135,7 +155,8 @@ def test_it_gives_up_when_the_first_trials_fail_alike(world):
     assert len(world.calls()) == 2
     world.behave()
     assert world.run(f"{LR}=1e-5..1e-1:log", trials=2, give_up=2, retry_failed=True) == 0
-    assert list(world.states().values()) == ["done", "done"] or "ended early" in world.states().values()
+    assert sorted(world.states()) == [2, 3]
+    assert "failed" not in world.states().values()
 
 
 def test_a_sweep_of_something_else_is_refused_and_more_trials_are_not(world):
@@ -158,7 +179,7 @@ def test_equal_values_run_once_and_a_space_that_is_tried_through_ends(world):
 
 
 def test_checkpoints_of_the_best_only(world):
-    assert world.run(LIST, sampler="grid", pruner="none", keep=1) == 0
+    assert world.run(f"{LR}=1e-2,1e-3", sampler="grid", pruner="none", keep=1) == 0
     assert [c.info("config")["train"]["learning_rate"] for c in Registry(world.out / "registry").list("sft")] == [1e-3]
     assert not list((world.out / "registry" / "trash").glob("2*"))
 
