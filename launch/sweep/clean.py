@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from launch.chain.decide import read_json
-from launch.chain.lock import ChainLock, is_alive
+from stages.claim import Claim, is_alive
 
 
 def drop_state(folder: Path) -> None:
@@ -23,14 +23,16 @@ def is_left(folder: Path) -> bool:
 
     Only for who holds the sweep's lock: a claim from another machine is then one that nobody has, and goes.
     """
-    found = ChainLock(folder).holder()
-    if found is None:
-        return False
-    claim, holder = found
-    if holder.get("host") != platform.node():
-        claim.unlink(missing_ok=True)
-        return False
-    return is_alive(holder)
+    for place in (folder, *(path.parent for path in folder.glob("*/.lock"))):
+        found = Claim(place, "align sweep").holder()
+        if found is None:
+            continue
+        claim, holder = found
+        if holder.get("host") != platform.node():
+            claim.unlink(missing_ok=True)
+        elif is_alive(holder):
+            return True
+    return False
 
 
 def drop_made(folder: Path, root: Path) -> list[str]:

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from configs.errors import UserError
 from configs.exit_codes import REQUEUE
-from launch.chain.lock import ChainLock
 from launch.process import FORWARDED
 from launch.sweep import clean, jobs, results, study
 from launch.sweep.ended import Ended, how
 from launch.sweep.setting import Setting, overrides_of
 from launch.sweep.space import size
+from stages.claim import Claim
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial, Trial
@@ -31,7 +31,7 @@ def run_sweep(setting: Setting, *, again: str, retry_failed: bool = False, as_js
     Raises:
         UserError: the folder is in use, holds another sweep, or can't be written; what all trials share fails; the first trials fail alike.
     """
-    with ChainLock(setting.output, verb="sweep"):
+    with Claim(setting.output, "align sweep"):
         sweep = Running(setting, again, as_json, command)
         try:
             with sweep.listening():
