@@ -151,11 +151,11 @@ def _curves(found: dict[str, Any]) -> Figure:
         steps, values = zip(*row["curve"], strict=True)
         name = "best" if row["number"] == best else row["state"]
         colour = {"best": BEST, "done": DONE, "failed": FAILED}.get(name, EARLY)
-        ended = {"marker": "x", "markevery": [len(steps) - 1], "markersize": 5} if name in ("ended early", "failed") else {}
+        ended: dict[str, Any] = {"marker": "x", "markevery": [len(steps) - 1], "markersize": 5} if name in ("ended early", "failed") else {}
         axes.plot(steps, values, color=colour, linewidth=2 if name == "best" else 1.1, label=name if name not in told else "_", **ended)
         told.add(name)
-    values = [value for row in found["trials"] for _, value in row["curve"] if math.isfinite(value)]
-    if min(values) > 0 and max(values) / min(values) > 10:
+    seen = [value for row in found["trials"] for _, value in row["curve"] if math.isfinite(value)]
+    if min(seen) > 0 and max(seen) / min(seen) > 10:
         axes.set_yscale("log")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="evaluation", ylabel=found["metric"], title="learning curves (a cross is where a trial was ended)")
