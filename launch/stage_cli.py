@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from configs.allowed import add_option, with_allowed
 from configs.errors import UserError
-from launch import continuing
+from launch import continuing, find_lr_cli
 from launch.nodes import Nodes, add_options
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ def add_parser(verbs: argparse._SubParsersAction) -> None:
         parser.add_argument("--dry-run", "--print-command", action="store_true", help="check the config, print the command, start nothing")
         parser.add_argument("--json", action="store_true", help="print one JSON object on stdout; logs go to stderr")
         parser.set_defaults(handler=run_stage, stage=stage)
+        if stage == "sft":
+            find_lr_cli.add_options(parser)
 
 
 def resolve(stage: str, config: str, overrides: list[str], machine: str | None, processes: int | None) -> Any:
@@ -68,6 +70,8 @@ def run_stage(args: argparse.Namespace) -> int:
     stage = args.stage
     asked = continuing.resolve(args) if continuing.is_asked(args) else resolve(stage, args.config, args.overrides, args.machine, args.processes)
     cfg = with_allowed(asked, args.allow_changed)
+    if getattr(args, "find_lr", False):
+        return find_lr_cli.run(args, cfg)
     machine = load_machine(cfg.machine, cfg.processes, args.nodes or 1)
     nodes = nodes_of(args, machine.settings, machine.ships)
     config_file = cfg.output / ("plan.yaml" if args.dry_run else "config.yaml")  # a dry run leaves a real run's config alone

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from stages.training import entry
+from stages.training.labels import labelled
 
 if TYPE_CHECKING:
     from configs.schema import SFTStage
@@ -12,8 +14,8 @@ if TYPE_CHECKING:
 STAGE = "sft"
 
 
-def main(cfg: SFTStage) -> None:
-    """Fine-tune a model on demonstrations and publish it as sft/NAME."""
+def main(cfg: SFTStage, instead: Callable[[Any], None] | None = None) -> None:
+    """Fine-tune a model on demonstrations and publish it as sft/NAME; `instead` is called with the trainer in place of all that."""
     from trl import SFTConfig, SFTTrainer
 
     from configs.schema import freezes_base
@@ -23,7 +25,7 @@ def main(cfg: SFTStage) -> None:
     from stages.nodes.once import once_per_node
     from stages.soft import training as prompts
     from stages.tokens import load_tokens
-    from stages.training import build, measures, plan, publish, ranks, ready, resume, text
+    from stages.training import build, measures, plan, publish, ranks, ready, rehearsal, resume, text, watching
     from stages.tuning import adapters, possible, quantized
     from stages.zero import load
 
@@ -49,7 +51,8 @@ def main(cfg: SFTStage) -> None:
         data.encode_demonstrations(tokens.formatter, rows, limit, cfg.overlong, cfg.loss_on, may_be_empty=rows is not splits.train)
         for rows in (splits.train, splits.validation)
     ])  # fmt: skip
-    facts = text.data_facts(loaded, splits, {"train": too_long, "validation": too_long_v})
+    general = rehearsal.load(cfg, tokens, limit)
+    facts = text.data_facts(loaded, splits, {"train": too_long, "validation": too_long_v}, general.facts)
     text.report_rows(facts, loaded.report.warnings)
     compared = report.prepare(cfg, tokens, splits, limit)
     data.prove_loss_mask(tokens.formatter, train)
@@ -57,30 +60,28 @@ def main(cfg: SFTStage) -> None:
     ranks.say(f"the loss covers {covered} of {every} tokens (align data show prints which; texts stay out of logs)")
 
     rows = packed(model, train, limit) if cfg.packing else [labelled(row) for row in train]
-    steps = plan.make_plan(cfg.train, len(rows), ranks.world_size())
+    steps = plan.make_plan(cfg.train, len(rows), ranks.world_size(), general_rows=len(general.rows), share=general.share)
     trainer = build.build(
-        STAGE, SFTTrainer, SFTConfig, measures.tokens, cfg=cfg, plan=steps, train=build.in_order(rows, steps, cfg.seed),
+        STAGE, rehearsal.mixing(SFTTrainer, general), SFTConfig, measures.tokens, cfg=cfg, plan=steps,
+        train=build.in_order(general.after(rows, packed=cfg.packing), steps, cfg.seed),
         validation=build.as_dataset([labelled(row) for row in validation]) if validation else None,
         # The rows are tokenised and labelled: TRL must not prepare, truncate or pack them again.
-        arguments={"max_length": None, "packing": False, "padding_free": cfg.packing, "dataset_kwargs": {"skip_prepare_dataset": True}},
+        arguments={
+            "max_length": None, "packing": False, "padding_free": cfg.packing, "dataset_kwargs": {"skip_prepare_dataset": True}, "remove_unused_columns": False,
+        },
+        watch=watching.watcher(cfg, tokens, limit, steps, splits, too_long),
         model=model, processing_class=tokens.tokenizer, peft_config=adapters.peft_config(cfg.technique, "CAUSAL_LM", model) if under is origin else None,
     )  # fmt: skip
+    if instead is not None:
+        return instead(trainer)
     report.measure_before(compared, trainer)
     resume.train(trainer, cfg, resume.identity(cfg, data=facts["parts"], tokenizer=tokens.key, parents=[publish.digest(parent)]))
     metrics = build.final_metrics(trainer, measures.tokens)
     publish.publish(
         trainer, cfg, STAGE, tokens, origin=under, parents=[parent], eval_set=facts["parts"]["validation"],
-        info={"data": facts, "metrics": metrics, **report.finish(compared, trainer, cfg)},
+        info={"data": facts, "metrics": metrics, "stage_info": watching.outcome(trainer), **report.finish(compared, trainer, cfg)},
     )  # fmt: skip
     resume.forget(build.output_folder(cfg, STAGE) / "resume")
-
-
-def labelled(row: dict[str, Any]) -> dict[str, Any]:
-    """TRL's columns: labels are the ids under the mask, -100 elsewhere."""
-    return {
-        "input_ids": row["input_ids"],
-        "labels": [token if counts else -100 for token, counts in zip(row["input_ids"], row["completion_mask"], strict=True)],
-    }
 
 
 def packed(model: Any, rows: list[dict[str, Any]], max_length: int) -> list[dict[str, Any]]:

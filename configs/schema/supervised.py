@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 from configs.schema.common import Fraction, Lora, Sources, StageConfig, Train
 from configs.schema.continued import Continued
 from configs.schema.guard import Guard
+from configs.schema.health import SFTHealth
+from configs.schema.rehearsal import Rehearsal
 from configs.schema.tuning import Full, LoraTuning, Technique, Tune
 
 
@@ -43,12 +45,14 @@ class SFTTrain(Train):
     label_smoothing: Fraction = Field(
         default=0.0, description="Share of the target that is spread evenly over the vocabulary (0.05 to 0.1), against overconfidence; the validation loss stays the plain one."
     )
+    rehearsal: Rehearsal | None = Field(default=None, description="Mix general text into every optimizer step against forgetting; null trains on `data` alone.")
 
 
 class SFTStage(TRLStage):
     """Supervised fine-tuning on demonstrations."""
 
     train: SFTTrain = Field(default_factory=SFTTrain, description="How the stage is optimised.")
+    health: SFTHealth = Field(default_factory=SFTHealth, description="Checks of the data, of every log and of what is forgotten, and what a failed one does.")
     tune: Tune | None = Field(
         default=None, description="The technique, by `method`, or its name alone: which weights are trained, and how (align sft --compare measures them). Null is full training, or what `lora` says."
     )

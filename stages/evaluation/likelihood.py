@@ -50,6 +50,16 @@ def text_perplexity(model: Any, tokenizer: Any, path: Path, *, pad_id: int, max_
     tokenizer. Raises UserError for a file that cannot be read or holds too little.
     """
     width = min(WINDOW, soft.room(model) or WINDOW)
+    contexts, scored = text_windows(tokenizer, path, width, max_tokens)
+    logprobs, mask = completion_logprobs(model, contexts, scored, temperature=1.0, pad_id=pad_id, batch_size=8)
+    return perplexity(logprobs, mask)
+
+
+def text_windows(tokenizer: Any, path: Path, width: int, max_tokens: int = TEXT_TOKENS) -> tuple[list[list[int]], list[list[int]]]:
+    """The beginning of a text file in windows of at most `width` tokens that overlap by half: ids before those that are scored, and those.
+
+    Raises UserError for a file that cannot be read or holds too little.
+    """
     contexts, scored = [], []
     for ids in _documents(tokenizer, path, max_tokens):
         cut = list(windows(len(ids), width, width // 2))
@@ -57,8 +67,7 @@ def text_perplexity(model: Any, tokenizer: Any, path: Path, *, pad_id: int, max_
         scored += [ids[w.scored : w.end] for w in cut]
     if not scored:
         raise UserError(f"plain_text {path}: holds fewer than two tokens; perplexity needs a text")
-    logprobs, mask = completion_logprobs(model, contexts, scored, temperature=1.0, pad_id=pad_id, batch_size=8)
-    return perplexity(logprobs, mask)
+    return contexts, scored
 
 
 def text_rows(tokenizer: Any, path: Path, positions: int, max_tokens: int = TEXT_TOKENS) -> list[dict[str, list[int]]]:

@@ -1,24 +1,15 @@
-"""Health checks of a PPO run: each has a name, a cause and a remedy, and is a pure function of the metrics so far.
-
-A check looks at the lines of metrics.jsonl up to now and says what it saw, or None. Nothing else is remembered: the line of an
-iteration holds `health/NAME` for every check that failed in it, so a resumed run warns as the uninterrupted one does.
-"""
+"""Health checks of a PPO run (stages/health/findings.py says what a check is): what metrics.jsonl holds up to now, an entry per iteration."""
 
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
 
-from configs.errors import UserError
 from configs.schema import PPOStage
-from configs.schema.health import CheckName
+from stages.health import findings as shared
+from stages.health.findings import PREFIX, Check, Finding, History, counts, stop
 
-Metrics = Mapping[str, float]
-History = Sequence[Metrics]  # one entry per iteration, the newest last
+__all__ = ["CHECKS", "PREFIX", "counts", "examine", "findings", "stop"]
 
-PREFIX = "health/"
 HELDOUT = "evaluation/heldout_score"  # where it stands there was an evaluation
 TREND = 4  # iterations pooled where one alone is too noisy
 COMPLETIONS = 32  # from this many on, "none of them" is no accident
@@ -29,65 +20,14 @@ SHORT, CLIPPED_SCORES, VALUE_CLIPPED = 0.25, 0.2, 0.5  # shares of completions, 
 PATIENCE = 3  # evaluations without a new best held-out score
 
 
-class Check(NamedTuple):
-    """A condition that should not hold, why it may hold, and what to change."""
-
-    name: CheckName
-    seen: Callable[[History, PPOStage], str | None]
-    cause: str
-    remedy: str
-
-
-class Finding(NamedTuple):
-    """A check that failed in an iteration, with the numbers it saw."""
-
-    name: CheckName
-    seen: str
-    cause: str
-    remedy: str
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.seen}. Cause: {self.cause}. Remedy: {self.remedy}"
-
-
 def findings(history: History, cfg: PPOStage) -> list[Finding]:
     """What is wrong in the newest iteration of `history`."""
-    if cfg.health.action == "off":
-        return []
-    asked = [check for check in CHECKS if check.name not in cfg.health.ignore]
-    seen = [(check, check.seen(history, cfg)) for check in asked]
-    return [Finding(check.name, words, check.cause, check.remedy) for check, words in seen if words is not None]
+    return shared.findings(CHECKS, history, cfg.health, cfg)
 
 
 def examine(metrics: dict[str, float], before: History, cfg: PPOStage) -> tuple[dict[str, float], list[Finding]]:
     """The metrics of an iteration with what failed in it, and of that what had not failed in the iteration before."""
-    found = findings([*before, metrics], cfg)
-    return metrics | {PREFIX + f.name: 1.0 for f in found}, [f for f in found if PREFIX + f.name not in _judged_before(f.name, before)]
-
-
-def _judged_before(name: CheckName, before: History) -> Metrics:
-    """The last line in which a check could fail; {} where there is none."""
-    return next((line for line in reversed(before) if name != "over_optimisation" or HELDOUT in line), {})
-
-
-def counts(history: History) -> dict[str, int]:
-    """In how many iterations each check failed; those that never did are left out."""
-    return dict(Counter(key.removeprefix(PREFIX) for line in history for key in line if key.startswith(PREFIX)))
-
-
-def stop(started: Sequence[Finding], save: Callable[[], bool]) -> None:
-    """Where a check has begun to fail, call `save`, which says whether it could, and raise.
-
-    Raises:
-        UserError: naming each of them.
-    """
-    if started:
-        saved = "The run is saved as it is" if save() else "The run could not be saved as it is, and goes on from its last save"
-        found = "\n".join(f"  {finding}" for finding in started)
-        raise UserError(
-            f"health.action is stop, and a health check has failed:\n{found}\n{saved}: run the same command again to go on. What stands under `health` "
-            "may change (health.ignore: [NAME] leaves a check out), other settings with allow_changed: [config]; a chain starts the stage anew for those"
-        )
+    return shared.examine(CHECKS, metrics, before, cfg.health, cfg)
 
 
 # -- the checks
@@ -205,7 +145,7 @@ def over_optimisation(history: History, cfg: PPOStage) -> str | None:
     """The score that is trained on goes on rising while one that is not has stopped (Gao et al. 2022, arXiv:2210.10760)."""
     seen = [line for line in history if HELDOUT in line]
     best = max(range(len(seen)), key=lambda i: seen[i][HELDOUT], default=0)
-    if len(seen) - 1 - best < PATIENCE or seen[-1] is not history[-1]:
+    if len(seen) - 1 - best < PATIENCE:
         return None
     then, now = seen[best], seen[-1]
     error = math.hypot(then.get("evaluation/score_se", 0.0), now.get("evaluation/score_se", 0.0))
@@ -278,5 +218,6 @@ CHECKS = (
     Check(
         "over_optimisation", over_optimisation, "the policy exploits what the scorer gets wrong: its score rises and the held-out score does not",
         "raise kl_coef, train fewer iterations, or train the reward model on more pairs; the checkpoint at the best held-out score is the one to keep",
+        due=lambda line: HELDOUT in line,
     ),
 )  # fmt: skip

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainerCallback
 
 from configs.errors import UserError
 from configs.schema import TRLStage
@@ -52,13 +54,14 @@ def as_dataset(rows: Rows) -> Any:
 
 def build(
     stage: str, trainer_class: Any, config_class: Any, measure: Measure, *, cfg: TRLStage, plan: Plan, train: Any, validation: Any,
-    arguments: dict[str, Any], placeholder: Any = None, **constructor: Any,
+    arguments: dict[str, Any], placeholder: Any = None, watch: Callable[[Any], TrainerCallback] | None = None, **constructor: Any,
 ) -> Any:  # fmt: skip
     """A trainer ready for `.train()`.
 
     train, validation (may be None): datasets.Dataset of tokenised rows, the first in the order of the run. `arguments` are
     the stage's own TRL arguments, `constructor` the trainer's keywords. `placeholder` goes to the constructor in place of the
     data, for a trainer that would tokenise what it is given; the data is set afterwards, on the Trainer's public attributes.
+    `watch(trainer)` gives a callback that may add to what is logged before it is written down.
 
     Raises:
         UserError: an argument that TRL refuses.
@@ -76,7 +79,7 @@ def build(
         raise UserError(f"TRL refuses the arguments of stage {stage}: {error}") from error
     trainer.train_dataset, trainer.eval_dataset = train, validation
     remove_printers(trainer)
-    callbacks: list[Any] = [Progress(stage, plan, folder / "metrics.jsonl")]
+    callbacks: list[Any] = [*([watch(trainer)] if watch is not None else []), Progress(stage, plan, folder / "metrics.jsonl")]
     if cfg.guard.enabled:
         trainer.skips = SkipSteps(trainer, cfg.guard, lambda step: rows_of(plan, cfg.seed, step))
         callbacks.append(trainer.skips)

@@ -69,8 +69,8 @@ def exact(trainer_class: Any, measure: Measure) -> Any:
 
 
 @torch.no_grad()
-def evaluate_exactly(trainer: Any, rows: Any, measure: Measure) -> dict[str, float]:
-    """Metrics over `rows`, each row once, whatever the batch size and the number of processes.
+def evaluate_exactly(trainer: Any, rows: Any, measure: Measure, collate: Callable[[list[Any]], dict[str, Any]] | None = None) -> dict[str, float]:
+    """Metrics over `rows`, each row once, whatever the batch size and the number of processes. `collate` is the trainer's unless given.
 
     Every rank makes the same number of forward passes (ZeRO-3 and FSDP gather weights in each): one that has run out of
     rows repeats row 0 with weight 0.
@@ -85,7 +85,7 @@ def evaluate_exactly(trainer: Any, rows: Any, measure: Measure) -> dict[str, flo
     for start in range(0, len(rows), stride):
         first = start + accelerator.process_index * size
         mine = list(range(first, min(first + size, len(rows))))
-        batch = trainer.data_collator([rows[i] for i in mine or [0]])
+        batch = (collate or trainer.data_collator)([rows[i] for i in mine or [0]])
         inputs = {key: value.to(accelerator.device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
         with accelerator.autocast():
             sums = measure(trainer, model, inputs)

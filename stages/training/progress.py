@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from stages.health.findings import PREFIX
 from stages.training.lines import Appended
 from stages.training.plan import Plan
 from stages.training.ranks import say
@@ -18,9 +19,10 @@ from stages.training.saves import write_durably
 NAMES = {
     "loss": "loss", "mean_token_accuracy": "token_accuracy", "entropy": "entropy", "accuracy": "accuracy", "margin": "margin",
     "mean_reward": "score", "rewards/accuracies": "accuracy", "rewards/margins": "margin",
-    "logps/chosen": "chosen_logprobs", "logps/rejected": "rejected_logprobs",
+    "logps/chosen": "chosen_logprobs", "logps/rejected": "rejected_logprobs", "task_loss": "task_loss", "rehearsal_loss": "rehearsal_loss",
 }  # fmt: skip
 
+WATCHED = ("forgetting/", "data/")  # lines of their own, of a run that is watched (stages/training/watching.py)
 SKIPPED = "train/skipped_steps"  # optimizer steps that were not taken, since the run began
 
 
@@ -31,7 +33,7 @@ def named(stage: str, logs: dict[str, Any]) -> dict[str, float]:
         prefix, bare = ("eval_", key[5:]) if key.startswith("eval_") else ("", key)
         if bare in NAMES and isinstance(value, (int, float)):
             out[f"{stage}/{prefix}{NAMES[bare]}"] = value
-        elif key in ("learning_rate", "grad_norm", SKIPPED):
+        elif key in ("learning_rate", "grad_norm", SKIPPED) or key.startswith((*WATCHED, PREFIX)):
             out[key] = value
     return out
 
@@ -61,14 +63,14 @@ class Progress(TrainerCallback):
         self.began = self.last = time.monotonic()
         self.first_step = self.last_step = state.global_step
         if state.is_world_process_zero:
-            keep = [line for line in read_lines(self.file) if json.loads(line)["step"] <= state.global_step]
+            keep = [line for line in read_lines(self.file) if 0 < state.global_step >= json.loads(line)["step"]]
             write_durably(self.file, "".join(line + "\n" for line in keep))  # a kill in between must not cost the lines of hours
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Write and print one log."""
         logs = logs or {}
         metrics = named(self.stage, logs)
-        if f"{self.stage}/loss" not in metrics and f"{self.stage}/eval_loss" not in metrics:
+        if f"{self.stage}/loss" not in metrics and f"{self.stage}/eval_loss" not in metrics and not any(key.startswith(WATCHED) for key in metrics):
             return  # the Trainer's closing summary
         self.eval_loss = metrics.get(f"{self.stage}/eval_loss", self.eval_loss)
         if state.is_world_process_zero:
@@ -96,7 +98,7 @@ class Progress(TrainerCallback):
 
     def eval_line(self, state: Any, metrics: dict[str, float]) -> str:
         """The line of an evaluation."""
-        values = "  ".join(f"{key.split('/', 1)[1]} {value:.4g}" for key, value in metrics.items())
+        values = "  ".join(f"{key.split('/', 1)[1]} {value:.4g}" for key, value in metrics.items() if not key.startswith(PREFIX))
         return f"{self.stage} {state.global_step}/{state.max_steps}  {values}"
 
 

@@ -29,14 +29,16 @@ def row_limit(model: Any, cfg: StageConfig) -> int:
     return min(cfg.max_length, positions)
 
 
-def data_facts(loaded: data.Loaded, splits: data.Splits, dropped: dict[str, int]) -> dict[str, Any]:
-    """info["data"] of the manifest: fingerprints (order included), rows used and dropped per part, and the split."""
+def data_facts(loaded: data.Loaded, splits: data.Splits, dropped: dict[str, int], general: dict[str, Any] | None = None) -> dict[str, Any]:
+    """info["data"] of the manifest: fingerprints (order included), rows used and dropped per part, and the split; `general`: of text that is mixed in."""
     report = splits.report
     used = {part: count - dropped.get(part, 0) for part, count in report["rows"].items()}
     return {
-        "fingerprint": data.fingerprint(loaded.rows), "parts": report["fingerprint"], "rows": used,
+        "fingerprint": data.fingerprint(loaded.rows), "rows": used,
+        "parts": report["fingerprint"] | ({"rehearsal": general["fingerprint"]} if general else {}),
         "dropped": {"overlong": dropped, "equal_pairs": loaded.report.equal_pairs},
         "split": report["split"] | {"groups": report["groups"]}, "sources": loaded.report.sources,
+        **({"rehearsal": general} if general else {}),
     }  # fmt: skip
 
 

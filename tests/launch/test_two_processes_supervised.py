@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import time
@@ -10,30 +11,54 @@ import pytest
 import torch
 
 from stages.registry import Registry
-from tests.stage.runs import ENVIRONMENT, ROOT, command, metrics, run_apart, settings, weights, workspace
+from tests.stage.runs import ENVIRONMENT, ROOT, command, metrics, run_apart, settings, weights, workspace, write_rows
 
 TOLERANCE = 1e-4  # relative, fp32
 TRAIN = {"max_steps": 12, "micro_batch_size": 2, "learning_rate": 3e-3}
 
 
+FORGETTING = ("forgetting/perplexity", "forgetting/logprob_drop", "forgetting/changed_answers")
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    return workspace(tmp_path_factory.mktemp("two"), rows=66)
+    folder = workspace(tmp_path_factory.mktemp("two"), rows=66)
+    (folder / "general.txt").write_text("the cat sat on the mat and the dog ran to the door\n" * 12)
+    write_rows(folder / "prompts.jsonl", [{"prompt": f"say {word}"} for word in ("apple", "pear", "plum", "fig", "a long list of fruit")])
+    return folder
+
+
+def rehearsal(folder):
+    return {"data": str(folder / "general.txt"), "share": 0.25, "tokens": 40}
+
+
+def watched(folder):
+    return {"plain_text": str(folder / "general.txt"), "general_prompts": str(folder / "prompts.jsonl")}
+
+
+def lines_of(folder, stage):
+    return [json.loads(line) for line in (folder / f"out-{stage}" / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])
 def test_two_processes_equal_one(place, stage):
-    """60-odd rows of different lengths in batches of 8, into the second epoch; validation sets that 2 x 2 does not divide."""
+    """60-odd rows of different lengths in batches of 8, into the second epoch; validation sets that 2 x 2 does not divide.
+
+    SFT has general text mixed in and measures what it forgets, of five prompts.
+    """
     found = {}
+    train, more = (TRAIN | {"rehearsal": rehearsal(place)}, {"health": watched(place)}) if stage == "sft" else (TRAIN, {})
     for processes in (1, 2):
-        values = settings(place, stage, TRAIN, name=f"p{processes}", output=str(place / f"out-{stage}"))
+        values = settings(place, stage, train, name=f"p{processes}", output=str(place / f"out-{stage}"), **more)
         done = run_apart(stage, values, place / f"{stage}.json", processes)
         assert done.returncode == 0, done.stderr
-        found[processes] = {key: metrics(place, stage, key) for key in ("loss", "eval_loss")}
+        found[processes] = {key: metrics(place, stage, key) for key in ("loss", "eval_loss", "task_loss", "rehearsal_loss")}
+        found[processes] |= {key: [line[key] for line in lines_of(place, stage) if key in line] for key in FORGETTING}
         assert done.stdout.count("published") == 1
     assert len(found[1]["loss"]) == 12
-    for key in ("loss", "eval_loss"):
-        assert found[2][key] == pytest.approx(found[1][key], rel=TOLERANCE)
+    assert len(found[1]["forgetting/perplexity"]) == (5 if stage == "sft" else 0)
+    for key in found[1]:
+        assert found[2][key] == pytest.approx(found[1][key], rel=TOLERANCE, abs=1e-5 if key in FORGETTING else None)
     registry = Registry(place / "registry")
     one, two = (registry.resolve(f"{stage}/p{processes}") for processes in (1, 2))
     assert (one.info("processes"), two.info("processes")) == (1, 2)
@@ -44,8 +69,8 @@ def test_two_processes_equal_one(place, stage):
 
 
 def test_a_killed_launcher_takes_its_processes_along_and_run_again_they_end_as_if_nothing_had_happened(place):
-    long = {"max_steps": 40, "save_every": 5, "eval_every": 10, "micro_batch_size": 2}
-    whole = settings(place, "sft", long, name="whole", output=str(place / "out-long"))
+    long = {"max_steps": 40, "save_every": 5, "eval_every": 10, "micro_batch_size": 2, "rehearsal": rehearsal(place)}
+    whole = settings(place, "sft", long, name="whole", output=str(place / "out-long"), health=watched(place))
     done = run_apart("sft", whole, place / "long.json", 2)
     assert done.returncode == 0, done.stderr
     broken = whole | {"name": "broken"}
