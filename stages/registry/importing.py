@@ -29,6 +29,8 @@ STAGES = ("sft", "reward", "dpo", "ppo")
 INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+SOFT = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
+BASE = "base"  # in a folder with a soft prompt: the weights under it (stages/soft/folder.py)
 DOWNLOADED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.md"]
 
 
@@ -54,6 +56,7 @@ class Found:
     notes: list[str] = field(default_factory=list)
     base_folder: str = ""  # of an adapter: what peft is given
     grown: bool = False  # whether the embeddings must grow for a new pad token
+    under: tuple[Source, Found, bool] | None = None  # of a soft prompt that brings the weights under it: these, and whether they are an adapter
 
 
 def import_model(
@@ -70,7 +73,9 @@ def import_model(
     adapter = (source.folder / ADAPTER).is_file()
     found = _look(source, adapter)
     _check_kind(found, stage, adapter, asked)
-    if adapter:
+    if adapter and found.config["peft_type"] in SOFT and (source.folder / BASE).is_dir():
+        _add_under(found, source, registry, base, stage, template)
+    elif adapter:
         _add_base(found, source, registry, base, stage, template)
     elif base is not None:
         raise UserError(f"--base: {asked} holds whole weights, no adapter; leave it out")
@@ -184,8 +189,8 @@ def _inside(folder: Path, name: str, source: Source) -> Path:
 def _check_kind(found: Found, stage: str, adapter: bool, asked: str) -> None:
     """The model is what the stage's name promises. Raises UserError."""
     if adapter:
-        if found.config.get("peft_type") != "LORA":
-            raise UserError(f"{asked} is an adapter of type {found.config.get('peft_type')}; only LORA adapters are read here")
+        if found.config.get("peft_type") not in ("LORA", *SOFT):
+            raise UserError(f"{asked} is an adapter of type {found.config.get('peft_type')}; only LORA adapters and soft prompts ({', '.join(SOFT)}) are read here")
         scores = any(re.search(r"(^|\.)score\.weight$", name) for name in found.tensors)
         kind = "ForSequenceClassification" if found.config.get("task_type") == "SEQ_CLS" else "ForCausalLM"
     else:
@@ -260,6 +265,29 @@ def _add_base(found: Found, source: Source, registry: Registry, base: str | None
     found.parents.append(origin.parent("base"))
 
 
+def _add_under(found: Found, source: Source, registry: Registry, base: str | None, stage: str, template: str) -> None:
+    """The weights that a soft prompt brings along, whole or an adapter, and whose tokenizer they speak: that of the prompt's folder."""
+    from stages import models
+
+    place = Source(source.asked, source.folder / BASE, source.revision)
+    adapter = (place.folder / ADAPTER).is_file()
+    inner = _look(place, adapter)
+    _check_kind(inner, stage, adapter, f"{source.asked}/{BASE}")
+    if adapter:
+        _add_base(inner, place, registry, base, stage, template)
+    elif base is not None:
+        raise UserError(f"--base: {source.asked} brings the weights under its soft prompt, in {BASE}; leave it out")
+    top = models.Origin(str(source.folder), None, None)
+    found.tokens = inner.tokens = _tokens(top, template, models.Origin(inner.base_folder or str(place.folder), None, None))
+    rows = inner.config.get("vocab_size")
+    if isinstance(rows, int) and len(found.tokens.tokenizer) > rows:
+        raise UserError(f"{source.asked}: its tokenizer has {len(found.tokens.tokenizer)} tokens and the model in {BASE} {rows}; save both with one pad token that is no EOS first")
+    found.stage_info |= inner.stage_info
+    found.parents += inner.parents
+    found.notes += found.tokens.notes
+    found.base_folder, found.under = f"./{BASE}", (place, inner, adapter)
+
+
 def _check_fits(found: Found, base: Origin, source: Source) -> None:
     """Every layer that the adapter changes exists in its base with that width. Raises UserError."""
     from stages import models
@@ -295,6 +323,9 @@ def _write(folder: Path, source: Source, found: Found, adapter: bool) -> None:
         eos = tokens.eos_ids
         _dump(folder / "generation_config.json", {"bos_token_id": tokens.tokenizer.bos_token_id, "eos_token_id": eos if len(eos) > 1 else eos[0], "pad_token_id": tokens.pad_id})
     tokens.tokenizer.save_pretrained(folder)
+    if found.under is not None:
+        (folder / BASE).mkdir()
+        _write(folder / BASE, *found.under)
 
 
 def _write_grown(folder: Path, source: Source, found: Found) -> None:

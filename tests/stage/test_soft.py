@@ -13,7 +13,7 @@ from configs.errors import UserError
 from stages import models, soft
 from stages.registry import Registry
 from tests.stage import ppo_runs
-from tests.stage.runs import run, settings, workspace
+from tests.stage.runs import run, settings, weights, workspace
 
 METHODS = ("prompt_tuning", "prefix_tuning", "p_tuning")
 FAST = {"max_steps": 4, "eval_every": 2, "learning_rate": 0.05}
@@ -161,3 +161,144 @@ def test_ppo_descends_from_every_method_and_is_exact(place, parents, method, lor
     assert (logits(place, child) - logits(place, parent)).abs().max() > 1e-5
 
 
+
+
+class Interrupted(Exception):
+    """Stands for a crash."""
+
+
+ENCODERS = {"p_tuning": {"encoder": "lstm", "encoder_hidden_size": 8, "encoder_dropout": 0.2}, "prefix_tuning": {"prefix_projection": True, "encoder_hidden_size": 8}}
+
+
+@pytest.mark.parametrize("method", ENCODERS)
+def test_a_run_that_crashed_ends_as_if_it_had_not(place, monkeypatch, method):
+    """Bit for bit, although what peft saves is not what is trained (the network that makes the vectors)."""
+    from stages.training import guarding
+
+    def values(name):
+        tune = {"method": method, "virtual_tokens": 3} | ENCODERS[method]
+        return settings(place, "sft", FAST | {"max_steps": 6, "save_every": 2}, name=f"{name}-{method[:2]}", output=str(place / f"{name}-{method}"), tune=tune)
+
+    whole, check = run("sft", values("whole")), guarding.SkipSteps.on_pre_optimizer_step
+
+    def crash(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise Interrupted
+        return check(self, args, state, control, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(guarding.SkipSteps, "on_pre_optimizer_step", crash)
+        with pytest.raises(Interrupted):
+            run("sft", values("broken"))
+    broken = run("sft", values("broken"))
+    one, other = weights(whole), weights(broken)
+    assert one.keys() == other.keys() == {"prompt_embeddings"}
+    assert torch.equal(one["prompt_embeddings"], other["prompt_embeddings"])
+    losses = [[json.loads(line).get("sft/loss") for line in (place / f"{name}-{method}" / "metrics.jsonl").read_text().splitlines()] for name in ("whole", "broken")]
+    assert losses[0] == losses[1]
+
+
+def test_early_stopping_publishes_the_best_prompt(place, monkeypatch):
+    """Evaluations that say the second step was best: what is published is what a run of two steps ends with."""
+    from stages.training import evaluation
+
+    def trained(name: str, **train):
+        train = FAST | {"eval_every": 1, "schedule": "constant"} | train
+        found = run("sft", settings(place, "sft", train, name=name, output=str(place / name), tune={"method": "p_tuning", "virtual_tokens": 3}))
+        return weights(found)["prompt_embeddings"]
+
+    two, said = trained("two-steps", max_steps=2), iter([3.0, 1.0, 2.0, 4.0])
+    monkeypatch.setattr(evaluation, "evaluate_exactly", lambda *_: {"loss": next(said)})
+    assert torch.equal(trained("stopped", max_steps=8, early_stopping_patience=2), two)
+
+
+def test_a_grandchild_has_its_adapter_on_its_parents_own_weights(place, parents):
+    """prompt tuning -> DPO in full -> SFT with LoRA -> PPO with LoRA, whose reward model shares prompt and weights; each under the one prompt."""
+    parent = parents("prompt_tuning")
+    dpo = run("dpo", settings(place, "dpo", FAST | {"learning_rate": 1e-3}, name="line", output=str(place / "line-d"), init_from=parent.ref))
+    sft = run("sft", settings(place, "sft", FAST | {"learning_rate": 1e-3}, name="line", output=str(place / "line-s"), init_from=dpo.ref, **LORA))
+    assert sft.info("stage_info")["adapter"] | {"base_digest": None} == {"base": dpo.ref, "base_id": dpo.id, "base_digest": None, "inside": "base", "vocabulary": 259}
+    assert dpo.id in {ancestor.id for ancestor in origin_of(place, sft).ancestors()}, "gc might take the weights under its adapter"
+    for child, lora in ((dpo, False), (sft, True)):
+        assert (child.model_dir / "base" / "adapter_config.json").exists() == lora
+    torch.testing.assert_close(logits(place, sft), plain(sft, dpo.model_dir / "base"), atol=1e-4, rtol=1e-4)
+    reward = run("reward", settings(place, "reward", FAST, name="line", output=str(place / "line-r"), init_from=dpo.ref, **LORA))
+    values = ppo_runs.settings(place, "line-p", {"iterations": 1}, init_from=dpo.ref, scorers=[{"kind": "model", "checkpoint": reward.ref}], evaluation=None, **LORA)
+    values["split"] = {"validation": 0.1, "test": 0.1}
+    _, _, _, built, _ = ppo_runs.assembled(values)
+    [part] = built.scorer.parts.values()
+    assert part.scorer.model is built.trained.policy, "the reward model has a backbone of its own"
+    apart = models.load_scorer(origin_of(place, reward))
+    with torch.no_grad():
+        torch.testing.assert_close(part.scorer.score_ids([IDS[0, :8].tolist()], [IDS[0, 8:].tolist()])[0], apart(input_ids=IDS).logits[0, 0], atol=1e-5, rtol=1e-5)
+    child = ppo_runs.run(values)
+    assert child.info("stage_info")["adapter"]["base_id"] == dpo.id
+    torch.testing.assert_close(logits(place, child), plain(child, dpo.model_dir / "base"), atol=1e-4, rtol=1e-4)
+
+
+def test_what_does_not_go_with_a_prompt_is_refused_before_training(place, parents):
+    parent = parents("prefix_tuning")
+    refusals = {
+        "two can't be stacked": ("sft", {"tune": "prompt_tuning"}),
+        "set packing: false": ("sft", {"packing": True}),
+        "gradient_checkpointing recomputes": ("dpo", {"train": FAST | {"gradient_checkpointing": True}}),
+    }
+    for words, (stage, changes) in refusals.items():
+        with pytest.raises(UserError, match=words):
+            run(stage, settings(place, stage, FAST, name="never", output=str(place / "never"), init_from=parent.ref) | changes)
+    values = ppo_runs.settings(place, "never-p", init_from=parent.ref, engine={"kind": "continuous"}, split={"validation": 0.1, "test": 0.1})
+    with pytest.raises(UserError, match=r"engine.kind continuous samples without the prompt"):
+        ppo_runs.run(values)
+
+
+def test_the_generate_engine_samples_with_the_prompt(place, parents):
+    """It proves itself against a training forward before the first rollout."""
+    values = ppo_runs.settings(place, "generated", {"iterations": 1}, init_from=parents("prompt_tuning").ref, engine={"kind": "generate"}, split={"validation": 0.1, "test": 0.1})
+    ppo_runs.run(values | {"evaluation": None})
+    assert ppo_runs.metrics(values)[0]["objective/kl"] == pytest.approx(0, abs=1e-5)
+
+
+def test_align_eval_reads_and_writes_with_the_prompt(place, parents):
+    """Its KL to the base is not 0, and its log-probs are those of peft."""
+    from configs.schema import EvalConfig
+    from stages.evaluation.evaluate import evaluate
+    from stages.evaluation.likelihood import completion_logprobs
+
+    cfg = EvalConfig.model_validate({
+        "checkpoints": {"soft": parents("p_tuning").ref, "base": str(place / "base")}, "prompts": str(place / "prompts.jsonl"), "registry": str(place / "registry"),
+        "scorers": [{"kind": "length", "target": 3}], "reference": "base", "subset": "all", "sampling": {"max_new_tokens": 6}, "split": {"validation": 0.1, "test": 0.1},
+    })
+    found = evaluate(cfg, say=lambda line: None)["models"]
+    assert found["base"]["kl"]["k1"] == 0 < found["soft"]["kl"]["k1"]
+    scored, _ = completion_logprobs(models.load_policy(origin_of(place, parents("p_tuning"))), [IDS[0, :8].tolist()], [IDS[0, 8:].tolist()], temperature=1.0, pad_id=256)
+    expected = plain(parents("p_tuning"), place / "base")[0, 7:-1].log_softmax(-1).gather(1, IDS[0, 8:, None]).squeeze(1)
+    torch.testing.assert_close(torch.tensor(scored[0]).float(), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("lora", [None, False, True])
+def test_exported_and_imported_it_is_the_same_model(place, parents, tmp_path, lora):
+    """A prompt on the base, one over whole weights, one over an adapter: with its card, its sums, and without a path of this machine."""
+    from transformers import AutoModelForCausalLM
+
+    from stages.registry.exporting import Options, export
+    from stages.registry.importing import import_model
+
+    registry, checkpoint = Registry(place / "registry"), parents("p_tuning")
+    if lora is not None:
+        name = f"exported-{lora}".lower()
+        checkpoint = run("dpo", settings(place, "dpo", FAST | {"learning_rate": 1e-3}, name=name, output=str(place / name), init_from=checkpoint.ref, **(LORA if lora else {})))
+    with pytest.raises(UserError, match="can't be merged into weights"):
+        export(registry, checkpoint.ref, tmp_path / "merged", Options(merge=True))
+    exported = export(registry, checkpoint.ref, tmp_path / "out").folder
+    assert str(place) not in "".join(file.read_text() for file in exported.rglob("*.json")) + (exported / "README.md").read_text()
+    assert ("/base" in (exported / "README.md").read_text()) == (lora is not None)
+    with pytest.raises((OSError, ValueError)):  # never a model without its prompt
+        AutoModelForCausalLM.from_pretrained(exported)
+    again = import_model(Registry(tmp_path / "other"), str(exported), "sft/again", base=None if lora is False else str(place / "base"))
+    found = models.load_policy(models.find("sft/again", tmp_path / "other"))
+    with torch.no_grad():
+        assert torch.equal(found(input_ids=IDS, use_cache=False).logits, logits(place, checkpoint))
+    assert not Registry(tmp_path / "other").verify(again.ref, deep=True)
+    if lora is False:
+        with pytest.raises(UserError, match="brings the weights under its soft prompt"):
+            import_model(Registry(tmp_path / "other"), str(exported), "sft/again", base=str(place / "base"))
