@@ -13,7 +13,7 @@ from typing import Any
 from configs.errors import UserError
 from launch.plan.gpus import Device
 from launch.plan.jobs import work_of
-from launch.plan.make import STAGES, layout_for, plan_stage, stages_of
+from launch.plan.make import STAGES, both_ways, layout_for, plan_stage, stages_of
 from launch.plan.report import GIB, Planned
 from launch.plan.sources import Sources
 
@@ -31,7 +31,7 @@ def fitted(config: Any, kind: str, *, gpus: int, device: Device, nodes: int, onl
     plans, changed = [], {}
     for stage, cfg in stages_of(config, kind, only).items():
         found = _fit_stage(stage, cfg, config if kind == "chain" else None, sources, gpus, device, nodes)
-        plans.append(found)
+        plans.append(both_ways(found))
         changed[stage] = found.work.cfg
     new = changed[kind] if kind in STAGES else config.model_copy(update=changed)
     return new, plans, sources.notes

@@ -108,6 +108,12 @@ def works(config: Any, kind: str, layouts: Callable[[Any], Layout], sources: Sou
     return found
 
 
+def both_ways(planned: Planned) -> Planned:
+    """The plan of a stage with the estimate of the other choice about recomputed activations beside its own."""
+    job = planned.work.job
+    return replace(planned, other=estimate(replace(job, checkpointing=not job.checkpointing), planned.work.cfg, planned.layout))
+
+
 def plan(config: Any, kind: str, *, gpus: int, device: Device, nodes: int, machine: str | None = None, only: str | None = None, knobs: bool = True) -> tuple[list[Planned], list[str]]:
     """The plan of every stage, and notes on what it rests on.
 
@@ -118,7 +124,7 @@ def plan(config: Any, kind: str, *, gpus: int, device: Device, nodes: int, machi
     found = works(config, kind, lambda cfg: layout_for(cfg, machine, gpus, device, nodes), sources, only)
     out = [plan_stage(work, layout, knobs=knobs) for work, layout in found]
     if knobs:
-        out = [replace(p, other=estimate(replace(p.work.job, checkpointing=not p.work.job.checkpointing), p.work.cfg, p.layout)) for p in out]
+        out = [both_ways(p) for p in out]
     highest = max(out, key=lambda planned: planned.needed)
     if knobs:
         out = [replace(p, knobs=knobs_of(p)) if p is highest or p.fits is False else p for p in out]

@@ -19,6 +19,11 @@ WORLDS = {
 }
 STAGES, KINDS = ("sft", "reward", "dpo", "ppo"), ("full", "lora")
 LAYOUTS = {"one": "cpu", "zero2": "cpu_zero2", "zero3": "cpu_zero3"}
+# What the plan's rules were corrected by: of these cells the prediction is a fit, and no evidence for the plan.
+FITTED = {f"{case}/zero3/1M" for case in ("sft-full", "sft-lora", "reward-full", "reward-lora", "dpo-full", "dpo-lora", "ppo-full", "ppo-backbone")} | {
+    "reward-lora/zero2/23M", "reward-lora/zero3/23M", "dpo-lora/zero3/23M", "ppo-backbone/one/1M", "ppo-backbone/one/5M", "ppo-full/zero2/1M", "ppo-backbone/zero2/1M",
+    "ppo-full/zero2/23M", "ppo-backbone/zero2/23M", "ppo-full/zero3/5M", "ppo-backbone/zero3/5M", "ppo-full/zero3/23M", "ppo-backbone/zero3/23M",
+}  # fmt: skip
 # Small enough that these models fill several of them; the shipped machine files have DeepSpeed's own of 2 GB, beside which nothing here would count.
 BUCKETS = {"reduce_bucket_size": 1_000_000, "allgather_bucket_size": 1_000_000, "stage3_prefetch_bucket_size": 500_000, "stage3_param_persistence_threshold": 1000}
 

@@ -259,6 +259,7 @@ def test_fit_keeps_the_batch_and_writes_what_runs(tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     (stage,) = found["stages"]
     assert stage["fits"]
+    assert stage["checkpointing"]["without"]["activations_bytes"] > stage["checkpointing"]["with"]["activations_bytes"] > 0
     assert stage["micro_batch"] * stage["accumulation"] * stage["processes"] == 8
     assert [row["gpus"] for row in found["scale"]] == [2, 16]
     written = load(out, "chain")
