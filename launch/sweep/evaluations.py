@@ -28,7 +28,7 @@ def spread(chain: Any, metric: Metric, spec: Sweep) -> list[tuple[str, int]]:
     steps = train.max_steps or _steps(metric.stage, section)
     if steps is None:
         return []
-    every = max(1, steps // spec.evaluations)
+    every = max(1, round(steps / spec.evaluations))
     found = [(f"{metric.stage}.train.eval_every", every)]
     return found if train.save_every is not None else [*found, (f"{metric.stage}.train.save_every", min(steps, 3 * every))]
 

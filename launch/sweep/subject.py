@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.errors import UserError
-from configs.load import dump, load, model_of
+from configs.load import dump, load
 from configs.schema import Chain
 from configs.schema.chain import STAGES
 from launch.sweep.space import override
@@ -91,17 +91,14 @@ def subject_of(file: str, overrides: Sequence[str], stage: str | None = None) ->
     Raises:
         UserError: it is neither a chain nor a stage, or does not say which stage.
     """
-    from launch.config_cli import guess_kind
+    from launch.config_cli import likely_kinds
 
-    try:
-        kind = guess_kind(file)
-    except UserError as error:
-        if stage not in STAGES:
-            raise UserError(f"{file}: its keys do not tell which stage's config this is; say so with --stage ({', '.join(STAGES)})") from error
-        kind = stage
+    kinds = likely_kinds(file)
+    if len(kinds) > 1 and stage not in kinds:
+        raise UserError(f"{file}: its keys do not tell which stage's config this is; say so with --stage ({', '.join(kinds)})")
+    kind = str(stage) if len(kinds) > 1 else kinds[0]
     if kind not in ("chain", *STAGES):
         raise UserError(f"{file}: this is a config of kind {kind}; expected a chain or the config of a stage ({', '.join(STAGES)})")
-    model_of(kind)
     return Subject(file, kind, tuple(overrides))
 
 

@@ -210,11 +210,17 @@ def test_preparations_that_depend_on_what_is_swept_write_into_the_trial(world):
 def test_a_stage_s_own_file(world):
     file = world.folder / "sft.yaml"
     file.write_text(f"name: alone\ninit_from: {world.folder}/base\nregistry: {world.folder}/reg\noutput: {world.folder}/alone\ndata: {world.folder}/demos.jsonl\ntrain: {{learning_rate: 1e-2, eval_every: 10}}\n")
-    world.out = world.folder / "alone" / "sweep"
-    assert world.run("train.learning_rate=1e-2,1e-3", file=file, sampler="grid") == 0
-    assert world.results()["command"] == f"align sft --config {file} train.learning_rate=0.001"
-    assert load(world.out / "best.yaml", "sft").train.learning_rate == 1e-3
-    assert load(world.out / "best.yaml", "sft").registry == world.folder / "reg"
+    setting = world.setting("train.learning_rate=1e-2,1e-3", file=file)
+    assert setting.output == world.folder / "alone" / "sweep"
+    assert setting.fields[0].key == LR
+    assert setting.subject.command([(LR, 1e-3)]) == f"align sft --config {file} train.learning_rate=0.001"
+    assert setting.trial_chain([(LR, 1e-3)], 7).sft.registry == setting.output / "registry"
+    assert "learning_rate: 0.001" in setting.subject.text([(LR, 1e-3)])
+    (world.folder / "a.yaml").write_text("name: alone\ninit_from: base\ndata: demos.jsonl\n")
+    with pytest.raises(UserError, match=r"its keys do not tell which stage's config this is; say so with --stage \(sft, reward, dpo\)"):
+        world.setting(file=world.folder / "a.yaml")
+    with pytest.raises(UserError, match="no such file"):
+        world.setting(file=world.folder / "b.yaml")
 
 
 def _wait(true) -> None:

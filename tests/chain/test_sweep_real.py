@@ -15,7 +15,7 @@ def test_three_trials_of_sft(tmp_path, capfd):
     file = tmp_path / "sft.yaml"
     file.write_text(
         f"name: tiny\nregistry: {tmp_path}/registry\noutput: {tmp_path}/out\ninit_from: {tmp_path}/base\ndata: {tmp_path}/sft.jsonl\nmax_length: 128\n"
-        "split: {validation: 0.2, test: 0.1}\ntrain: {epochs: 3, batch_size: 8, micro_batch_size: 8, learning_rate: 1e-5}\n"
+        "split: {validation: 0.2, test: 0.1}\ntrain: {max_steps: 9, batch_size: 8, micro_batch_size: 8, learning_rate: 1e-5}\n"
     )
     words = ["sweep", str(file), "--stage", "sft", "--space", "train.learning_rate=1e-5,3e-3,1e-2", "--sampler", "grid", "--json"]
     assert main(words) == 0
@@ -24,7 +24,7 @@ def test_three_trials_of_sft(tmp_path, capfd):
     assert rows[1e-5]["state"] == "done"
     assert found["best"]["values"]["sft.train.learning_rate"] > 1e-5
     assert found["best"]["value"] < rows[1e-5]["value"] - 0.5
-    assert rows[1e-5]["evaluations"] >= 9, "evaluated often enough to be ended early"
+    assert rows[1e-5]["evaluations"] == 9, "evaluated often enough to be ended early"
     checkpoint = Registry(tmp_path / "out" / "sweep" / "registry").resolve(found["best"]["published"]["sft"])
     assert checkpoint.info("metrics")["loss"] == found["best"]["value"]
     assert load(found["config"], "sft").train.learning_rate == found["best"]["values"]["sft.train.learning_rate"]
