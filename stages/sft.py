@@ -22,10 +22,11 @@ def main(cfg: SFTStage, instead: Callable[[Any], None] | None = None) -> None:
     from stages import data, models, soft
     from stages.continuing import report, same
     from stages.dropout import with_dropout
+    from stages.loss.trainer import trainer_class
     from stages.nodes.once import once_per_node
     from stages.soft import training as prompts
     from stages.tokens import load_tokens
-    from stages.training import build, measures, plan, publish, ranks, ready, rehearsal, resume, text, watching
+    from stages.training import build, measures, publish, ranks, ready, rehearsal, resume, text, watching
     from stages.tuning import adapters, possible, quantized
     from stages.zero import load
 
@@ -59,18 +60,18 @@ def main(cfg: SFTStage, instead: Callable[[Any], None] | None = None) -> None:
     covered, every = (sum(len(row["input_ids"]) if key is None else sum(row[key]) for row in train) for key in ("completion_mask", None))
     ranks.say(f"the loss covers {covered} of {every} tokens (align data show prints which; texts stay out of logs)")
 
-    rows = packed(model, train, limit) if cfg.packing else [labelled(row) for row in train]
-    steps = plan.make_plan(cfg.train, len(rows), ranks.world_size(), general_rows=len(general.rows), share=general.share)
+    rows, collator = packed(model, train, limit, tokens.pad_id) if cfg.packing else ([labelled(row) for row in train], None)
+    every_row = general.after(rows, packed=cfg.packing)
+    steps = planned(cfg, len(rows), every_row, general.share)
+    chunked = SFTTrainer if general.rows else trainer_class(SFTTrainer, model, cfg.train, train[0]["input_ids"])  # rehearsal weighs single tokens
     trainer = build.build(
-        STAGE, rehearsal.mixing(SFTTrainer, general), SFTConfig, measures.tokens, cfg=cfg, plan=steps,
-        train=build.in_order(general.after(rows, packed=cfg.packing), steps, cfg.seed),
+        STAGE, rehearsal.mixing(chunked, general), SFTConfig, measures.tokens, cfg=cfg, plan=steps, train=build.in_order(every_row, steps, cfg.seed),
         validation=build.as_dataset([labelled(row) for row in validation]) if validation else None,
         # The rows are tokenised and labelled: TRL must not prepare, truncate or pack them again.
-        arguments={
-            "max_length": None, "packing": False, "padding_free": cfg.packing, "dataset_kwargs": {"skip_prepare_dataset": True}, "remove_unused_columns": False,
-        },
+        arguments={"max_length": None, "packing": False, "padding_free": cfg.packing and collator is None, "dataset_kwargs": {"skip_prepare_dataset": True}, "remove_unused_columns": False},
         watch=watching.watcher(cfg, tokens, limit, steps, splits, too_long),
-        model=model, processing_class=tokens.tokenizer, peft_config=adapters.peft_config(cfg.technique, "CAUSAL_LM", model) if under is origin else None,
+        model=model, data_collator=collator, processing_class=tokens.tokenizer,
+        peft_config=adapters.peft_config(cfg.technique, "CAUSAL_LM", model) if under is origin else None,
     )  # fmt: skip
     if instead is not None:
         return instead(trainer)
@@ -84,17 +85,31 @@ def main(cfg: SFTStage, instead: Callable[[Any], None] | None = None) -> None:
     resume.forget(build.output_folder(cfg, STAGE) / "resume")
 
 
-def packed(model: Any, rows: list[dict[str, Any]], max_length: int) -> list[dict[str, Any]]:
-    """Several rows per sequence of at most `max_length` tokens (best fit), where this model keeps them apart.
+def planned(cfg: SFTStage, rows: int, every_row: list[dict[str, Any]], share: float) -> Any:
+    """The run's optimizer steps over `rows` rows of the task and the general ones after them; says how much of its batches is padding."""
+    from stages.training import build, plan, ranks, text
+
+    lengths = build.lengths_of(every_row)
+    grouped = lengths[:rows] if cfg.train.group_by_length else None
+    steps = plan.make_plan(cfg.train, rows, ranks.world_size(), general_rows=len(every_row) - rows, share=share, lengths=grouped)
+    text.report_padding(lengths, steps, cfg.seed, cfg.train.micro_batch_size)
+    return steps
+
+
+def packed(model: Any, rows: list[dict[str, Any]], max_length: int, pad_id: int) -> tuple[list[dict[str, Any]], Any]:
+    """Several rows per sequence of at most `max_length` tokens (best fit), where this model keeps them apart; and what makes batches of them.
 
     Raises:
         UserError: the rows would see one another.
     """
-    from stages.training.packing import pack_rows, refuse_leaks
+    from stages.training import packing
+    from stages.training.ranks import say
 
     labels = [labelled(row) for row in rows]
-    refuse_leaks(model, labels)
-    return pack_rows(labels, max_length)
+    way = packing.isolation(model, labels)
+    sequences = packing.pack_rows(labels, max_length)
+    say(f"packing: {len(rows)} rows in {len(sequences)} sequences of at most {max_length} tokens; train.batch_size counts sequences")
+    return sequences, packing.collator(way, model, pad_id)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from configs.schema.common import Fraction, Lora, Sources, StageConfig, Train
+from configs.schema.common import Fraction, Lora, PositiveInt, Sources, StageConfig, Train
 from configs.schema.continued import Continued
 from configs.schema.guard import Guard
 from configs.schema.health import SFTHealth
@@ -46,6 +46,10 @@ class SFTTrain(Train):
         default=0.0, description="Share of the target that is spread evenly over the vocabulary (0.05 to 0.1), against overconfidence; the validation loss stays the plain one."
     )
     rehearsal: Rehearsal | None = Field(default=None, description="Mix general text into every optimizer step against forgetting; null trains on `data` alone.")
+    loss_chunk: PositiveInt | Literal["auto"] | None = Field(
+        default="auto", description="Tokens whose logits are alive at once, in the loss and its gradient; auto: as suits the vocabulary and the device; null: TRL's own loss."
+    )
+    group_by_length: bool = Field(default=False, description="Let an optimizer step have rows of like length: less padding, and steps that are less random.")
 
 
 class SFTStage(TRLStage):

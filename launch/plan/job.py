@@ -20,7 +20,7 @@ class Job:
     accumulation: int  # micro-batches per optimizer step of a process
     row_tokens: int  # tokens of the longest row
     prompt_tokens: int = 0  # tokens of the longest prompt; PPO
-    completion_tokens: int = 0  # tokens of the longest completion; PPO
+    completion_tokens: int = 0  # tokens of the longest completion; PPO, and SFT where it is known
     generate_batch: int = 0  # prompts generated at once by a process; PPO
     rollout_rows: int = 0  # completions of an iteration, all processes; PPO
     evaluates: bool = False  # PPO: samples held-out prompts before it trains
@@ -29,6 +29,7 @@ class Job:
     pure_bf16: bool = False  # weights and gradients in bf16 too, as DeepSpeed has them; else bf16 is an autocast over float32 weights
     checkpointing: bool = False
     attn_implementation: str | None = None
+    loss_chunk: int | str | None = "auto"  # SFT: tokens whose logits are alive at once; None is TRL's own loss
     optimizer: str = "adamw"
     value_function: str = "copy"  # PPO: adapter, copy or head
     own_reference: bool = True  # DPO and PPO: a reference that is a model of its own

@@ -61,7 +61,7 @@ def work_of(stage: str, cfg: Any, layout: Layout, sources: Sources, chain: Any =
     packed = stage == "sft" and cfg.packing
     job = Job(
         stage, micro_batch=train.micro_batch_size, accumulation=train.batch_size // per_forward, row_tokens=limit if packed else rows.longest,
-        own_reference=own, optimizer=str(cfg.trainer.get("optim", "adamw_torch_fused")), **shared,
+        completion_tokens=0 if packed else rows.counted, own_reference=own, loss_chunk=train.loss_chunk if stage == "sft" else None, optimizer=str(cfg.trainer.get("optim", "adamw_torch_fused")), **shared,
     )  # fmt: skip
     count = rows.count if not packed or rows.count is None else math.ceil(rows.count * rows.mean / limit)
     steps = train.max_steps or (max(1, math.ceil(train.epochs * count / train.batch_size)) if count else None)

@@ -18,7 +18,7 @@ from launch.plan.allocations import Allocations
 from launch.plan.job import Job
 from launch.plan.simulate import Simulation
 from launch.plan.spread import micro_batches
-from stages.ppo import logprobs as heads
+from stages.loss import logprobs as heads
 from stages.ppo import maths
 from stages.ppo.modules import (
     POLICY,

@@ -19,6 +19,7 @@ class Rows:
     longest: int  # tokens; of a prompt in PPO
     mean: float  # tokens
     measured: bool  # by tokenising a sample; else what the config allows
+    counted: int = 0  # SFT: most tokens of a row that the loss covers; 0 is not known
 
 
 def rows_of(stage: str, cfg: Any, tokens: Any, limit: int) -> Rows:
@@ -31,13 +32,13 @@ def rows_of(stage: str, cfg: Any, tokens: Any, limit: int) -> Rows:
     rows = _read(stage, cfg)
     chosen = _sample(rows)
     try:
-        lengths = _lengths(stage, cfg, tokens, chosen, limit)
+        lengths, counted = _lengths(stage, cfg, tokens, chosen, limit)
     except UserError:
-        lengths = []
+        lengths, counted = [], 0
     if not lengths:
         return Rows(len(rows), limit, float(limit), measured=False)
     spread = lengths[: min(SAMPLE, len(lengths))]
-    return Rows(len(rows), max(lengths), sum(spread) / len(spread), measured=True)
+    return Rows(len(rows), max(lengths), sum(spread) / len(spread), measured=True, counted=counted)
 
 
 def _read(stage: str, cfg: Any) -> list[Any]:
@@ -53,14 +54,15 @@ def _sample(rows: list[Any]) -> list[Any]:
     return rows[::step][:SAMPLE] + sorted(rows, key=lambda row: len(str(row)), reverse=True)[:LONGEST]
 
 
-def _lengths(stage: str, cfg: Any, tokens: Any, rows: list[Any], limit: int) -> list[int]:
-    """Tokens of each row that is within the limit."""
+def _lengths(stage: str, cfg: Any, tokens: Any, rows: list[Any], limit: int) -> tuple[list[int], int]:
+    """Tokens of each row that is within the limit; in SFT the most of a row that the loss covers."""
     from stages import data
 
     if stage == "sft":
-        return [len(row["input_ids"]) for row in data.encode_demonstrations(tokens.formatter, rows, limit, "drop", cfg.loss_on, may_be_empty=True)[0]]
+        encoded, _ = data.encode_demonstrations(tokens.formatter, rows, limit, "drop", cfg.loss_on, may_be_empty=True)
+        return [len(row["input_ids"]) for row in encoded], max((sum(row["completion_mask"]) for row in encoded), default=0)
     if stage == "ppo":
         found, _ = data.encode_prompts(tokens.formatter, rows, max_length=limit, max_new_tokens=0, overlong="drop", may_be_empty=True)
-        return [len(row["prompt_ids"]) for row in found]
+        return [len(row["prompt_ids"]) for row in found], 0
     pairs, _ = data.encode_pairs(tokens.formatter, rows, limit, "drop", may_be_empty=True)
-    return [len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"])) for pair in pairs]
+    return [len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"])) for pair in pairs], 0

@@ -16,6 +16,9 @@ from launch.plan.allocations import Allocations
 from launch.plan.job import Job
 from launch.plan.simulate import Simulation
 from launch.plan.spread import micro_batches
+from stages.loss import logprobs as heads
+from stages.loss.model import add_token_sums
+from stages.loss.sums import TokenSums
 
 
 def simulate(job: Job, running: Simulation, around: Callable[[Any, Any], AbstractContextManager[Any]]) -> None:
@@ -40,7 +43,12 @@ def simulate(job: Job, running: Simulation, around: Callable[[Any, Any], Abstrac
 
 
 def _sft(job: Job, running: Allocations) -> tuple[Any, Callable[[], Tensor]]:
-    model = _adapted(blueprint.policy(job, frozen=job.lora is not None), job, "CAUSAL_LM", ("log_probs", "entropy", "is_top1"))
+    model = blueprint.policy(job, frozen=job.lora is not None)
+    if job.loss_chunk is not None:
+        add_token_sums(model, None if job.loss_chunk == "auto" else int(job.loss_chunk))
+        model = blueprint.adapted(model, job, "CAUSAL_LM") if job.lora is not None else model
+        return model, lambda: _mean(model(**_batch(job), labels=_labels(job), token_sums=True))
+    model = _adapted(model, job, "CAUSAL_LM", ("log_probs", "entropy", "is_top1"))
 
     def loss() -> Tensor:
         batch = _batch(job)
@@ -48,6 +56,17 @@ def _sft(job: Job, running: Allocations) -> tuple[Any, Callable[[], Tensor]]:
         return -outputs.log_probs.sum() / outputs.label_mask.sum()
 
     return model, loss
+
+
+def _labels(job: Job) -> Tensor:
+    """Every row with as many tokens under the loss as the longest completion has, or with all."""
+    labels = torch.zeros(job.sequences, job.row_tokens, dtype=torch.long)
+    labels[:, : job.row_tokens - (job.completion_tokens or job.row_tokens)] = -100
+    return labels
+
+
+def _mean(sums: TokenSums) -> Tensor:
+    return (sums.loss / sums.counted).float()
 
 
 def _reward(job: Job, running: Allocations) -> tuple[Any, Callable[[], Tensor]]:
@@ -114,7 +133,7 @@ def _kernels(job: Job) -> Iterator[None]:
     if not job.gpu:
         yield
         return
-    with mock.patch("trl.kernels.chunked_logprob._forward_tile", _nothing), mock.patch("trl.kernels.chunked_logprob._backward_tile", _nothing):
+    with mock.patch.object(heads, "CHUNK_ELEMENTS", heads.CHUNK_ELEMENTS_GPU), mock.patch("trl.kernels.chunked_logprob._forward_tile", _nothing), mock.patch("trl.kernels.chunked_logprob._backward_tile", _nothing):
         yield
 
 

@@ -20,6 +20,7 @@ from rewards.combine import WeightedSum
 from rewards.model import RewardModelScorer
 from stages import foreign, models, soft
 from stages.dropout import check_no_dropout
+from stages.onednn import use_onednn, widened
 from stages.ppo.lora import use_sums
 from stages.ppo.modules import (
     POLICY,
@@ -32,7 +33,6 @@ from stages.ppo.modules import (
     store_linear_weights,
 )
 from stages.ppo.offload import OffloadedReference, OffloadedScorer
-from stages.ppo.onednn import use_onednn, widened
 from stages.ppo.rollout import Tokens
 from stages.ppo.support import prove
 from stages.ppo.zero.engines import Zero, split

@@ -1,6 +1,6 @@
 """Log-probs, entropy and values at completion positions, without the logits of a rollout ever being held.
 
-Only hidden states of completion positions reach the output head, and in chunks, none of which outlives a call (stages/ppo/logprobs.py).
+Only hidden states of completion positions reach the output head, and in chunks, none of which outlives a call (stages/loss/logprobs.py).
 """
 
 from __future__ import annotations
@@ -8,12 +8,13 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from stages import soft
-from stages.ppo.logprobs import choose, chosen_logprobs, chunk_rows, pad_last_chunk
-from stages.ppo.onednn import OneDNNLinear, widened
+from stages.loss.head import is_linear, logits_scale, output_logits
+from stages.loss.logprobs import choose, chosen_logprobs, chunk_rows, pad_last_chunk
+from stages.onednn import widened
 from stages.ppo.rollout import Tokens
 
 
@@ -37,26 +38,6 @@ def hidden_states(trunk: Any, tokens: Tokens) -> Tensor:
     columns = starts - 1 + torch.arange(tokens.mask.shape[1] + 1, device=starts.device)
     index = columns.clamp(0, states.shape[1] - 1).unsqueeze(2).expand(-1, -1, states.shape[2])
     return states.gather(1, index)
-
-
-def output_logits(model: Any, hidden: Tensor) -> Tensor:
-    """Logits of hidden states, with the scaling and capping that some architectures apply after the head."""
-    logits = model.get_output_embeddings()(hidden)
-    scale, cap = logits_scale(model), getattr(model.config, "final_logit_softcapping", None)
-    if scale != 1.0:
-        logits = logits * scale
-    return logits if cap is None else torch.tanh(logits / cap) * cap
-
-
-def logits_scale(model: Any) -> float:
-    """What the head's output is multiplied by."""
-    times, over = (getattr(model.config, name, None) for name in ("logit_scale", "logits_scaling"))
-    return (1.0 if times is None else times) / (1.0 if over is None else over)
-
-
-def is_linear(model: Any) -> bool:
-    """Whether logits are a multiple of what a plain linear layer makes of hidden states."""
-    return type(model.get_output_embeddings()) in (nn.Linear, OneDNNLinear) and getattr(model.config, "final_logit_softcapping", None) is None
 
 
 def token_outputs(model: Any, hidden: Tensor, tokens: Tokens, *, temperature: float, entropy: bool = False) -> TokenOutputs:

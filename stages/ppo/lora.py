@@ -14,7 +14,7 @@ from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from stages.ppo.onednn import OneDNNLinear, linear, product, weight_gradient
+from stages.onednn import OneDNNLinear, linear, product, weight_gradient
 
 
 class SummedLinear(Linear):

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from configs.schema import Sampling
-from stages.ppo.onednn import widened
+from stages.onednn import widened
 from stages.training import watchdog
 
 BLOCK = 256  # tokens of the vocabulary whose probabilities are summed up before one of them is looked for

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from configs.errors import UserError
 from configs.schema import Sampling
-from stages.ppo.forward import hidden_states, output_logits, token_outputs
+from stages.loss.head import output_logits
+from stages.ppo.forward import hidden_states, token_outputs
 from stages.ppo.rollout import Tokens
 from stages.ppo.sampling import completion_seed, left_pad, sample
 

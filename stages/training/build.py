@@ -16,7 +16,7 @@ from stages.training import ready
 from stages.training.arguments import trl_arguments
 from stages.training.evaluation import Measure, StopEarly, evaluate_exactly, exact
 from stages.training.guarding import SkipSteps
-from stages.training.plan import Plan, row_order, rows_of
+from stages.training.plan import Plan, rows_of, sorted_steps
 from stages.training.progress import NAMES, Progress
 from stages.training.ranks import say
 from stages.training.stop_trainer import Beats, StopWhenTold
@@ -39,10 +39,12 @@ def in_order(rows: Rows, plan: Plan, seed: int) -> Any:
 
     Within an optimizer step they are sorted by length: micro-batches then hold little padding, and the step is the same.
     """
-    lengths = [max(len(value) for value in row.values() if isinstance(value, list)) for row in rows]
-    order = row_order(plan, seed)
-    steps = (sorted(order[start : start + plan.batch_size], key=lengths.__getitem__) for start in range(0, len(order), plan.batch_size))
-    return as_dataset(rows).select([row for step in steps for row in step])
+    return as_dataset(rows).select(sorted_steps(lengths_of(rows), plan, seed))
+
+
+def lengths_of(rows: Rows) -> list[int]:
+    """Tokens of each row (of a pair: of its longest part)."""
+    return [max(len(value) for value in row.values() if isinstance(value, list)) for row in rows]
 
 
 def as_dataset(rows: Rows) -> Any:

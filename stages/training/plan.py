@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from configs.errors import UserError
 from configs.schema import Train
+
+WINDOW = 50  # optimizer steps whose rows are sorted by length together: more pads less, and makes steps less random
 
 
 @dataclass(frozen=True)
@@ -23,10 +26,13 @@ class Plan:
     warmup_steps: int
     general_rows: int = 0  # rows of general text that there are; they are numbered after the task's
     general: int = 0  # of them per optimizer step, within batch_size
+    lengths: tuple[int, ...] | None = field(default=None, repr=False)  # tokens of each row of the task, where rows of like length share a step
 
 
-def make_plan(train: Train, rows: int, processes: int, *, general_rows: int = 0, share: float = 0.0) -> Plan:
+def make_plan(train: Train, rows: int, processes: int, *, general_rows: int = 0, share: float = 0.0, lengths: Sequence[int] | None = None) -> Plan:
     """Work out a run's steps. Where there are rows of general text, they make up `share` of every optimizer step; epochs are of the task's rows.
+
+    `lengths`: tokens of each row of the task, where rows of like length should share a step.
 
     Raises:
         UserError: no rows, fewer rows than a batch, a batch that micro-batches and processes do not divide, or saves that
@@ -57,8 +63,9 @@ def make_plan(train: Train, rows: int, processes: int, *, general_rows: int = 0,
             "train.early_stopping_patience they must be equal, because the best evaluated state is the one published"
         )
     return Plan(
-        rows, train.batch_size, train.batch_size // per_forward, steps, eval_every, save_every, math.ceil(train.warmup * steps), general_rows, general
-    )
+        rows, train.batch_size, train.batch_size // per_forward, steps, eval_every, save_every, math.ceil(train.warmup * steps), general_rows, general,
+        tuple(lengths) if lengths is not None else None,
+    )  # fmt: skip
 
 
 def row_order(plan: Plan, seed: int) -> list[int]:
@@ -70,6 +77,8 @@ def row_order(plan: Plan, seed: int) -> list[int]:
     """
     own = plan.batch_size - plan.general
     task = _passes(plan.rows, plan.steps * own, str(seed))
+    if plan.lengths is not None:
+        task = _like_lengths_together(task, own, plan.lengths, seed)
     if not plan.general:
         return task
     general = [plan.rows + row for row in _passes(plan.general_rows, plan.steps * plan.general, f"{seed}/general")]
@@ -87,6 +96,42 @@ def _passes(rows: int, needed: int, seed: str) -> list[int]:
         random.Random(f"{seed}/{epoch}").shuffle(indices)
         order += indices
     return order[:needed]
+
+
+def _like_lengths_together(order: list[int], size: int, lengths: Sequence[int], seed: int) -> list[int]:
+    """The order, of steps of `size` rows, with rows moved between the steps of one pass, WINDOW at a time, so that a step's rows are of like length.
+
+    The steps themselves stay in a random order. A step that reaches into the next pass stays as it is.
+    """
+    steps = [order[start : start + size] for start in range(0, len(order), size)]
+    whole: dict[int, list[int]] = {}  # steps that lie in one pass, by pass
+    for number in range(len(steps)):
+        first, last = number * size // len(lengths), ((number + 1) * size - 1) // len(lengths)
+        if first == last:
+            whole.setdefault(first, []).append(number)
+    for epoch, numbers in whole.items():
+        draw = random.Random(f"{seed}/{epoch}/lengths")
+        for start in range(0, len(numbers), WINDOW):
+            window = numbers[start : start + WINDOW]
+            rows = sorted((row for number in window for row in steps[number]), key=lengths.__getitem__)
+            made = [rows[at : at + size] for at in range(0, len(rows), size)]
+            draw.shuffle(made)
+            for number, step in zip(window, made, strict=True):
+                steps[number] = step
+    return [row for step in steps for row in step]
+
+
+def sorted_steps(lengths: Sequence[int], plan: Plan, seed: int) -> list[int]:
+    """The rows of every optimizer step in turn, those of a step by length."""
+    order = row_order(plan, seed)
+    steps = (sorted(order[start : start + plan.batch_size], key=lengths.__getitem__) for start in range(0, len(order), plan.batch_size))
+    return [row for step in steps for row in step]
+
+
+def padding_share(order: Sequence[int], lengths: Sequence[int], micro_batch_size: int) -> float:
+    """The share of tokens that are padding when rows in this order are cut into micro-batches."""
+    batches = [[lengths[row] for row in order[at : at + micro_batch_size]] for at in range(0, len(order), micro_batch_size)]
+    return 1 - sum(map(sum, batches)) / sum(max(batch) * len(batch) for batch in batches)
 
 
 def rows_of(plan: Plan, seed: int, step: int) -> list[int]:

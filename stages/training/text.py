@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from configs.schema import StageConfig, TRLStage, lora_of
 from stages import data, models, soft
 from stages.tokens import ModelTokens
+from stages.training import plan
 from stages.training.ranks import say
 from stages.tuning.adapters import check_lora_targets
 
@@ -49,3 +52,10 @@ def report_rows(facts: dict[str, Any], warnings: list[str]) -> None:
     rows, too_long = facts["rows"], sum(facts["dropped"]["overlong"].values())
     counts = f"{rows['train']} training, {rows['validation']} validation, {rows['test']} test rows"
     say(f"data: {counts}" + (f"; {too_long} too long, dropped" if too_long else ""))
+
+
+def report_padding(lengths: Sequence[int], steps: plan.Plan, seed: int, micro_batch_size: int) -> None:
+    """Say what share of the tokens in batches is padding, in this order of rows and in a random one."""
+    random = plan.row_order(replace(steps, lengths=None), seed)
+    ours = plan.padding_share(plan.sorted_steps(lengths, steps, seed), lengths, micro_batch_size)
+    say(f"padding: {ours:.1%} of the tokens in batches; rows in random order would have {plan.padding_share(random, lengths, micro_batch_size):.1%}")

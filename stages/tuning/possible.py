@@ -25,8 +25,8 @@ def check(cfg: TRLStage) -> None:
         raise UserError(f"init: {lora.init} at ZeRO-3: it decomposes whole weights, and no process holds one; use a ZeRO-2 machine file, or init: default")
     if lora is not None and lora.dora and zero == 3:
         raise UserError("dora at ZeRO-3: it needs the norm of whole weights in every step, and they are split over the processes; use a ZeRO-2 machine file, or leave dora out")
-    if isinstance(cfg.train, SFTTrain) and cfg.train.label_smoothing and zero == 3:
-        raise UserError("train.label_smoothing at ZeRO-3: it reads the whole output head, which is split over the processes; use a ZeRO-2 machine file, or leave it out")
+    if isinstance(cfg.train, SFTTrain) and cfg.train.label_smoothing and cfg.train.loss_chunk is None and zero == 3:
+        raise UserError("train.label_smoothing at ZeRO-3: it reads the whole output head, which is split over the processes; use a ZeRO-2 machine file, train.loss_chunk: auto, or leave it out")
     if isinstance(technique, Full) and technique.freeze is not None and technique.freeze.unfreeze_every is not None and zero:
         raise UserError(
             f"tune.freeze.unfreeze_every under DeepSpeed ZeRO-{zero}: its optimizer lays all trained weights out once, and would move frozen ones by decay and momentum; use a machine "

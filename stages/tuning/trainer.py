@@ -17,7 +17,8 @@ from stages.tuning.smoothing import LastHidden, above_mean
 
 def tuned(trainer_class: Any, cfg: TRLStage) -> Any:
     """A subclass of a trainer class for the technique of `cfg`."""
-    smoothing = cfg.train.label_smoothing if isinstance(cfg.train, SFTTrain) else 0.0
+    # The loss in chunks smooths by itself.
+    smoothing = cfg.train.label_smoothing if isinstance(cfg.train, SFTTrain) and cfg.train.loss_chunk is None else 0.0
 
     class Tuned(trainer_class):
         thaw: Thaw | None = None

@@ -47,7 +47,8 @@ def _cases() -> dict[str, SFTCase]:
         for name, (shape, tokens) in models.items() for setting in SETTINGS
     ]  # fmt: skip
     long = SFTCase("vocab32k/long", models["vocab32k"][0] | {"max_position_embeddings": 4096}, "padded", (1024, 2048), batch=8, micro_batch=4, steps=8)
-    return {case.name: case for case in [*found, long]}
+    eight = replace(long, name="vocab32k/8k", model=long.model | {"max_position_embeddings": 8192}, setting="checkpointed", tokens=(8000, 8192), batch=1, micro_batch=1, steps=6)
+    return {case.name: case for case in [*found, long, eight]}
 
 
 SFT_CASES = _cases()

@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from tests.bench.cases import PAD
 from tests.bench.ours import device_facts
 from tests.bench.peak import baseline, peak
 from tests.bench.sft_cases import SFTCase, held_out_loss
@@ -47,8 +48,7 @@ def count_tokens(trainer: Any) -> list[int]:
     inner = trainer.training_step
 
     def counting(model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        mask = inputs.get("attention_mask")
-        counts.append(int((mask if mask is not None and mask.dim() == 2 else inputs["input_ids"] != -1).sum()))
+        counts.append(int((inputs["input_ids"] != PAD).sum()))
         return inner(model, inputs, *args, **kwargs)
 
     trainer.training_step = counting

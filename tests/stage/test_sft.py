@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 
 import pytest
 import torch
@@ -231,52 +230,3 @@ def test_a_validation_part_of_overlong_rows_only_is_dropped_like_any_row(place):
     assert checkpoint.info("data")["rows"]["validation"] == 0
     assert checkpoint.info("data")["dropped"]["overlong"]["validation"] == parts.count("validation") > 0
     assert checkpoint.info("metrics") == {}
-
-
-class TestPacking:
-    def rows(self, place):
-        from stages.sft import labelled
-
-        return [labelled(row) for row in encoded(place, "train")]
-
-    def loss(self, model, rows, padding_free: bool):
-        """Summed loss per completion token, as the trainer counts it."""
-        from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-
-        batch = DataCollatorForLanguageModeling(pad_token_id=256, padding_free=padding_free)(rows)
-        labels = batch.pop("labels")
-        with torch.no_grad():
-            logprobs = model(**batch, use_cache=False).logits[:, :-1].double().log_softmax(-1)
-        target, counted = labels[:, 1:].clamp(min=0), labels[:, 1:] != -100
-        return -(logprobs.gather(-1, target[..., None]).squeeze(-1) * counted).sum().item() / counted.sum().item()
-
-    def test_packed_equals_unpacked(self, place):
-        from transformers import AutoModelForCausalLM
-
-        from stages.training.packing import pack_rows
-
-        model, rows = AutoModelForCausalLM.from_pretrained(place / "base"), self.rows(place)[:12]
-        packed = pack_rows(rows, 128)
-        assert len(packed) < len(rows)
-        assert sum(len(row["input_ids"]) for row in packed) == sum(len(row["input_ids"]) for row in rows)
-        assert self.loss(model, packed, True) == pytest.approx(self.loss(model, rows, False), rel=1e-5)
-
-    def test_a_packed_run_publishes(self, place):
-        checkpoint = run("sft", settings(place, "sft", {"max_steps": 2, "batch_size": 2, "micro_batch_size": 1}, name="packed", packing=True))
-        assert math.isfinite(checkpoint.info("metrics")["loss"])
-
-    def test_refused_where_rows_see_one_another(self, place, monkeypatch):
-        from transformers import AutoModelForCausalLM
-
-        from stages.training.packing import refuse_leaks
-
-        model = AutoModelForCausalLM.from_pretrained(place / "base")
-        refuse_leaks(model, self.rows(place))
-        forward = model.forward
-
-        def leaking(input_ids, position_ids, use_cache):
-            return forward(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), position_ids=position_ids)
-
-        monkeypatch.setattr(model, "forward", leaking)
-        with pytest.raises(UserError, match="see one another"):
-            refuse_leaks(model, self.rows(place))

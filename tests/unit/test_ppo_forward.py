@@ -8,7 +8,8 @@ from torch import nn
 
 from configs.errors import UserError
 from stages import dropout, models
-from stages.ppo import forward, logprobs, maths, support
+from stages.loss import logprobs
+from stages.ppo import forward, maths, support
 from stages.ppo.modules import PolicyAndValue, Reference
 from stages.ppo.rollout import Tokens, cut
 from tests.unit.ppo_samples import model_of, ragged_ids, tokens_of

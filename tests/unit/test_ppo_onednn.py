@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from stages import models
-from stages.ppo import forward, logprobs, onednn
+from stages import models, onednn
+from stages.loss import logprobs
+from stages.ppo import forward
 from stages.ppo.modules import PolicyAndValue
 from tests.unit.ppo_samples import model_of, ragged_ids, tokens_of
 

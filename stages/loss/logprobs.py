@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from stages.ppo.onednn import OneDNNLinear, add_weight_gradient, at_most, product, whole
+from stages.onednn import OneDNNLinear, add_weight_gradient, at_most, product, whole
 
 # Logits of one chunk, of which two are alive at once. Fewer make slow matrix products; of 32 MiB or more glibc would ask the kernel
 # for fresh pages each time, which costs more than reading them.

@@ -1,0 +1,196 @@
+"""The loss of SFT through its real trainer: in chunks as whole, packed as unpacked, rows of like length in one step."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from configs.errors import UserError
+from stages.loss.model import add_token_sums
+from stages.training import packing, resume
+from tests.stage.runs import metrics, run, settings, weights, workspace
+from tests.stage.test_sft import encoded
+from tests.unit.test_loss import tiny
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return workspace(tmp_path_factory.mktemp("loss"))
+
+
+def labelled(place, count):
+    from stages.sft import labelled
+
+    return [labelled(row) for row in encoded(place, "train")][:count]
+
+
+def gradients_of(place, monkeypatch, **changes):
+    """(loss of the first optimizer step, gradients before it is taken) of a run of the stage."""
+    seen = {}
+
+    class Keep(TrainerCallback):
+        def __init__(self, trainer):
+            self.trainer = trainer
+
+        def on_pre_optimizer_step(self, args, state, control, **_):
+            seen.setdefault("gradients", {name: p.grad.clone() for name, p in self.trainer.model.named_parameters() if p.grad is not None})
+
+    train = resume.train
+
+    def keeping(trainer, *arguments, **keywords):
+        trainer.add_callback(Keep(trainer))
+        train(trainer, *arguments, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(resume, "train", keeping)
+        run("sft", settings(place, "sft", **changes))
+    return metrics(place, "sft", "loss")[0], seen["gradients"]
+
+
+def assert_same(one, other, rel=1e-5):
+    """Losses, and gradients relative to the largest of their tensor."""
+    assert one[0] == pytest.approx(other[0], rel=rel)
+    assert one[1].keys() == other[1].keys()
+    for name, gradient in one[1].items():
+        gap = (gradient - other[1][name]).abs().max() / other[1][name].abs().max().clamp(min=1e-9)
+        assert gap < 10 * rel, (name, gap)
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2, "alpha": 4}])
+def test_chunks_give_trls_loss_and_gradients(place, monkeypatch, lora):
+    """Micro-batches of different length and number of completion tokens; chunks of 7 tokens, in fp32."""
+    train = {"max_steps": 1, "micro_batch_size": 2}
+    ours = gradients_of(place, monkeypatch, train=train | {"loss_chunk": 7}, lora=lora, name="chunks")
+    trls = gradients_of(place, monkeypatch, train=train | {"loss_chunk": None}, lora=lora, name="trl")
+    assert_same(ours, trls)
+
+
+def test_a_run_in_chunks_ends_where_trls_does_and_counts_every_token_alike(place):
+    """Six steps: loss, gradient norm, evaluation; the accuracy of a step is that of its tokens, not a mean over micro-batches."""
+    found = {}
+    for chunk in ("auto", None):
+        checkpoint = run("sft", settings(place, "sft", {"max_steps": 6, "loss_chunk": chunk, "gradient_checkpointing": chunk == "auto"}, name=f"whole-{chunk}".lower()))
+        found[chunk] = [*metrics(place, "sft", "loss"), *metrics(place, "sft", "eval_loss"), *metrics(place, "sft", "eval_token_accuracy")], weights(checkpoint)
+        accuracies = metrics(place, "sft", "token_accuracy")
+    assert found["auto"][0] == pytest.approx(found[None][0], rel=1e-5)
+    assert len(accuracies) == 6
+    for name, tensor in found["auto"][1].items():
+        torch.testing.assert_close(tensor, found[None][1][name], rtol=0, atol=2e-5)
+
+
+def test_an_adapter_on_the_head_is_trained(tmp_path):
+    """TRL refuses it, since its own loss would leave it out."""
+    place = workspace(tmp_path, tie_word_embeddings=False)
+    lora = {"rank": 2, "alpha": 4, "target_modules": ["q_proj", "lm_head"]}
+    checkpoint = run("sft", settings(place, "sft", {"max_steps": 2}, name="head", lora=lora))
+    trained = {name: tensor for name, tensor in weights(checkpoint).items() if "lm_head.lora_B" in name}
+    assert trained
+    assert all(tensor.abs().max() > 0 for tensor in trained.values())
+
+
+def test_label_smoothing_is_the_one_that_is_added_to_trls_loss(place, monkeypatch):
+    """Two ways: from a chunk's logits, and as a product of hidden states and rows of the head that is added to TRL's loss."""
+    train = {"max_steps": 1, "label_smoothing": 0.1}
+    assert_same(gradients_of(place, monkeypatch, train=train | {"loss_chunk": 5}, name="smooth"), gradients_of(place, monkeypatch, train=train | {"loss_chunk": None}, name="smooth-trl"))
+
+
+# -- packing
+
+
+def test_packed_rows_give_the_loss_and_gradients_of_rows_apart(place, monkeypatch):
+    """All rows in one optimizer step: in sequences of up to 128 tokens, two to a forward pass, and one by one. fp32."""
+    rows = labelled(place, 100)
+    sequences = len(packing.pack_rows(rows, 128))
+    assert sequences < len(rows) // 2
+    sequences -= sequences % 2
+    same = {"split": {"validation": 0.1, "test": 0.1}, "max_length": 128}
+    train = {"max_steps": 1, "max_grad_norm": 1e9}
+    used = rows_of_first(place, sequences)
+    packed = gradients_of(place, monkeypatch, packing=True, name="packed", train=train | {"batch_size": sequences, "micro_batch_size": 2}, **same)
+    assert packed[0] > 0
+    model = AutoModelForCausalLM.from_pretrained(place / "base")
+    add_token_sums(model, None)
+    sums = [model(input_ids=torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]]), token_sums=True) for row in used]
+    loss = torch.stack([s.loss for s in sums]).sum() / torch.stack([s.counted for s in sums]).sum()
+    loss.backward()
+    assert_same(packed, (loss.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+
+
+def rows_of_first(place, sequences):
+    """The rows that lie in the packed sequences of the first optimizer step."""
+    from stages.training.plan import Plan, row_order
+
+    packed = packing.pack_rows(labelled(place, 100), 128)
+    chosen = [packed[index] for index in row_order(Plan(len(packed), sequences, 1, 1, 1, 1, 0), 0)]
+    rows = []
+    for sequence in chosen:
+        start = 0
+        for length in sequence["seq_lengths"]:
+            rows.append({key: sequence[key][start : start + length] for key in ("input_ids", "labels")})
+            start += length
+    return rows
+
+
+KINDS = ["Llama", "Qwen2", "GPTNeoX", "GPT2", "Phi", "Mistral", "Qwen3", "OPT"]
+
+
+@pytest.mark.parametrize(("kind", "kernel"), [*((kind, "sdpa") for kind in KINDS), ("Llama", "eager"), ("GPT2", "eager"), ("OPT", "eager"), ("Gemma2", "eager")])
+def test_architectures_keep_packed_rows_apart(kind, kernel):
+    """Three rows in two sequences, the shorter padded: the loss and gradients of the rows one by one."""
+    model = tiny(kind)
+    model.set_attn_implementation(kernel)
+    draw = torch.Generator().manual_seed(0)
+    rows = [{"input_ids": (ids := torch.randint(3, 40, (length,), generator=draw).tolist()), "labels": [-100, -100, *ids[2:]]} for length in (9, 5, 12)]
+    way = packing.isolation(model, rows)
+    assert way == ("mask" if kind == "OPT" else "positions")
+    add_token_sums(model, 4)
+    sums = [model(input_ids=torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]]), token_sums=True) for row in rows]
+    torch.stack([s.loss for s in sums]).sum().backward()
+    wanted = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    found = model(**packing.collator(way, model, 0)(packing.pack_rows(rows, 16)), token_sums=True)
+    found.loss.backward()
+    assert found.counted == sum(s.counted for s in sums) == 20
+    assert found.loss.item() == pytest.approx(sum(s.loss.item() for s in sums), rel=1e-6)
+    for name, parameter in model.named_parameters():
+        if name in wanted:
+            torch.testing.assert_close(parameter.grad, wanted[name], rtol=1e-4, atol=2e-5)
+
+
+def test_a_packed_run_publishes_and_its_validation_rows_are_apart(place):
+    checkpoint = run("sft", settings(place, "sft", {"max_steps": 2, "batch_size": 2, "micro_batch_size": 1}, name="packed", packing=True))
+    assert math.isfinite(checkpoint.info("metrics")["loss"])
+
+
+def test_refused_where_rows_see_one_another(place, monkeypatch):
+    model = AutoModelForCausalLM.from_pretrained(place / "base")
+    rows = labelled(place, 4)
+    assert packing.isolation(model, rows) == "positions"
+    forward = model.forward
+
+    def leaking(input_ids, position_ids=None, attention_mask=None, use_cache=False):
+        return forward(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), position_ids=position_ids)
+
+    monkeypatch.setattr(model, "forward", leaking)
+    with pytest.raises(UserError, match="see one another"):
+        packing.isolation(model, rows)
+
+
+def test_flash_attention_without_a_gpu_is_refused(place, monkeypatch):
+    model = AutoModelForCausalLM.from_pretrained(place / "base")
+    monkeypatch.setattr(model.config, "_attn_implementation_internal", "flash_attention_2")
+    with pytest.raises(UserError, match="flash_attention_2 computes on a GPU"):
+        packing.isolation(model, labelled(place, 2))
+
+
+# -- rows of like length
+
+
+def test_a_run_with_rows_of_like_length_pads_less_and_resumes_to_the_bit(place, capsys):
+    """The share that is said is that of the batches which the trainer is given."""
+    run("sft", settings(place, "sft", {"max_steps": 6, "group_by_length": True}, name="grouped"))
+    said = capsys.readouterr().out
+    assert "padding: " in said
