@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from configs.allowed import add_option, with_allowed
 from configs.errors import UserError
-from launch import continuing, find_lr_cli
+from launch import compare_cli, continuing, find_lr_cli
 from launch.nodes import Nodes, add_options
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def add_parser(verbs: argparse._SubParsersAction) -> None:
         parser.add_argument("--config", required=stage != "sft", metavar="FILE", help="the stage's YAML file")
         if stage == "sft":
             continuing.add_options(parser)
+            compare_cli.add_option(parser)
         parser.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a key of the file, such as train.epochs=2")
         add_options(parser)
         add_option(parser)
@@ -68,6 +69,8 @@ def run_stage(args: argparse.Namespace) -> int:
     from stages.claim import Claim
 
     stage = args.stage
+    if getattr(args, "compare", False):
+        return compare_cli.run(args)
     asked = continuing.resolve(args) if continuing.is_asked(args) else resolve(stage, args.config, args.overrides, args.machine, args.processes)
     cfg = with_allowed(asked, args.allow_changed)
     if getattr(args, "find_lr", False):

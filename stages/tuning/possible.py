@@ -18,7 +18,7 @@ def check(cfg: TRLStage) -> None:
     """
     technique, lora, zero = cfg.technique, lora_of(cfg), zero_stage()
     if lora is not None and lora.quantization is not None:
-        check_quantization(f"{technique.method}: quantization {lora.quantization}", "cuda" if torch.cuda.is_available() else "cpu", "use method: lora")
+        check_quantization(f"quantization: {lora.quantization}", "cuda" if torch.cuda.is_available() else "cpu", "use method: lora")
         if zero == 3:
             raise UserError(f"quantization {lora.quantization} at ZeRO-3: packed weights can't be split; use a ZeRO-2 machine file")
     if lora is not None and lora.changes_base and zero == 3:

@@ -14,6 +14,7 @@ from stages.registry import Registry
 from tests.stage.runs import ENVIRONMENT, ROOT, command, metrics, run_apart, settings, weights, workspace, write_rows
 
 TOLERANCE = 1e-4  # relative, fp32
+THAW = {"tune": {"method": "full", "freeze": {"first": 2, "embeddings": True, "unfreeze_every": 4}}}  # DDP is to find which gradients there are in each step
 TRAIN = {"max_steps": 12, "micro_batch_size": 2, "learning_rate": 3e-3}
 
 
@@ -44,10 +45,10 @@ def lines_of(folder, stage):
 def test_two_processes_equal_one(place, stage):
     """60-odd rows of different lengths in batches of 8, into the second epoch; validation sets that 2 x 2 does not divide.
 
-    SFT has general text mixed in and measures what it forgets, of five prompts.
+    SFT has general text mixed in, measures what it forgets, of five prompts, and thaws its layers.
     """
     found = {}
-    train, more = (TRAIN | {"rehearsal": rehearsal(place)}, {"health": watched(place)}) if stage == "sft" else (TRAIN, {})
+    train, more = (TRAIN | {"rehearsal": rehearsal(place)}, {"health": watched(place)} | THAW) if stage == "sft" else (TRAIN, {})
     for processes in (1, 2):
         values = settings(place, stage, train, name=f"p{processes}", output=str(place / f"out-{stage}"), **more)
         done = run_apart(stage, values, place / f"{stage}.json", processes)
@@ -70,7 +71,7 @@ def test_two_processes_equal_one(place, stage):
 
 def test_a_killed_launcher_takes_its_processes_along_and_run_again_they_end_as_if_nothing_had_happened(place):
     long = {"max_steps": 40, "save_every": 5, "eval_every": 10, "micro_batch_size": 2, "rehearsal": rehearsal(place)}
-    whole = settings(place, "sft", long, name="whole", output=str(place / "out-long"), health=watched(place))
+    whole = settings(place, "sft", long, name="whole", output=str(place / "out-long"), health=watched(place), **THAW)
     done = run_apart("sft", whole, place / "long.json", 2)
     assert done.returncode == 0, done.stderr
     broken = whole | {"name": "broken"}

@@ -48,17 +48,22 @@ class Trained:
     def checkpoint(self, name: str) -> Checkpoint:
         """sft/NAME, trained once."""
         if name not in self.logits:
-            original = publish.publish
-
-            def seen(trainer: Any, cfg: Any, stage: str, tokens: Any, **rest: Any) -> str:
-                trainer.model.eval()
-                self.logits[name] = merging.logits(trainer.model, tokens)
-                return original(trainer, cfg, stage, tokens, **rest)
-
-            with mock.patch.object(publish, "publish", seen):
-                values = self.settings("sft", name, tune=TECHNIQUES[name])
-                run("sft", values | {"train": values["train"] | ({"learning_rate": 0.3} if name == "ia3" else {})})
+            values = self.settings("sft", name, tune=TECHNIQUES[name])
+            self.logits[name] = self.trained("sft", values | {"train": values["train"] | ({"learning_rate": 0.3} if name == "ia3" else {})})
         return self.registry.resolve(f"sft/{dashed(name)}")
+
+    def trained(self, stage: str, values: dict[str, Any]) -> list[torch.Tensor]:
+        """Run a stage; the logits (of a reward model, the scores) of the model in the trainer's hands."""
+        original, found = publish.publish, []
+
+        def seen(trainer: Any, cfg: Any, stage: str, tokens: Any, **rest: Any) -> str:
+            trainer.model.eval()
+            found.extend(merging.logits(trainer.model, tokens))
+            return original(trainer, cfg, stage, tokens, **rest)
+
+        with mock.patch.object(publish, "publish", seen):
+            run(stage, values)
+        return found
 
     def settings(self, stage: str, name: str, **changes: Any) -> dict[str, Any]:
         """A stage's config that publishes as STAGE/NAME."""

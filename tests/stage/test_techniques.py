@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 
@@ -43,14 +44,24 @@ def test_what_is_published_computes_what_was_trained(place, name):
 
 # -- children: reward, DPO and PPO on every technique, in full and with adapters
 
-CHILDREN = {"full": None, "lora": {"rank": 2, "alpha": 4}}
-PAIRS = [(name, child) for number, name in enumerate(TECHNIQUES) for child in CHILDREN if name in ("full", "dora") or (number % 2 == 0) == (child == "full")]
+VARIANTS = ({}, {"dora": True}, {"init": "pissa"}, {"rslora": True}, {"init": "olora", "learning_rate_ratio": 4.0})
+PARENTS = [name for name in TECHNIQUES if name not in ("thaw", "pissa_fast", "dora_pissa")]
+# Full and adapted children take turns; the adapted ones are of all variants. Of two parents there are both.
+PAIRS = [(name, child) for number, name in enumerate(PARENTS) for child in ("full", "lora") if name in ("full", "dora") or (number % 2 == 0) == (child == "full")]
 
 
-def numbers(place, stage: str, name: str, init_from: str, child: str) -> list[dict[str, float]]:
-    """metrics.jsonl of a child, without what a clock measured."""
-    values = place.settings(stage, name, init_from=init_from, lora=CHILDREN[child])
-    run(stage, values)
+def lora_of(stage: str, name: str, child: str):
+    """The child's adapters: for PPO one of the variants that it takes."""
+    variants = VARIANTS if stage != "ppo" else [variant for variant in VARIANTS if not {"init", "learning_rate_ratio"} & variant.keys()]
+    return None if child == "full" else {"rank": 2, "alpha": 4} | variants[PARENTS.index(name) % len(variants)]
+
+
+def numbers(place, stage: str, name: str, init_from: str, lora) -> list[dict[str, float]]:
+    """metrics.jsonl of a child, without what a clock measured; what it publishes computes what it trained."""
+    trained = place.trained(stage, place.settings(stage, name, init_from=init_from, lora=lora))
+    checkpoint = place.registry.resolve(f"{stage}/{dashed(name)}")
+    origin = models.Origin(checkpoint.ref, checkpoint, place.registry)
+    assert gap(trained, merging.logits((models.load_scorer if stage == "reward" else models.load_policy)(origin), load_tokens(origin))) < 1e-4
     rows = [json.loads(line) for line in (place.folder / f"{stage}-{name}" / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in row.items() if not key.startswith("time/") and "per_second" not in key} for row in rows]
 
@@ -63,11 +74,12 @@ def alike(first, second) -> bool:
 @pytest.mark.parametrize(("name", "child"), PAIRS)
 def test_every_technique_is_a_parent_of_reward_and_dpo(place, stage, name, child):
     """The child's numbers are those of a child of the merged model that was exported."""
-    checkpoint = place.checkpoint(name)
-    own = numbers(place, stage, f"{name}-{child}", checkpoint.ref, child)
-    assert any(f"{stage}/loss" in row for row in own)
+    checkpoint, lora = place.checkpoint(name), lora_of(stage, name, child)
+    own = numbers(place, stage, f"{name}-{child}", checkpoint.ref, lora)
+    if stage == "dpo":
+        assert own[0]["dpo/loss"] == pytest.approx(math.log(2), abs=1e-5), "policy and reference are the same model at the start, also where init takes a part of the base"
     if name in ADAPTERS:
-        assert alike(own, numbers(place, stage, f"{name}-{child}-merged", str(place.merged(name)), child))
+        assert alike(own, numbers(place, stage, f"{name}-{child}-merged", str(place.merged(name)), lora))
 
 
 @pytest.mark.parametrize(("name", "child"), PAIRS)
@@ -76,18 +88,18 @@ def test_every_technique_is_a_parent_of_ppo(place, name, child):
     from tests.stage import ppo_runs
 
     place.checkpoint(name)
-    rows = {}
+    rows, lora = [], lora_of("ppo", name, child)
     for label, start in (("own", f"sft/{dashed(name)}"), *((("merged", str(place.merged(name))),) if name in ADAPTERS else ())):
         scorers = [{"kind": "python", "function": "tests.stage.ppo_runs:share_of_vowels"}]
-        if child == "lora":
+        if lora is not None:
             reward = f"{name}-{label}-scorer"
-            run("reward", place.settings("reward", reward, init_from=start, lora=CHILDREN["lora"]))
+            run("reward", place.settings("reward", reward, init_from=start, lora={"rank": 2, "alpha": 4}))
             scorers = [{"kind": "model", "checkpoint": f"reward/{dashed(reward)}"}]
         values = ppo_runs.settings(
             place.folder, dashed(f"ppo-{name}-{child}-{label}"), {"iterations": 1, "rollout_batch_size": 4, "num_ppo_epochs": 1, "num_minibatches": 1}, init_from=start,
-            prompts=str(place.folder / "sft.jsonl"), scorers=scorers, lora=CHILDREN[child], evaluation=None, sampling={"max_new_tokens": 4}, split={"validation": 0.1, "test": 0},
+            prompts=str(place.folder / "sft.jsonl"), scorers=scorers, lora=lora, evaluation=None, sampling={"max_new_tokens": 4}, split={"validation": 0.1, "test": 0},
         )  # fmt: skip
         ppo_runs.run(values)
-        rows[label] = ppo_runs.metrics(values)
-    assert rows["own"][0]["objective/kl"] == pytest.approx(0, abs=1e-5), "policy and reference are the same model at the start"
-    assert "merged" not in rows or alike(rows["own"], rows["merged"])
+        rows.append([{key: value for key, value in row.items() if not key.startswith("objective/score/")} for row in ppo_runs.metrics(values)])
+    assert rows[0][0]["objective/kl"] == pytest.approx(0, abs=1e-5), "policy and reference are the same model at the start"
+    assert alike(rows[0], rows[-1])

@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import get_peft_model
-from torch import nn
 from transformers import LlamaForCausalLM
 
-from configs.errors import UserError
-from configs.schema import IA3, Lora, PromptTuning
-from stages.tuning import adapters, published
+from configs.errors import MissingExtra, UserError
+from configs.schema import IA3, Lora, SFTStage
+from stages.tuning import adapters, possible, published
 from stages.tuning.trainer import faster_b
 from tests.tiny import tiny_config
 
@@ -60,6 +59,35 @@ def test_ia3_asks_for_layers_where_peft_has_no_choice_and_names_those_there_are(
         adapters.ia3_config(IA3(), model)
 
 
-def test_what_is_not_built_is_refused():
-    with pytest.raises(UserError, match="prompt_tuning is not built yet"):
-        adapters.peft_config(PromptTuning(), "CAUSAL_LM", nn.Linear(1, 1))
+SFT = {"name": "a", "init_from": "x", "data": "rows.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("zero", "changes", "message"),
+    [
+        (3, {"lora": {"dora": True}}, "dora at ZeRO-3: it needs the norm of whole weights"),
+        (3, {"lora": {"init": "olora"}}, "init: olora at ZeRO-3: it decomposes whole weights"),
+        (3, {"train": {"label_smoothing": 0.1}}, "train.label_smoothing at ZeRO-3"),
+        (1, {"tune": {"method": "full", "freeze": {"first": 1, "unfreeze_every": 2}}}, "tune.freeze.unfreeze_every under DeepSpeed ZeRO-1: its optimizer lays all trained weights out once"),
+        (0, {"tune": "qlora"}, "quantization: nf4 needs an NVIDIA GPU and this run is on cpu; use method: lora"),
+        (2, {"lora": {"dora": True}}, None),
+        (3, {"tune": {"method": "full", "freeze": {"first": 1}}}, None),
+        (3, {"tune": "ia3"}, None),
+    ],
+)
+def test_what_can_not_be_trained_here_is_said_before_anything_is_loaded(monkeypatch, zero, changes, message):
+    monkeypatch.setattr(possible, "zero_stage", lambda: zero)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    cfg = SFTStage.model_validate(SFT | changes)
+    if message is None:
+        possible.check(cfg)
+    else:
+        with pytest.raises(UserError, match=message):
+            possible.check(cfg)
+
+
+def test_4_bits_on_a_gpu_without_the_package_name_the_extra(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("configs.extras.find_spec", lambda _: None)
+    with pytest.raises(MissingExtra, match="quantization"):
+        possible.check(SFTStage.model_validate(SFT | {"tune": "qlora"}))
