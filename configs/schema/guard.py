@@ -17,5 +17,7 @@ class Guard(Strict):
         "steps (4.5 times the median at the least; judged from the 33rd good step on). null skips only what is not finite.",
     )  # fmt: skip
     max_skipped_in_row: PositiveInt = Field(
-        default=5, description="Optimizer steps skipped in a row after which the run goes back to its newest healthy save; the second time in a row it stops."
+        default=5,
+        description="Optimizer steps skipped in a row after which the run goes back to its newest healthy save; the second time in a row it stops. SFT, reward and "
+        "DPO whose very last steps are skipped publish what they learned before, if at least half of all steps were taken.",
     )
