@@ -81,7 +81,11 @@ class SoftPeftModel(PeftModelForCausalLM):
 
 def start(model: Any, cfg: Any, tokenizer_folder: str) -> Any:
     """What SFT trains: a model with a soft prompt where `tune.method` is one, else the model itself. See `tuned`."""
-    return tuned(model, cfg.technique, tokenizer_folder=tokenizer_folder, seed=cfg.seed) if cfg.technique.method in METHODS else model
+    if cfg.technique.method not in METHODS:
+        return model
+    if getattr(cfg.train, "neftune_alpha", None) is not None and not hasattr(model, "model"):  # where transformers looks for them under peft
+        raise UserError(f"train.neftune_alpha with tune.method {cfg.technique.method}: the embeddings of {type(model).__name__} are not found under a soft prompt; leave it out")
+    return tuned(model, cfg.technique, tokenizer_folder=tokenizer_folder, seed=cfg.seed)
 
 
 def tuned(model: Any, tune: Any, *, tokenizer_folder: str, seed: int) -> SoftPeftModel:

@@ -135,6 +135,18 @@ def test_only_the_encoder_learns_and_every_number_of_it_does():
         assert made.prompt[0].vectors is None
 
 
+@pytest.mark.parametrize("kind", ["prompt_tuning", "p_tuning"])
+def test_recomputed_activations_give_the_same_gradients(kind):
+    gradients = []
+    for checkpointing in (False, True):
+        made, (ids, mask) = soft_model(kind).train(), rows_of("right")
+        if checkpointing:
+            made.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+        made(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
+        gradients.append([p.grad for p in made.encoder.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_goes_on_from_a_save_with_the_very_encoder(kind, tmp_path):
     """peft's file holds what the network makes, not the network, and its load_adapter refuses what is trained."""
@@ -283,6 +295,13 @@ def test_a_second_prompt_and_zero_3_are_refused(base, tmp_path, monkeypatch):
     monkeypatch.setattr("stages.zero.machine.zero_stage", lambda: 3)
     with pytest.raises(UserError, match="ZeRO-3"):
         soft.check(cfg, outside)
+
+
+def test_noise_on_embeddings_is_refused_where_it_would_not_be_found():
+    cfg = SimpleNamespace(technique=section("p_tuning"), seed=0, train=SimpleNamespace(neftune_alpha=5.0))
+    with pytest.raises(UserError, match=r"neftune_alpha with tune\.method p_tuning"):
+        start(model_of("gpt2"), cfg, "")
+    start(model_of(), cfg, "")
 
 
 def test_other_techniques_start_with_the_model_as_it_is():
