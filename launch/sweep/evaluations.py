@@ -17,13 +17,16 @@ from launch.sweep.metric import SUPERVISED, Metric
 def spread(chain: Any, metric: Metric, spec: Sweep) -> list[tuple[str, int]]:
     """train.eval_every of the metric's stage for `spec.evaluations` evaluations, and train.save_every for a third as many saves.
 
-    [] where the config says it itself, where it decides which weights are published (early stopping), and where the number of steps is not known.
+    [] where the config says it itself, where evaluations decide which weights are published, and where the number of steps is not known.
     """
     if metric.stage not in SUPERVISED or not metric.reported:
         return []
     section = getattr(chain, metric.stage)
     train = section.train
     if train.eval_every is not None or train.early_stopping_patience is not None or getattr(section, "packing", False):
+        return []
+    chosen_by = getattr(section, "evaluation", None)
+    if getattr(chosen_by, "metric", None) is not None or getattr(chosen_by, "early_stopping", None) is not None:
         return []
     steps = train.max_steps or _steps(metric.stage, section)
     if steps is None:
