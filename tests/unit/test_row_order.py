@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -27,7 +28,7 @@ def test_a_steps_rows_are_of_like_length_and_steps_are_in_no_order_of_length():
     order = plan.row_order(PLAN, 0)
     steps = [sorted(LENGTHS[row] for row in order[at : at + 8]) for at in range(0, 88, 8)]
     ranges = sorted((step[0], step[-1]) for step in steps)
-    assert all(one[1] <= other[0] for one, other in zip(ranges, ranges[1:], strict=False)), "steps overlap in length"
+    assert all(one[1] <= other[0] for one, other in pairwise(ranges)), "steps overlap in length"
     assert [step[0] for step in steps] != sorted(step[0] for step in steps)
 
 
