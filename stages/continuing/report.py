@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,10 +113,10 @@ def measure_before(report: Report | None, trainer: Any) -> None:
     """Measure what the run starts from; to be called before it trains. An interrupted run does it again and finds the same. Every rank calls this."""
     if report is None:
         return
-    model = trainer.model
-    if trainer.is_deepspeed_enabled and not any(map(gather.is_split, model.parameters())):
-        model.to(trainer.accelerator.device)  # where the engine will have it
-    with gather.forward_possible(model) if trainer.is_deepspeed_enabled else nullcontext():
+    model, device = trainer.model, trainer.accelerator.device
+    if not any(map(gather.is_split, model.parameters())) and next(model.parameters()).device != device:
+        model.to(device)  # where DeepSpeed's engine, which there is only in training, will have it
+    with gather.forward_possible(model):
         report.before = [row_sums(trainer, model, held.rows) for held in report.held]
 
 
