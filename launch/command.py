@@ -141,7 +141,7 @@ def stage_command(module: str, config_file: Path, machine: Machine, processes: i
         options += ["--tee", "3", "--log_dir", os.environ["ALIGN_RANK_LOGS"]]
     typed = shlex.join(["accelerate", "launch", *options, *stage])
     env = child_environment(here)
-    if machine.use_cpu:
+    if machine.use_cpu and machine.deepspeed_launcher is None:  # told so, Accelerate leaves DeepSpeed out without a word
         env["ACCELERATE_USE_CPU"] = "True"  # accelerate launch itself tells a single process only
     if number == 1 and machine.plain:
         env["ACCELERATE_USE_CPU"] = str(machine.use_cpu)

@@ -28,6 +28,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--as", dest="new_name", metavar="NAME", help="publish as sft/NAME (default: a new version of the same name)")
     group.add_argument("--merge", action="store_true", help="merge an adapter into its base first, and train a new one (default: train the same adapter on)")
     group.add_argument("--plain-text", metavar="FILE", help="a text file whose perplexity is measured before and after")
+    group.add_argument("--rehearse", type=float, metavar="SHARE", help="mix the old training data in, this share of every step's rows, such as 0.2 (train.rehearsal)")
     group.add_argument("--registry", metavar="DIR", help="where NAME is (default: the registry of --config FILE, or runs/registry)")
 
 
@@ -41,7 +42,7 @@ def is_asked(args: argparse.Namespace) -> bool:
         return True
     alone = [option for option, value in (
         ("--data", getattr(args, "data", None)), ("--as", getattr(args, "new_name", None)), ("--merge", getattr(args, "merge", False)),
-        ("--plain-text", getattr(args, "plain_text", None)), ("--registry", getattr(args, "registry", None)),
+        ("--plain-text", getattr(args, "plain_text", None)), ("--rehearse", getattr(args, "rehearse", None)), ("--registry", getattr(args, "registry", None)),
     ) if value]  # fmt: skip
     if alone:
         raise UserError(f"{', '.join(alone)}: goes with --continue NAME; in a run of its own the config says this (data=…, name=…, registry=…)")
@@ -77,6 +78,8 @@ def resolve(args: argparse.Namespace) -> Any:
     if not data["data"] and _overridden(overrides, "data") is None:
         raise UserError("--continue needs the new data: --data FILE, or `data:` in --config FILE")
     data["continued"] = {"old": _old(parent), "plain_text": args.plain_text, "adapter": "merged" if args.merge else "same"} | (given.get("continued") or {})
+    if args.rehearse is not None:
+        data["train"] = {**(data.get("train") or {}), "rehearsal": _rehearsal(args, data["continued"]["old"])}
     cfg = _checked(data, overrides, args, lines)
     cfg = cfg.model_copy(update={"continued": _as_asked(cfg, parent, args)})
     return _as_published(cfg, parent) if cfg.continued.adapter == "same" else cfg
@@ -110,7 +113,7 @@ def _output(args: argparse.Namespace, overrides: list[str], given: dict[str, Any
 
     if asked := _overridden(overrides, "output") or given.get("output"):
         return Path(asked)
-    said = json.dumps([args.continued, args.data, args.new_name, args.merge, args.plain_text, args.config, sorted(args.overrides)], sort_keys=True)
+    said = json.dumps([args.continued, args.data, args.new_name, args.merge, args.plain_text, args.config, args.rehearse, sorted(args.overrides)], sort_keys=True)
     name = args.new_name or args.continued.partition("/")[2].partition("@")[0] or "checkpoint"
     return Path("runs") / f"sft-{name}-continued-{blake3(said.encode()).hexdigest()[:8]}"
 
@@ -163,6 +166,13 @@ def _old(parent: Checkpoint) -> list[dict[str, Any]]:
         return list(earlier)
     parts = (parent.info("data") or {}).get("parts") or {}
     return [{"of": parent.ref, "data": config["data"], "validation": parts.get("validation")}, *earlier]
+
+
+def _rehearsal(args: argparse.Namespace, old: list[dict[str, Any]]) -> dict[str, Any]:
+    """`train.rehearsal` of the old data; what was held out of it stays out. Raises UserError where none is known."""
+    if not old:
+        raise UserError(f"--rehearse: {args.continued} does not record the data that it was trained on; name it: train.rehearsal.data=FILE")
+    return {"data": [source for one in old for source in one["data"]], "share": args.rehearse}
 
 
 def _checked(data: dict[str, Any], overrides: list[str], args: argparse.Namespace, lines: dict[Any, int]) -> Any:

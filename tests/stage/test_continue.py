@@ -224,6 +224,14 @@ def test_two_jobs_at_once_work_in_folders_of_their_own_and_give_two_versions(pla
     assert {item.manifest["parents"][0]["ref"] for item in found} == {"sft/whole@1"}
 
 
+def test_old_data_is_rehearsed_without_what_was_held_out(place):
+    made, cfg = train_on("--continue", "sft/whole@1", "--data", "new.jsonl", "--as", "rehearsed", "--rehearse", "0.25", *MORE)
+    assert ([source.path for source in cfg.train.rehearsal.data], cfg.train.rehearsal.share) == ([str(place / "sft.jsonl")], 0.25)
+    rows = Registry("registry").resolve("sft/whole@1").info("data")["rows"]
+    assert made.info("data")["rehearsal"]["rows"] == rows["train"] < 60
+    assert made.info("data")["rows"]["train"] == 51
+
+
 def test_keys_of_a_file_and_of_the_command_line_win(place):
     (place / "more.yaml").write_text("train: {learning_rate: 5e-4, epochs: 2}\nmax_length: 64\ndata: new.jsonl\n")
     cfg = continuing.resolve(asked("--continue", "sft/whole@1", "--config", "more.yaml", "max_length=99"))

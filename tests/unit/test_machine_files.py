@@ -354,3 +354,10 @@ def test_a_model_too_large_for_the_machine_is_told_with_what_to_take(monkeypatch
     cfg = SimpleNamespace(machine="auto", processes=None, init_from="m")
     lines = machine_choice.reasons("sft", cfg, command.load_machine("gpu_ddp", 8), 8, 1)
     assert any(says in line for line in lines), lines
+
+
+@pytest.mark.parametrize("name", ["cpu_zero1", "cpu_zero2", "cpu_zero3"])
+def test_deepspeed_on_the_cpu_is_not_told_of_the_cpu(name):
+    """Accelerate takes ACCELERATE_USE_CPU for a reason to leave DeepSpeed out: ZeRO-1 and 2 would run as plain DDP, and ZeRO-3 fail in its first forward pass."""
+    assert "ACCELERATE_USE_CPU" not in command.stage_command("stages.sft", Path("c"), command.load_machine(name, 2), 2).extra_env
+    assert command.stage_command("stages.sft", Path("c"), command.load_machine("cpu_ddp", 2), 2).extra_env["ACCELERATE_USE_CPU"] == "True"
