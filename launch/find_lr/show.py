@@ -36,8 +36,8 @@ def plot(found: Mapping[str, Any], file: Path) -> Path | None:
     axes.plot(found["rates"], values["smoothed"], color="C0", label="smoothed")
     axes.axvline(found["suggestion"], color="C2", linestyle="--", label=f"suggestion {found['suggestion']:.1e}")
     axes.axvline(found["at_lowest"], color="C3", linestyle=":", label=f"lowest loss {found['at_lowest']:.1e}")
-    finite = [x for x in values["smoothed"] if x == x]
-    axes.set(xscale="log", xlabel="learning rate", ylabel="training loss, nats per token", ylim=(0.9 * min(finite), 1.5 * finite[0]))
+    lowest = min(x for both in values.values() for x in both if x == x)
+    axes.set(xscale="log", xlabel="learning rate", ylabel="training loss, nats per token", ylim=(0.95 * lowest, 1.5 * values["smoothed"][0]))
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(file, dpi=110)

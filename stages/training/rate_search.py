@@ -78,7 +78,8 @@ def suggest(rates: Sequence[float], losses: Sequence[float]) -> Found:
     lowest = min(finite, key=smoothed.__getitem__)
     if lowest < 2:
         raise UserError(f"the loss never fell, not even at a learning rate of {rates[0]:.1e}; lower the first rate of --lr-range")
-    steepest = min(range(1, lowest + 1), key=lambda i: smoothed[i] - smoothed[i - 1])
+    width = min(lowest, max(1, len(rates) // 10))  # of one step the noise falls fastest
+    steepest = min(range(width, lowest + 1), key=lambda i: smoothed[i] - smoothed[i - width]) - width // 2
     return Found(list(rates), list(losses), smoothed, has_diverged(losses), rates[lowest], rates[steepest], rates[lowest] / BELOW_LOWEST)
 
 

@@ -36,6 +36,14 @@ def test_the_suggestion_is_a_tenth_of_the_rate_at_the_lowest_smoothed_loss():
     assert found.diverged
 
 
+def test_the_steepest_fall_is_over_a_tenth_of_the_steps():
+    """A step down at the very start is noise; the fall of 1 per step from step 10 on is what counts."""
+    losses = [4.3] + [4.0] * 9 + [4.0 - i for i in range(1, 6)] + [9.0] * 5
+    rates = [Range(1e-6, 1.0, 20).rate(step) for step in range(20)]
+    found = suggest(rates, losses)
+    assert 10 <= rates.index(found.steepest) <= 14
+
+
 def test_a_loss_that_never_falls_suggests_nothing():
     with pytest.raises(UserError, match=r"the loss never fell, not even at a learning rate of 1\.0e-03; lower the first rate of --lr-range"):
         suggest([1e-3, 1e-2, 1e-1], [1.0, 2.0, 3.0])
