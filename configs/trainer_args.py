@@ -91,6 +91,8 @@ _OURS = {
 OUR_FIELDS: dict[str, dict[str, str]] = {
     "sft": {
         **_OURS,
+        "metric_for_best_model": "evaluation.metric",
+        "greater_is_better": "evaluation.mode",
         "packing": "packing",
         "eval_packing": "packing",
         "padding_free": "packing",

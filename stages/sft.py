@@ -28,6 +28,7 @@ def main(cfg: SFTStage, instead: Callable[[Any], None] | None = None) -> None:
     from stages.tokens import load_tokens
     from stages.training import build, measures, publish, ranks, ready, rehearsal, resume, text, watching
     from stages.tuning import adapters, possible, quantized
+    from stages.validation import held_out, outcome
     from stages.zero import load
 
     origin = models.find(cfg.init_from, cfg.registry, stages=("sft", "dpo", "ppo"))
@@ -48,9 +49,9 @@ def main(cfg: SFTStage, instead: Callable[[Any], None] | None = None) -> None:
     quantized.pack(model, cfg, bf16=models.uses_bf16(cfg.train.precision))
     model = prompts.start(model, cfg, origin.folder) if under is origin else same.trained_on(model, origin, cfg)
     limit = min(limit, soft.room(model) or limit)
-    (train, too_long), (validation, too_long_v) = once_per_node("tokenising", lambda: [
+    (train, too_long), (validation, too_long_v), (test, _) = once_per_node("tokenising", lambda: [
         data.encode_demonstrations(tokens.formatter, rows, limit, cfg.overlong, cfg.loss_on, may_be_empty=rows is not splits.train)
-        for rows in (splits.train, splits.validation)
+        for rows in (splits.train, splits.validation, splits.test if cfg.evaluation.test else [])
     ])  # fmt: skip
     general = rehearsal.load(cfg, tokens, limit)
     facts = text.data_facts(loaded, splits, {"train": too_long, "validation": too_long_v}, general.facts)
@@ -64,24 +65,23 @@ def main(cfg: SFTStage, instead: Callable[[Any], None] | None = None) -> None:
     every_row = general.after(rows, packed=cfg.packing)
     steps = planned(cfg, len(rows), every_row, general.share)
     chunked = SFTTrainer if general.rows else trainer_class(SFTTrainer, model, cfg.train, train[0]["input_ids"])  # rehearsal weighs single tokens
+    further = held_out.prepare(cfg, tokens, splits, model, limit=limit, eval_every=steps.eval_every)
     trainer = build.build(
         STAGE, rehearsal.mixing(chunked, general), SFTConfig, measures.tokens, cfg=cfg, plan=steps, train=build.in_order(every_row, steps, cfg.seed),
         validation=build.as_dataset([labelled(row) for row in validation]) if validation else None,
         # The rows are tokenised and labelled: TRL must not prepare, truncate or pack them again.
         arguments={"max_length": None, "packing": False, "padding_free": cfg.packing and collator is None, "dataset_kwargs": {"skip_prepare_dataset": True}, "remove_unused_columns": False},
         watch=watching.watcher(cfg, tokens, limit, steps, splits, too_long),
-        model=model, data_collator=collator, processing_class=tokens.tokenizer,
+        further=further, model=model, data_collator=collator, processing_class=tokens.tokenizer,
         peft_config=adapters.peft_config(cfg.technique, "CAUSAL_LM", model) if under is origin else None,
     )  # fmt: skip
     if instead is not None:
         return instead(trainer)
     report.measure_before(compared, trainer)
     resume.train(trainer, cfg, resume.identity(cfg, data=facts["parts"], tokenizer=tokens.key, parents=[publish.digest(parent)]))
-    metrics = build.final_metrics(trainer, measures.tokens)
-    publish.publish(
-        trainer, cfg, STAGE, tokens, origin=under, parents=[parent], eval_set=facts["parts"]["validation"],
-        info={"data": facts, "metrics": metrics, "stage_info": watching.outcome(trainer), **report.finish(compared, trainer, cfg)},
-    )  # fmt: skip
+    found = outcome.outcome(trainer, further, [labelled(row) for row in test], measures.tokens, cfg, parts=facts["parts"], parents=[publish.digest(parent)])
+    info = {"data": facts, **found.info, "stage_info": watching.outcome(trainer), **report.finish(compared, trainer, cfg)}
+    publish.publish(trainer, cfg, STAGE, tokens, origin=under, parents=[parent], eval_set=None, evaluations=found.evaluations, info=info)
     resume.forget(build.output_folder(cfg, STAGE) / "resume")
 
 
@@ -91,7 +91,7 @@ def planned(cfg: SFTStage, rows: int, every_row: list[dict[str, Any]], share: fl
 
     lengths = build.lengths_of(every_row)
     grouped = lengths[:rows] if cfg.train.group_by_length else None
-    steps = plan.make_plan(cfg.train, rows, ranks.world_size(), general_rows=len(every_row) - rows, share=share, lengths=grouped)
+    steps = plan.make_plan(cfg.train, rows, ranks.world_size(), general_rows=len(every_row) - rows, share=share, lengths=grouped, chooses=cfg.evaluation.asks)
     text.report_padding(lengths, steps, cfg.seed, cfg.train.micro_batch_size)
     return steps
 

@@ -25,10 +25,11 @@ from configs.schema.tuning import (
     lora_of,
     technique_of,
 )
+from configs.schema.validation import Validation
 
 __all__ = [
     "IA3", "PTX", "VLLM", "AdaptiveKL", "Chain", "DPOStage", "EvalConfig", "EvalSettings", "Evaluation", "Freeze", "Full", "Guard", "Health", "Lora",
     "LoraTuning", "PPOStage", "PPOTrain", "PTuning", "PrefixTuning", "Prepare", "PromptTuning", "QLoraTuning", "Rehearsal", "RewardStage", "RolloutEngine", "SFTHealth", "SFTStage",
-    "SFTTrain", "Sampling", "ScorerSpec", "Source", "Split", "StageConfig", "Stopping", "Strict", "TRLStage", "Technique", "Train", "freezes_base", "lora_of",
+    "SFTTrain", "Sampling", "ScorerSpec", "Source", "Split", "StageConfig", "Stopping", "Strict", "TRLStage", "Technique", "Train", "Validation", "freezes_base", "lora_of",
     "technique_of",
 ]  # fmt: skip

@@ -12,6 +12,7 @@ from configs.schema.guard import Guard
 from configs.schema.health import SFTHealth
 from configs.schema.rehearsal import Rehearsal
 from configs.schema.tuning import Full, LoraTuning, Technique, Tune
+from configs.schema.validation import Validation
 
 
 class TRLStage(StageConfig):
@@ -64,6 +65,16 @@ class SFTStage(TRLStage):
     loss_on: Literal["all", "last"] = Field(default="all", description="Assistant turns that the loss covers: all of them or the last.")
     packing: bool = Field(default=False, description="Put several rows into one sequence; refused where attention would leak between them.")
     continued: Continued | None = Field(default=None, description="Training on from init_from with new data, as `align sft --continue` writes it; null is a run of its own.")
+    evaluation: Validation = Field(default_factory=Validation, description="What is measured on held-out rows, what the run stops and chooses by, and the final test.")
+
+    @model_validator(mode="after")
+    def _one_rule_of_stopping(self) -> SFTStage:
+        if self.train.early_stopping_patience is not None and self.evaluation.chosen_by is not None:
+            raise ValueError(
+                "train.early_stopping_patience is short for evaluation.early_stopping: {patience: …} on the validation loss, and evaluation says what to stop or choose by "
+                "as well; leave train.early_stopping_patience out"
+            )
+        return self
 
     @property
     def technique(self) -> Technique:

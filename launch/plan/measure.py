@@ -28,6 +28,8 @@ def measured_config(cfg: Any, stage: str, processes: int, folder: Path) -> Any:
         own: dict[str, Any] = {"evaluation": None, "sampling": cfg.sampling.model_copy(update={"stop_at_eos": False})}
     else:
         train, own = {"max_steps": 2, "batch_size": rows, "early_stopping_patience": None, "epochs": 2.0}, {}
+        if stage == "sft":
+            own = {"evaluation": type(cfg.evaluation)(test=False)}
     return cfg.model_copy(update=own | {"output": folder / "out", "train": cfg.train.model_copy(update=train)})
 
 

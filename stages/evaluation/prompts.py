@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -71,13 +70,8 @@ def _scorer_identity(spec: dict[str, Any], scorer_ids: dict[str, str]) -> dict[s
     if spec["kind"] == "ensemble":
         return spec | {"ids": [scorer_ids[name] for name in spec["checkpoints"]]}
     if spec["kind"] == "python":
-        from blake3 import blake3
+        from rewards.python import source_digest
 
-        from rewards.python import load_function
-
-        try:
-            source = inspect.getsource(load_function(spec["function"]))
-        except (OSError, TypeError):  # no source: a builtin or a callable object
-            return spec
-        return spec | {"source": blake3(source.encode()).hexdigest()[:16]}
+        source = source_digest(spec["function"])
+        return spec | ({"source": source} if source else {})
     return spec

@@ -88,6 +88,13 @@ def draw(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return tokens.squeeze(1), (logits.gather(1, tokens) - normaliser).squeeze(1), entropies
 
 
+def most_probable(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same three of logits [B, V] for the most probable token (of equals the first)."""
+    logprobs = torch.log_softmax(logits, dim=1)
+    best = logprobs.max(dim=1)
+    return best.indices, best.values, -torch.linalg.vecdot(logprobs.exp(), logprobs)
+
+
 def _block_sums(weights: Tensor) -> Tensor:
     """Sums of BLOCK neighbouring columns of [B, V], and of what is left of them at the end."""
     whole = weights.shape[1] // BLOCK * BLOCK
@@ -107,9 +114,10 @@ def _first_above(ends: Tensor, threshold: Tensor) -> Tensor:
 @torch.no_grad()
 def sample(
     model: PreTrainedModel, prompt_ids: Sequence[Sequence[int]], *, sampling: Sampling, eos_ids: Sequence[int], pad_id: int,
-    seeds: Sequence[int],
+    seeds: Sequence[int], greedy: bool = False,
 ) -> list[Sample]:  # fmt: skip
-    """Sample one completion for each prompt, in order. `prompt_ids` are unpadded; `seeds` has one entry per prompt.
+    """Sample one completion for each prompt, in order. `prompt_ids` are unpadded; `seeds` has one entry per prompt. `greedy`: the most
+    probable token is taken instead, whatever the seed; log-probs are at temperature 1.
 
     With `sampling.stop_at_eos` false an EOS is a token like any other, every completion has `max_new_tokens` tokens and
     counts as finished.
@@ -121,14 +129,14 @@ def sample(
     results: list[Sample | None] = [None] * len(prompt_ids)
     for start in range(0, len(order), sampling.generate_batch_size):
         batch = order[start : start + sampling.generate_batch_size]
-        completions = _sample_batch(model, [prompt_ids[i] for i in batch], sampling, set(eos_ids), pad_id, [seeds[i] for i in batch])
+        completions = _sample_batch(model, [prompt_ids[i] for i in batch], sampling, set(eos_ids), pad_id, [seeds[i] for i in batch], greedy)
         for i, completion in zip(batch, completions, strict=True):
             results[i] = completion
     return [result for result in results if result is not None]
 
 
 def _sample_batch(
-    model: PreTrainedModel, prompts: list[Sequence[int]], sampling: Sampling, eos_ids: set[int], pad_id: int, seeds: list[int]
+    model: PreTrainedModel, prompts: list[Sequence[int]], sampling: Sampling, eos_ids: set[int], pad_id: int, seeds: list[int], greedy: bool
 ) -> list[Sample]:
     """One batch with a key-value cache; rows that have ended leave the batch when half of it has."""
     device = next(model.parameters()).device
@@ -147,7 +155,9 @@ def _sample_batch(
         out = model(
             input_ids=inputs, attention_mask=attention, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
         )
-        picked, logprobs[alive, step], entropies[alive, step] = draw(out.logits[:, -1].float() / sampling.temperature, uniforms[alive, step])
+        logits = out.logits[:, -1].float()
+        found = most_probable(logits) if greedy else draw(logits / sampling.temperature, uniforms[alive, step])
+        picked, logprobs[alive, step], entropies[alive, step] = found
         tokens[alive, step] = picked
         if sampling.stop_at_eos:
             now = torch.isin(picked, eos) & ~ended[alive]

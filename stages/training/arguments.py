@@ -12,6 +12,7 @@ from configs.schema import Full, SFTTrain, TRLStage
 from configs.trainer_args import check_trainer
 from stages.models import uses_bf16
 from stages.training.plan import Plan
+from stages.training.stopping import rule_of
 
 
 def trl_arguments(cfg: TRLStage, stage: str, plan: Plan, resume_folder: Path, *, has_validation: bool) -> dict[str, Any]:
@@ -29,9 +30,9 @@ def trl_arguments(cfg: TRLStage, stage: str, plan: Plan, resume_folder: Path, *,
     bf16 = uses_bf16(train.precision)
     # TrainingArguments takes mixed precision from this variable when neither bf16 nor fp16 is set: a machine file would win.
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if bf16 else "no"
-    best = bool(train.early_stopping_patience)
-    if best and not has_validation:
-        raise UserError("train.early_stopping_patience needs validation rows, and there are none: raise split.validation, or leave it out")
+    rule = rule_of(cfg)
+    if rule and not has_validation:
+        raise UserError(f"{rule.setting} needs validation rows, and there are none: raise split.validation, or leave it out")
     return _of_technique(cfg) | {
         "output_dir": str(resume_folder), "seed": cfg.seed, "data_seed": cfg.seed, "max_steps": plan.steps,
         "per_device_train_batch_size": train.micro_batch_size, "per_device_eval_batch_size": train.micro_batch_size,
@@ -40,8 +41,8 @@ def trl_arguments(cfg: TRLStage, stage: str, plan: Plan, resume_folder: Path, *,
         "bf16": bf16, "fp16": False, "use_cpu": not torch.cuda.is_available(), "gradient_checkpointing": train.gradient_checkpointing,
         "logging_steps": train.log_every, "logging_nan_inf_filter": False, "disable_tqdm": True, "report_to": "none",
         "eval_strategy": "steps" if has_validation else "no", "eval_steps": plan.eval_every,
-        "save_strategy": "steps", "save_steps": plan.save_every, "save_total_limit": 2, "load_best_model_at_end": best,
-        "metric_for_best_model": "eval_loss" if best else None, "greater_is_better": False if best else None,
+        "save_strategy": "steps", "save_steps": plan.save_every, "save_total_limit": 2, "load_best_model_at_end": rule is not None,
+        "metric_for_best_model": rule.key if rule else None, "greater_is_better": rule.higher if rule else None,
         # The rows come in the order of `row_order`, once through; every batch is full.
         "train_sampling_strategy": "sequential", "dataloader_pin_memory": torch.cuda.is_available(),
     } | cfg.trainer  # fmt: skip

@@ -14,12 +14,13 @@ from configs.schema import TRLStage
 from stages.compat import remove_printers
 from stages.training import ready
 from stages.training.arguments import trl_arguments
-from stages.training.evaluation import Measure, StopEarly, evaluate_exactly, exact
+from stages.training.evaluation import Further, Measure, evaluate_exactly, exact
 from stages.training.guarding import SkipSteps
 from stages.training.plan import Plan, rows_of, sorted_steps
 from stages.training.progress import NAMES, Progress
 from stages.training.ranks import say
 from stages.training.stop_trainer import Beats, StopWhenTold
+from stages.training.stopping import StopEarly, rule_of
 from stages.training.trainer_saves import saving
 from stages.training.watchdog import beating
 from stages.tuning.trainer import tuned
@@ -56,7 +57,8 @@ def as_dataset(rows: Rows) -> Any:
 
 def build(
     stage: str, trainer_class: Any, config_class: Any, measure: Measure, *, cfg: TRLStage, plan: Plan, train: Any, validation: Any,
-    arguments: dict[str, Any], placeholder: Any = None, watch: Callable[[Any], TrainerCallback] | None = None, **constructor: Any,
+    arguments: dict[str, Any], placeholder: Any = None, watch: Callable[[Any], TrainerCallback] | None = None, further: Further | None = None,
+    **constructor: Any,
 ) -> Any:  # fmt: skip
     """A trainer ready for `.train()`.
 
@@ -64,6 +66,7 @@ def build(
     the stage's own TRL arguments, `constructor` the trainer's keywords. `placeholder` goes to the constructor in place of the
     data, for a trainer that would tokenise what it is given; the data is set afterwards, on the Trainer's public attributes.
     `watch(trainer)` gives a callback that may add to what is logged before it is written down.
+    `further`: what evaluations measure beside `measure`.
 
     Raises:
         UserError: an argument that TRL refuses.
@@ -79,14 +82,14 @@ def build(
         trainer = exact(saving(tuned(trainer_class, cfg), stage), beating(measure))(args=args, **given, **constructor)
     except (TypeError, ValueError) as error:
         raise UserError(f"TRL refuses the arguments of stage {stage}: {error}") from error
-    trainer.train_dataset, trainer.eval_dataset = train, validation
+    trainer.train_dataset, trainer.eval_dataset, trainer.further = train, validation, further
     remove_printers(trainer)
     callbacks: list[Any] = [*([watch(trainer)] if watch is not None else []), Progress(stage, plan, folder / "metrics.jsonl")]
     if cfg.guard.enabled:
         trainer.skips = SkipSteps(trainer, cfg.guard, lambda step: rows_of(plan, cfg.seed, step))
         callbacks.append(trainer.skips)
-    if cfg.train.early_stopping_patience:
-        callbacks.append(StopEarly(cfg.train.early_stopping_patience, say))
+    if rule := rule_of(cfg):
+        callbacks.append(StopEarly(rule, say))
     for callback in [*callbacks, StopWhenTold(trainer), Beats()]:
         trainer.add_callback(callback)
     return trainer
@@ -96,4 +99,7 @@ def final_metrics(trainer: Any, measure: Measure) -> dict[str, float]:
     """The trained model's metrics on its validation rows, under our names; empty where there are none."""
     if trainer.eval_dataset is None:
         return {}
-    return {NAMES[key]: value for key, value in evaluate_exactly(trainer, trainer.eval_dataset, beating(measure)).items()}
+    found = evaluate_exactly(trainer, trainer.eval_dataset, beating(measure))
+    if trainer.further is not None:
+        found |= trainer.further(trainer, found, final=True)
+    return {NAMES.get(key, key): value for key, value in found.items()}

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
-from transformers import TrainerCallback
 
 from stages.training.guarding import SkipSteps
 
@@ -22,11 +21,18 @@ class Measure(Protocol):
     def __call__(self, trainer: Any, model: Any, inputs: dict[str, Any]) -> Mapping[str, tuple[torch.Tensor, torch.Tensor]]: ...
 
 
+class Further(Protocol):
+    """Metrics of the validation rows beside what a measure sums up, given what it found; every process calls it and gets the same."""
+
+    def __call__(self, trainer: Any, found: Mapping[str, float], *, final: bool = False) -> dict[str, float]: ...
+
+
 def exact(trainer_class: Any, measure: Measure) -> Any:
     """A subclass of a TRL trainer whose public `evaluate` is exact, and which shows a guard (where it is given one) every loss."""
 
     class Exact(trainer_class):
         skips: SkipSteps | None = None
+        further: Further | None = None
 
         def evaluate(
             self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -34,7 +40,10 @@ def exact(trainer_class: Any, measure: Measure) -> Any:
             trainer: Any = self
             rows = trainer.eval_dataset if eval_dataset is None else eval_dataset
             was_training = trainer.model.training
-            metrics = {f"{metric_key_prefix}_{key}": value for key, value in evaluate_exactly(trainer, rows, measure).items()}
+            found = evaluate_exactly(trainer, rows, measure)
+            if self.further is not None and eval_dataset is None:
+                found |= self.further(trainer, found)
+            metrics = {f"{metric_key_prefix}_{key}": value for key, value in found.items()}
             trainer.model.eval()  # TRL adds its unlogged training metrics to a log made in training mode
             trainer.log(dict(metrics))
             trainer.model.train(was_training)
@@ -95,22 +104,3 @@ def evaluate_exactly(trainer: Any, rows: Any, measure: Measure, collate: Callabl
     model.train(was_training)
     reduced = {key: accelerator.reduce(pair.float() if pair.device.type == "mps" else pair, "sum") for key, pair in totals.items()}
     return {key: (total / weight).item() if weight else math.nan for key, (total, weight) in reduced.items()}
-
-
-def stopped_early(log_history: list[dict[str, float]], patience: int | None) -> bool:
-    """Whether the last `patience` evaluations brought no better loss: worked out from the history, so a resume agrees."""
-    losses = [entry["eval_loss"] for entry in log_history if "eval_loss" in entry]
-    return bool(losses and patience and len(losses) - 1 - losses.index(min(losses)) >= patience)
-
-
-class StopEarly(TrainerCallback):
-    """Ends training when the validation loss has not improved for `patience` evaluations."""
-
-    def __init__(self, patience: int, say: Callable[[str], None]) -> None:
-        self.patience, self.say = patience, say
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Ask the Trainer to stop."""
-        if stopped_early(state.log_history, self.patience):
-            self.say(f"stopped early: no better eval_loss in {self.patience} evaluations")
-            control.should_training_stop = True

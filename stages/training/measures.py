@@ -18,10 +18,10 @@ def tokens(trainer: Any, model: Any, inputs: dict[str, Any]) -> Sums:
     """Loss in nats per completion token, and the share of them that have the highest probability."""
     if getattr(trainer, "token_sums", False):
         sums = model(**inputs, token_sums=True)
-        return {"loss": (sums.loss, sums.counted), "mean_token_accuracy": (sums.correct, sums.counted)}
+        return {"loss": (sums.loss, sums.counted), "token_accuracy": (sums.correct, sums.counted)}
     statistics = token_statistics(model, inputs, inputs["labels"])
     count = statistics.counted.sum()
-    return {"loss": (-statistics.logprobs.double().sum(), count), "mean_token_accuracy": (statistics.correct.sum(), count)}
+    return {"loss": (-statistics.logprobs.double().sum(), count), "token_accuracy": (statistics.correct.sum(), count)}
 
 
 def bradley_terry_loss(chosen: torch.Tensor, rejected: torch.Tensor, margin: torch.Tensor | float = 0.0) -> torch.Tensor:

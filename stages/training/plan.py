@@ -29,8 +29,11 @@ class Plan:
     lengths: tuple[int, ...] | None = field(default=None, repr=False)  # tokens of each row of the task, where rows of like length share a step
 
 
-def make_plan(train: Train, rows: int, processes: int, *, general_rows: int = 0, share: float = 0.0, lengths: Sequence[int] | None = None) -> Plan:
+def make_plan(
+    train: Train, rows: int, processes: int, *, general_rows: int = 0, share: float = 0.0, lengths: Sequence[int] | None = None, chooses: str | None = None
+) -> Plan:
     """Work out a run's steps. Where there are rows of general text, they make up `share` of every optimizer step; epochs are of the task's rows.
+    `chooses`: the setting that has the best evaluated state published, if one has.
 
     `lengths`: tokens of each row of the task, where rows of like length should share a step.
 
@@ -57,10 +60,11 @@ def make_plan(train: Train, rows: int, processes: int, *, general_rows: int = 0,
     steps = train.max_steps or max(1, math.ceil(train.epochs * rows / own - 1e-9))
     eval_every = min(train.eval_every or epoch, steps)
     save_every = min(train.save_every or eval_every, steps)
-    if train.early_stopping_patience and save_every != eval_every:
+    chooses = chooses or ("train.early_stopping_patience" if train.early_stopping_patience else None)
+    if chooses and save_every != eval_every:
         raise UserError(
             f"train.save_every {train.save_every} differs from train.eval_every {eval_every}; with "
-            "train.early_stopping_patience they must be equal, because the best evaluated state is the one published"
+            f"{chooses} they must be equal, because the best evaluated state is the one published"
         )
     return Plan(
         rows, train.batch_size, train.batch_size // per_forward, steps, eval_every, save_every, math.ceil(train.warmup * steps), general_rows, general,

@@ -17,25 +17,38 @@ from stages.training.saves import write_durably
 
 # TRL's names in logs -> ours.
 NAMES = {
-    "loss": "loss", "mean_token_accuracy": "token_accuracy", "entropy": "entropy", "accuracy": "accuracy", "margin": "margin",
+    "loss": "loss", "mean_token_accuracy": "token_accuracy", "token_accuracy": "token_accuracy", "entropy": "entropy", "accuracy": "accuracy", "margin": "margin",
     "mean_reward": "score", "rewards/accuracies": "accuracy", "rewards/margins": "margin",
     "logps/chosen": "chosen_logprobs", "logps/rejected": "rejected_logprobs", "task_loss": "task_loss", "rehearsal_loss": "rehearsal_loss",
 }  # fmt: skip
 
 WATCHED = ("forgetting/", "data/")  # lines of their own, of a run that is watched (stages/training/watching.py)
+OLDER = ("eval_loss", "eval_token_accuracy")  # metrics of an SFT evaluation that keep sft/NAME beside evaluation/NAME
 SKIPPED = "train/skipped_steps"  # optimizer steps that were not taken, since the run began
 
 
 def named(stage: str, logs: dict[str, Any]) -> dict[str, float]:
-    """The entries of a Trainer log that we keep, renamed: loss -> sft/loss, eval_loss -> sft/eval_loss."""
+    """The entries of a Trainer log that we keep, renamed: loss -> sft/loss, eval_loss -> sft/eval_loss.
+
+    What SFT measures on held-out rows is all named evaluation/…, as in PPO; its loss and token accuracy are there under their older names too.
+    """
     out = {}
     for key, value in logs.items():
+        if stage == "sft" and key.startswith("eval_") and isinstance(value, (int, float)):
+            out[public(key.removeprefix("eval_"))] = value
+            if key not in OLDER:
+                continue
         prefix, bare = ("eval_", key[5:]) if key.startswith("eval_") else ("", key)
         if bare in NAMES and isinstance(value, (int, float)):
             out[f"{stage}/{prefix}{NAMES[bare]}"] = value
         elif key in ("learning_rate", "grad_norm", SKIPPED) or key.startswith((*WATCHED, PREFIX)):
             out[key] = value
     return out
+
+
+def public(key: str) -> str:
+    """What an SFT evaluation's metric is called in metrics.jsonl, configs and manifests: evaluation/rougeL."""
+    return f"evaluation/{NAMES.get(key, key)}"
 
 
 def duration(seconds: float) -> str:
@@ -98,8 +111,9 @@ class Progress(TrainerCallback):
 
     def eval_line(self, state: Any, metrics: dict[str, float]) -> str:
         """The line of an evaluation."""
-        values = "  ".join(f"{key.split('/', 1)[1]} {value:.4g}" for key, value in metrics.items() if not key.startswith(PREFIX))
-        return f"{self.stage} {state.global_step}/{state.max_steps}  {values}"
+        shown = {key: value for key, value in metrics.items() if key.startswith("evaluation/")} or {key: value for key, value in metrics.items() if not key.startswith(PREFIX)}
+        values = "  ".join(f"{key.split('/', 1)[1]} {value:.4g}" for key, value in shown.items())
+        return f"{self.stage} {state.global_step}/{state.max_steps}  {'evaluation: ' if self.stage == 'sft' else ''}{values}"
 
 
 def remedy(arguments: Any) -> str:

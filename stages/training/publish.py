@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,12 @@ def digest(parent: Parent) -> str:
 
 def publish(
     trainer: Any, cfg: TRLStage, stage: str, tokens: ModelTokens, *, origin: models.Origin, parents: list[Parent],
-    info: dict[str, Any], eval_set: str | None,
+    info: dict[str, Any], eval_set: str | None, evaluations: Sequence[dict[str, Any]] | None = None,
 ) -> str:  # fmt: skip
     """Publish `trainer`'s model as STAGE/NAME and return its reference, such as sft/demo@3.
 
     `info` is completed with an adapter's base. Metrics are also added as an
-    evaluation on `eval_set` (a fingerprint), so that `@best:METRIC` can compare them.
+    evaluation on `eval_set` (a fingerprint), so that `@best:METRIC` can compare them; or `evaluations` ({"eval_set", "metrics"}) are, in their place.
 
     Raises:
         UserError: on every rank, when publishing failed on rank 0, where the tokenizer is no longer the one that was trained with, or the
@@ -64,7 +64,7 @@ def publish(
                 **({"state_dict": saved} if saved is not None else {}),
             )  # fmt: skip
 
-    return publish_checkpoint(cfg, stage, write, parents=parents, info={**info, "tokenizer": tokens.facts, "stage_info": stage_info}, eval_set=eval_set)
+    return publish_checkpoint(cfg, stage, write, parents=parents, info={**info, "tokenizer": tokens.facts, "stage_info": stage_info}, eval_set=eval_set, evaluations=evaluations)
 
 
 def whole_state(trainer: Any, model: Any, adapter: bool) -> dict[str, Any] | None:
@@ -79,8 +79,9 @@ def whole_state(trainer: Any, model: Any, adapter: bool) -> dict[str, Any] | Non
 
 
 def publish_checkpoint(
-    cfg: StageConfig, stage: str, write: Callable[[Path], None], *, parents: list[Parent], info: dict[str, Any], eval_set: str | None = None
-) -> str:
+    cfg: StageConfig, stage: str, write: Callable[[Path], None], *, parents: list[Parent], info: dict[str, Any], eval_set: str | None = None,
+    evaluations: Sequence[dict[str, Any]] | None = None,
+) -> str:  # fmt: skip
     """Publish what `write(folder)` writes as STAGE/NAME, from rank 0; every rank calls this and gets the reference.
 
     `info` is completed with config, seed, inputs key and the number of processes.
@@ -95,8 +96,9 @@ def publish_checkpoint(
     def on_rank_0() -> tuple[str, str]:
         registry = Registry(cfg.registry)
         checkpoint = registry.publish(stage, cfg.name, write, parents=parents, info=record)
-        if eval_set and info.get("metrics"):
-            registry.add_evaluation(checkpoint, {"eval_set": eval_set, "metrics": info["metrics"]})
+        one = [{"eval_set": eval_set, "metrics": info["metrics"]}] if eval_set and info.get("metrics") else []
+        for result in one if evaluations is None else evaluations:
+            registry.add_evaluation(checkpoint, result)
         if cfg.keep_resume:
             keep_resume(registry, checkpoint, output_folder(cfg, stage) / "resume")
         return checkpoint.ref, checkpoint.id

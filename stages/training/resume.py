@@ -12,9 +12,9 @@ from configs.schema import StageConfig, TRLStage
 from stages.nodes import agree
 from stages.training import pickles, saves
 from stages.training.changes import changes, identity, refusal, refused
-from stages.training.evaluation import stopped_early
 from stages.training.ranks import from_rank_0, say
 from stages.training.saves import IDENTITY, SEAL, forget
+from stages.training.stopping import Rule, rule_of, stopped_early
 from stages.zero.shards import data_only
 
 __all__ = ["choose_save", "forget", "identity", "train"]
@@ -83,12 +83,12 @@ def depends_on(save: Path) -> dict[str, Any]:
     return {key: before[key] for key in ("data", "processes", "zero_stage") if key in before}
 
 
-def steps_to_train(save: Path | None, planned: int, patience: int | None) -> int:
+def steps_to_train(save: Path | None, planned: int, rule: Rule | None) -> int:
     """The step to stop at: the plan's, or the save's own when that run had already stopped early."""
     if save is None:
         return planned
     state = json.loads((save / "trainer_state.json").read_text())
-    return int(state["global_step"]) if stopped_early(state["log_history"], patience) else planned
+    return int(state["global_step"]) if stopped_early(state["log_history"], rule) else planned
 
 
 def train(trainer: Any, cfg: TRLStage, now: dict[str, Any]) -> None:
@@ -101,7 +101,7 @@ def train(trainer: Any, cfg: TRLStage, now: dict[str, Any]) -> None:
     save = choose_save(Path(trainer.args.output_dir), cfg, trainer.depends_on)
     if save is not None:
         pickles.check(save)
-    steps = steps_to_train(save, trainer.args.max_steps, cfg.train.early_stopping_patience)
+    steps = steps_to_train(save, trainer.args.max_steps, rule_of(cfg))
     if steps < trainer.args.max_steps:  # the Trainer looks at max_steps after a step only; without rows left it takes none
         trainer.args.max_steps = steps
         trainer.train_dataset = trainer.train_dataset.select(range(steps * cfg.train.batch_size))

@@ -8,32 +8,18 @@ import torch
 
 from rewards.model import last_token_scores
 from rewards.preference import best_shortcut, bradley_terry, shortcut_baselines
-from stages.training import watchdog
+from stages.training.lockstep import per_row, right_padded
 
 
-@torch.no_grad()
 def scores(trainer: Any, rows: list[list[int]]) -> torch.Tensor:
-    """Scores [N] (fp32, on the CPU) of rows of ids, read at the last token, in the order given, on every rank.
+    """Scores [N] (fp32, on the CPU) of rows of ids, read at the last token, in the order given, on every rank."""
+    device, pad_id = trainer.accelerator.device, trainer.processing_class.pad_token_id
 
-    Rows are taken by length, so that a batch holds little padding; every rank makes the same number of forward passes.
-    """
-    accelerator, size, pad_id = trainer.accelerator, trainer.args.per_device_eval_batch_size, trainer.processing_class.pad_token_id
-    model = trainer.model_wrapped if trainer.is_deepspeed_enabled else trainer.model
-    model.eval()
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
-    out = torch.empty(len(rows))
-    stride = size * accelerator.num_processes
-    for start in range(0, len(rows), stride):
-        places = [min(start + offset, len(rows) - 1) for offset in range(stride)]  # the last row fills up
-        mine = [rows[order[place]] for place in places[accelerator.process_index * size :][:size]]
-        width = max(map(len, mine))
-        watchdog.beat()
-        ids = torch.tensor([row + [pad_id] * (width - len(row)) for row in mine], device=accelerator.device)
-        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in mine], device=accelerator.device)
-        with accelerator.autocast():
-            found = accelerator.gather(last_token_scores(model, ids, mask)).float().cpu()
-        out[[order[place] for place in places]] = found
-    return out
+    def read(model: Any, indices: list[int]) -> torch.Tensor:
+        mine = [rows[index] for index in indices]
+        return last_token_scores(model, right_padded(mine, pad_id, device), right_padded([[1] * len(row) for row in mine], 0, device))
+
+    return per_row(trainer, [len(row) for row in rows], read)
 
 
 def quality(trainer: Any, train: list[dict[str, Any]], pairs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -40,9 +40,9 @@ def saving(trainer_class: Any, stage: str) -> Any:
             self.stepped = True
             return super().training_step(*args, **kwargs)
 
-        def _determine_best_metric(self, *args: Any, **kwargs: Any) -> Any:
+        def _determine_best_metric(self, metrics: dict[str, float], *args: Any, **kwargs: Any) -> Any:
             self.best_before = best_of(self)
-            return super()._determine_best_metric(*args, **kwargs)
+            return self.args.metric_for_best_model in (None, *metrics) and super()._determine_best_metric(metrics, *args, **kwargs)  # not every evaluation generates
 
         def _save_checkpoint(self, *_: Any, **__: Any) -> None:
             save(self, warnings)

@@ -1,0 +1,1 @@
+"""What an SFT run measures on held-out rows beside its loss: generated completions against the rows' own, labels, your own metrics, and the final test."""
