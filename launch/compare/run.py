@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import os
@@ -55,7 +56,8 @@ def _built_in(folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
     from launch.jsonl import write_jsonl
 
     say("making a small base model and rows (give --config for your own)")
-    train_base(str(folder / "base"), steps=80)
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is the table's, or with --json the one line of JSON
+        train_base(str(folder / "base"), steps=80)
     rng = random.Random("compare")
     write_jsonl(folder / "rows.jsonl", demonstrations(rng, draw_cases(rng, 240), 1.0))
     return {

@@ -20,7 +20,7 @@ def table(rows: list[dict[str, Any]], steps: int, what: str) -> Any:
     validated = all(row.get("validated", True) for row in rows)
     made = Table(title=f"{what}, {steps} steps each", caption=f"loss: {'validation' if validated else 'the last of training'}, after {steps} steps; memory: the peak above what the process held before")
     for name, side in (("technique", "left"), ("trained", "right"), ("share", "right"), ("memory", "right"), ("steps/s", "right"), ("loss", "right"), ("rate", "right"), ("published", "right"), ("use it when", "left")):
-        made.add_column(name, justify=side, no_wrap=name == "technique")  # type: ignore[arg-type]
+        made.add_column(name, justify=side, no_wrap=name != "use it when")  # type: ignore[arg-type]
     for row in rows:
         if "reason" in row:
             continue
