@@ -17,6 +17,7 @@ help:
 	@echo 'make reliability   kills, power cuts, full disks, flipped bits and more; writes RELIABILITY.md (CPU, under half an hour)'
 	@echo 'make bench-ppo   PPO against TRL 1.12, which it installs into runs/bench (an hour on one idle core; ARGS="--quick" shows that it runs)'
 	@echo 'make bench-plan   what align plan predicts against what stages allocate (CPU, about half an hour)'
+	@echo 'make bench-sft   SFT against TRL: speed, memory, held-out loss (CPU, about half an hour)'
 	@echo 'make bench-memory   peak memory of PPO beside LoRA SFT (CPU, about half an hour)'
 
 setup: $(STAMP)
