@@ -27,7 +27,7 @@ def add_parser(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument("--temperature", type=float, default=0.7, metavar="T", help="0 takes the likeliest token each time (default: 0.7)")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="tokens of the longest answer (default: 256)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed and messages give the same answers (default: 0)")
-    parser.add_argument("--template", default="auto", metavar="NAME", help="chat template of models from outside: auto, plain, chatml, raw or a .jinja file (default: auto)")
+    parser.add_argument("--template", default="auto", metavar="NAME", help="chat template of models from outside: auto, plain, chatml, raw, llama3, qwen, zephyr, mistral, gemma or a .jinja file (default: auto)")
     parser.add_argument("--json", action="store_true", help="one JSON object for each answer, a line each; everything else goes to stderr")
     parser.set_defaults(handler=run)
 

@@ -35,7 +35,7 @@ def add_parser(subparsers: Any) -> None:
     show = verbs.add_parser("show", help="show rows as a tokenizer and a template render them, and what the loss covers")
     show.add_argument("file", metavar="FILE")
     show.add_argument("--tokenizer", required=True, metavar="PATH", help="a Hugging Face folder or name")
-    show.add_argument("--template", default="auto", help="auto, plain, chatml, raw or a .jinja file (default: auto)")
+    show.add_argument("--template", default="auto", help="auto, plain, chatml, raw, llama3, qwen, zephyr, mistral, gemma or a .jinja file (default: auto)")
     show.add_argument("--loss-on", choices=("all", "last"), default="all", help="assistant turns that the loss covers (default: all)")
     show.add_argument("-n", type=int, default=3, metavar="ROWS", help="rows to show (default: 3)")
     _add_reading(show)

@@ -59,7 +59,7 @@ def _add_carrying(commands: Any) -> None:
     command.add_argument("source", metavar="FOLDER|ORG/NAME", help="a folder as save_pretrained writes it (whole weights or a LoRA adapter), or a name on the hub")
     command.add_argument("--as", required=True, dest="family", metavar="STAGE/NAME", help="sft, dpo or ppo for a language model, reward for one with a score head")
     command.add_argument("--base", metavar="REF", help="what an adapter was trained on, if its adapter_config.json does not say it")
-    command.add_argument("--template", default="auto", metavar="NAME", help="chat template: auto (the tokenizer's own, else plain), plain, chatml, raw or a .jinja file")
+    command.add_argument("--template", default="auto", metavar="NAME", help="chat template: auto (the tokenizer's own, else plain), plain, chatml, raw, llama3, qwen, zephyr, mistral, gemma or a .jinja file")
     command.add_argument("--revision", metavar="REV", help="branch, tag or commit on the hub")
 
     command = _command(commands, "export", carry.run_export, "write a checkpoint to a folder: weights, tokenizer, model card, checksums")

@@ -170,7 +170,8 @@ class StageConfig(Strict):
     seed: int = Field(default=0, description="Seed of initial values, data order and sampling.")
     template: str = Field(
         default="auto",
-        description="Chat template: auto is the tokenizer's own or else plain; plain, chatml, raw (prompt text, then completion text) or a .jinja file.",
+        description="Chat template: auto is the tokenizer's own or else plain; plain, chatml, raw (prompt text, then completion text), the layout of a model family "
+        "(llama3, qwen, zephyr, mistral, gemma; llama3, qwen and gemma need its special tokens; llama3 and qwen have tool turns) or a .jinja file.",
     )
     max_length: PositiveInt = Field(default=1024, description="Tokens of the longest row (prompt and completion); longer ones are handled as `overlong` says.")
     overlong: Literal["drop", "error"] = Field(default="drop", description="A row above max_length is dropped and counted, or an error.")

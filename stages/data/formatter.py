@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from configs.errors import UserError
 from stages.data import trial
 from stages.data.rows import Demonstration, Message, Messages, PreferencePair, as_messages
-from stages.data.templates import Template, resolve_template
+from stages.data.templates import Template, check_tokens, resolve_template
 
 
 class NotAPrefix(Exception):
@@ -51,6 +51,7 @@ class Formatter:
         self.template = resolve_template(tokenizer, template) if isinstance(template, str) else template
         if tokenizer.eos_token_id is None:
             raise UserError("the tokenizer names no EOS token; ensure_special_tokens sets one from the model's config")
+        check_tokens(tokenizer, self.template)
         tokenizer.chat_template = self.template.jinja
         if not self.template.is_ours:
             trial.try_out(self.template.name, self._try_shapes)

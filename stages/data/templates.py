@@ -1,4 +1,4 @@
-"""Chat templates: the tokenizer's own, the built-in ones for base models, or a file."""
+"""Chat templates: the tokenizer's own, a built-in one by name, or a file."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from blake3 import blake3
 
 from configs.errors import UserError
+from stages.data.layouts import LAYOUTS, TOKENS
 
 _BOS = "{{- bos_token }}"
 _PLAIN = """\
@@ -43,7 +44,7 @@ _RAW = """\
 {{- eos_token }}
 {%- endif %}
 {%- endfor %}"""
-BUILT_IN = {"plain": _PLAIN, "chatml": _CHATML, "raw": _RAW}
+BUILT_IN = {"plain": _PLAIN, "chatml": _CHATML, "raw": _RAW, **LAYOUTS}
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,13 @@ class Template:
     @property
     def is_ours(self) -> bool:
         """Whether it is one of the built-in ones; any other is somebody's program."""
-        return self.jinja.removeprefix(_BOS) in BUILT_IN.values()
+        return bool(self.layout)
+
+    @property
+    def layout(self) -> str:
+        """The built-in one that it is; "" for any other."""
+        jinja = self.jinja.removeprefix(_BOS)
+        return next((name for name, known in BUILT_IN.items() if known == jinja), "")
 
     @property
     def digest(self) -> str:
@@ -74,8 +81,19 @@ def built_in(name: str, bos: bool) -> Template:
     return Template(name, (_BOS if bos else "") + BUILT_IN[name])
 
 
+def check_tokens(tokenizer: Any, template: Template) -> None:
+    """Raise UserError where the tokenizer lacks special tokens that the template's turns are made of."""
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special} | set(tokenizer.all_special_tokens)
+    missing = [token for token in TOKENS.get(template.layout, ()) if token not in special]
+    if missing:
+        raise UserError(
+            f"the template {template.layout!r} is made of special tokens, of which this tokenizer lacks {', '.join(missing)}: start from a model that has them "
+            f"(they are learned with it), or set `template` to one that any tokenizer can write: {', '.join(name for name in BUILT_IN if name not in TOKENS)}"
+        )
+
+
 def resolve_template(tokenizer: Any, choice: str = "auto") -> Template:
-    """The template that `choice` names: auto (the tokenizer's own, else plain), plain, chatml, raw or a .jinja file.
+    """The template that `choice` names: auto (the tokenizer's own, else plain), one of BUILT_IN or a .jinja file.
 
     A tokenizer saved by a stage carries its template, so `auto` in the next stage gives the same digest and name.
     Raises UserError for an unknown name, a missing file, or an empty template.

@@ -22,6 +22,7 @@ from stages.data import (
     prove_loss_mask,
     resolve_template,
 )
+from stages.data.layouts import TOKENS
 from stages.data.templates import BUILT_IN, Template
 
 CHATML = (
@@ -159,7 +160,7 @@ def test_a_generation_prompt_that_answers_do_not_begin_with_is_refused():
         Formatter(byte_tokenizer(), Template("opening", OPENING))
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("name", [name for name in BUILT_IN if name not in TOKENS])
 @pytest.mark.parametrize("make", [byte_tokenizer, spaced_tokenizer, lambda: byte_tokenizer(bos=True)])
 def test_prompt_and_completion_read_right_and_give_the_text_back(name, make):
     formatter = Formatter(make(), name)
@@ -167,7 +168,7 @@ def test_prompt_and_completion_read_right_and_give_the_text_back(name, make):
         prompt, completion = formatter.prompt_ids("Tell me."), formatter.completion_ids(text)
         assert completion[-1] == formatter.eos_id == formatter.tokenizer.eos_token_id
         assert completion.count(formatter.eos_id) == 1
-        assert formatter.completion_text(completion) == text.removeprefix(" " if make is spaced_tokenizer and name != "plain" else "")
+        assert formatter.completion_text(completion) == text.removeprefix(" " if make is spaced_tokenizer and name not in ("plain", "mistral") else "")
         joined = formatter.decode(prompt + completion)
         eos = formatter.tokenizer.eos_token
         assert joined.endswith(text + eos)
@@ -199,7 +200,7 @@ def test_training_ids_are_the_ids_of_a_rollout(name, make):
     assert longer[: len(rollout)] == rollout
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("name", [name for name in BUILT_IN if name not in TOKENS])
 def test_bos_stands_first_once_when_the_tokenizer_has_it_by_default(name):
     with_bos, without = Formatter(byte_tokenizer(bos=True), name), Formatter(byte_tokenizer(), name)
     ids = with_bos.prompt_ids("Hi")
