@@ -74,7 +74,8 @@ def run_show(args: argparse.Namespace) -> int:
     formatter = load_formatter(args.tokenizer, args.template)
     marks = ("\x1b[30;42m", "\x1b[0m") if sys.stdout.isatty() else ("[[", "]]")
     facts = formatter.facts()
-    print(f"{args.file}: {len(loaded.rows)} {kind}; template {facts['template']}, eos {facts['eos_ids']}, pad {facts['pad_id']}")
+    tool_rows = _tool_rows(loaded.rows)
+    print(f"{args.file}: {len(loaded.rows)} {kind}{f' ({tool_rows} with tool turns)' if tool_rows else ''}; template {facts['template']}, eos {facts['eos_ids']}, pad {facts['pad_id']}")
     for row in islice(loaded.rows, max(args.n, 0)):
         print(f"\n--- {row.where}")
         for title, text, tokens, covered in rendered(formatter, row, marks, args.loss_on):
@@ -123,7 +124,7 @@ def describe(kind: Kind, loaded: Loaded[Any]) -> dict[str, Any]:
         elif isinstance(row, PreferencePair):
             lengths.setdefault("chosen", []).append(len(row.chosen.split()))
             lengths.setdefault("rejected", []).append(len(row.rejected.split()))
-    groups = Counter(group_key(row.prompt) for row in rows)
+    groups, tool_rows = Counter(group_key(row.prompt) for row in rows), _tool_rows(rows)
     report = loaded.report.as_dict()
     return {
         "kind": kind,
@@ -134,10 +135,18 @@ def describe(kind: Kind, loaded: Loaded[Any]) -> dict[str, Any]:
         "duplicates": report["duplicates"],
         "equal_pairs": report["equal_pairs"],
         "placeholders": report["placeholders"],
+        **({"tool_rows": tool_rows} if tool_rows else {}),
         "words": {name: summary(values) for name, values in lengths.items()},
         "fingerprint": fingerprint(rows),
         "warnings": report["warnings"],
     }
+
+
+def _tool_rows(rows: Sequence[Row]) -> int:
+    from stages.data.rows import Demonstration
+    from stages.data.tools import has_tools
+
+    return sum(isinstance(row, Demonstration) and has_tools(row) for row in rows)
 
 
 def _words(messages: Messages) -> int:
@@ -156,6 +165,8 @@ def _print_result(result: dict[str, Any]) -> None:
         print(f"{result['file']}: cannot be used\n  {printable(result['error'])}", file=sys.stderr)
         return
     print(f"{result['file']}: {result['rows']} {result['kind']} ({result['format']}), {result['prompt_groups']} different prompts")
+    if "tool_rows" in result:
+        print(f"  rows with tool turns or `tools`: {result['tool_rows']}")
     for name, words in result["words"].items():
         print(f"  words in {name}: {words['min']} to {words['max']}, median {words['median']:g}, 95 % up to {words['p95']}")
     for warning in result["warnings"]:

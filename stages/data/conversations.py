@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from stages.data.rows import Message, Messages, RowError
+from stages.data.tools import calls_of, check_results, extra_of
 
 ROLE_NAMES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -42,31 +43,42 @@ def optional_text(fields: dict[str, Any], name: str) -> str:
     return value if value.strip() else ""
 
 
-def message(value: Any, name: str) -> Message:
-    """One {role, content} or {from, value} object. Raises RowError."""
+def message(value: Any, name: str, *, tools: bool = False) -> Message:
+    """One {role, content} or {from, value} object; with `tools`, also an assistant's tool_calls and a tool's result. Raises RowError."""
     if not isinstance(value, dict):
         raise RowError(name, f"is {kind_of(value)}; expected an object with role and content (or from and value)")
     role_key, text_key = ("from", "value") if "from" in value else ("role", "content")
-    for key in (role_key, text_key):
+    called = bool(value.get("tool_calls"))
+    if not tools and (called or value.get(role_key) == "tool"):
+        raise RowError(name, "is a tool turn; these are read in the `messages` of demonstrations only (SFT)")
+    for key in (role_key,) if called else (role_key, text_key):
         if key not in value:
             raise RowError(f"{name}.{key}", f"is missing; the turn has {', '.join(map(repr, value))}")
-    role = ROLE_NAMES.get(value[role_key]) if isinstance(value[role_key], str) else None
+    known = ROLE_NAMES | ({"tool": "tool"} if tools else {})
+    role = known.get(value[role_key]) if isinstance(value[role_key], str) else None
     if role is None:
-        raise RowError(f"{name}.{role_key}", f"is {value[role_key]!r}; expected one of {', '.join(ROLE_NAMES)}")
-    content = value[text_key]
+        raise RowError(f"{name}.{role_key}", f"is {value[role_key]!r}; expected one of {', '.join(known)}")
+    content, extra = value.get(text_key), extra_of(value, role, name)
+    if called and role != "assistant":
+        raise RowError(f"{name}.tool_calls", f"stands in a turn of {role}; only the assistant calls tools")
+    if role == "tool" or called:
+        content = content or "" if called else content
+        if not isinstance(content, str):
+            raise RowError(f"{name}.{text_key}", f"is {kind_of(content)}; expected text (a result that is no text is written as JSON text)")
+        return Message(role, content, extra)
     if role == "system" and content == "":
         return Message(role, "")
     return Message(role, check_text(content, f"{name}.{text_key}"))
 
 
-def conversation(value: Any, name: str, *, system: str = "") -> Messages:
+def conversation(value: Any, name: str, *, system: str = "", tools: bool = False) -> Messages:
     """A list of turns: [system], then user and assistant in turn, user first. Raises RowError naming the turn.
 
-    An empty system message is left out; `system` (a column of its own) is put first.
+    With `tools`, an assistant's turn with calls is followed by their results, and these by the assistant's next turn. An empty system message is left out; `system` (a column of its own) is put first.
     """
     if not isinstance(value, (list, tuple)):
         raise RowError(name, f"is {kind_of(value)}; expected a list of turns")
-    turns = [message(turn, f"{name}[{index}]") for index, turn in enumerate(value)]
+    turns = [message(turn, f"{name}[{index}]", tools=tools) for index, turn in enumerate(value)]
     offset = 0
     if turns and turns[0].role == "system":
         offset = 1
@@ -75,11 +87,21 @@ def conversation(value: Any, name: str, *, system: str = "") -> Messages:
     if not turns:
         raise RowError(name, "has no turns")
     for index, turn in enumerate(turns):
-        expected = ("user", "assistant")[index % 2]
-        if turn.role != expected:
-            before = f"after {turns[index - 1].role}" if index else "at the beginning"
-            raise RowError(f"{name}[{index + offset}]", f"is a turn of {turn.role} {before}; expected {expected}")
+        before = turns[index - 1] if index else None
+        expected = _next_roles(before)
+        if turn.role not in expected:
+            place = f"after {before.role}{' with tool_calls' if calls_of(before) else ''}" if before else "at the beginning"
+            raise RowError(f"{name}[{index + offset}]", f"is a turn of {turn.role} {place}; expected {' or '.join(expected)}")
+    check_results(turns, name, offset)
     return with_system(system, tuple(turns))
+
+
+def _next_roles(before: Message | None) -> tuple[str, ...]:
+    if before is None:
+        return ("user",)
+    if before.role == "assistant":
+        return ("tool",) if calls_of(before) else ("user",)
+    return ("tool", "assistant") if before.role == "tool" else ("assistant",)
 
 
 def with_system(system: str, turns: Messages) -> Messages:
@@ -92,7 +114,7 @@ def ends_with_assistant(turns: Messages, name: str) -> Messages:
     if not any(turn.role == "assistant" for turn in turns):
         raise RowError(name, "has no assistant turn; there is nothing to learn from")
     if turns[-1].role != "assistant":
-        raise RowError(name, "ends with a user turn; expected an assistant turn (leave the last user turn out)")
+        raise RowError(name, f"ends with a {turns[-1].role} turn; expected an assistant turn (leave the last {turns[-1].role} turn out)")
     return turns
 
 

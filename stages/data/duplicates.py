@@ -25,7 +25,7 @@ class Duplicates(NamedTuple):
 
 def words(row: Demonstration) -> list[str]:
     """The words of all turns, without case and punctuation."""
-    text = unicodedata.normalize("NFKC", "\n".join(message.content for message in row.messages)).casefold()
+    text = unicodedata.normalize("NFKC", "\n".join(f"{message.content} {message.extra}" for message in row.messages)).casefold()
     return re.findall(r"\w+", text) or text.split()
 
 

@@ -7,18 +7,23 @@ from collections.abc import Sequence
 
 from blake3 import blake3
 
-from stages.data.rows import Demonstration, PreferencePair, Row
+from stages.data.rows import Demonstration, Message, PreferencePair, Row
 
 
 def canonical(row: Row) -> str:
     """One row as JSON text, without its place in a file and its weight."""
     if isinstance(row, Demonstration):
-        content: list[object] = ["demonstration", [(m.role, m.content) for m in row.messages]]
+        content: list[object] = ["demonstration", [_turn(m) for m in row.messages], *([row.tools] if row.tools else [])]
     elif isinstance(row, PreferencePair):
-        content = ["pair", [(m.role, m.content) for m in row.prompt], row.chosen, row.rejected, row.margin]
+        content = ["pair", [_turn(m) for m in row.prompt], row.chosen, row.rejected, row.margin]
     else:
-        content = ["prompt", [(m.role, m.content) for m in row.prompt], row.columns]
+        content = ["prompt", [_turn(m) for m in row.prompt], row.columns]
     return json.dumps(content, ensure_ascii=True, sort_keys=True)
+
+
+def _turn(message: Message) -> tuple[str, ...]:
+    """Tool turns say more than others; that those say nothing more keeps the fingerprints they always had."""
+    return (message.role, message.content, message.extra) if message.extra else (message.role, message.content)
 
 
 def fingerprint(rows: Sequence[Row]) -> str:

@@ -9,6 +9,7 @@ from configs.errors import UserError
 from stages.data import conversations as talk
 from stages.data.conversations import optional_text, text, with_system
 from stages.data.rows import Demonstration, Kind, Message, Messages, PreferencePair, Prompt, RowError, as_messages
+from stages.data.tools import schemas
 
 Fields = dict[str, Any]
 RESERVED = ("prompts", "completions", "prompt_ids", "completion_ids")
@@ -111,7 +112,11 @@ def demonstration(fields: Fields, layout: str, where: str, weight: float) -> Dem
     """One row as a demonstration. Raises RowError."""
     if layout in ("preference", "hh"):
         return pair(fields, "hh" if layout == "hh" else (_pairs(fields, where) or layout), where, weight).demonstration()
-    if layout in ("messages", "sharegpt"):
+    if layout == "messages":
+        system = optional_text(fields, "system")
+        turns = talk.ends_with_assistant(talk.conversation(_present(fields, "messages"), "messages", system=system, tools=True), "messages")
+        return Demonstration(turns, where, weight, schemas(fields))
+    if layout == "sharegpt":
         turns = talk.ends_with_assistant(*_turns(fields, layout))
     elif layout == "prompt_completion":
         prompt = _prompt_field(fields)

@@ -6,6 +6,7 @@ A conversation is cut into segments, a prompt segment and a completion by turns,
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
@@ -15,6 +16,7 @@ from configs.errors import UserError
 from stages.data import trial
 from stages.data.rows import Demonstration, Message, Messages, PreferencePair, as_messages
 from stages.data.templates import Template, check_tokens, resolve_template
+from stages.data.tools import check_shown, has_tools
 
 
 class NotAPrefix(Exception):
@@ -68,30 +70,33 @@ class Formatter:
 
     # -- what stages call
 
-    def prompt_ids(self, messages: str | Messages) -> list[int]:
-        """Ids up to and with the generation prompt; what a policy is given. Plain text is one user message."""
-        return [token for segment in self._prompt_segments(as_messages(messages))[0] for token in segment.ids]
+    def prompt_ids(self, messages: str | Messages, tools: str = "") -> list[int]:
+        """Ids up to and with the generation prompt; what a policy is given. Plain text is one user message. `tools`: a demonstration's."""
+        return [token for segment in self._prompt_segments(as_messages(messages), tools)[0] for token in segment.ids]
 
     def completion_ids(self, text: str, prompt: str | Messages = "?") -> list[int]:
         """Ids that a policy would sample to say `text` after `prompt`, ending with `eos_id` and nothing after it."""
         messages = as_messages(prompt)
-        return self._completion(messages, text, self.render(messages, generate=True))[0]
+        return self._completion(messages, Message("assistant", text), self.render(messages, generate=True))[0]
 
     def demonstration(self, row: Demonstration, loss_on: str = "all") -> dict[str, list[int]]:
         """{"input_ids", "completion_mask"}, both [tokens]; the mask is 1 on what the loss covers.
 
-        `loss_on`: "all" assistant turns, or the "last". The ids before the last completion are `prompt_ids(row.prompt)`.
-        Raises UserError, with the row's place, when the template cannot render the row or rewrites earlier turns ("all").
+        `loss_on`: "all" assistant turns, or the "last". A tool call is part of its turn, a tool's result never is.
+        The ids before the last completion are `prompt_ids(row.prompt, row.tools)`. Raises UserError, with the row's place, when the template cannot
+        render the row, leaves out a part of its tool turns, or rewrites earlier turns ("all").
         """
         try:
-            segments, rendered = self._prompt_segments(row.prompt)
+            if has_tools(row):
+                check_shown(self.template, self.render, row)
+            segments, rendered = self._prompt_segments(row.prompt, row.tools)
             several = sum(message.role == "assistant" for message in row.messages) > 1
             if loss_on == "all" and several and not any(segment.is_completion for segment in segments):
                 raise UserError(
                     f"the template {self.template.name!r} rewrites earlier assistant turns when a later one follows, so the loss cannot "
                     "cover all of them in one row; set `loss_on: last`, or another `template`"
                 )
-            last, _ = self._completion(row.prompt, row.completion, rendered)
+            last, _ = self._completion(row.prompt, row.messages[-1], rendered, row.tools)
         except UserError as error:
             raise UserError(f"{row.where}: {error}") from None
         input_ids = [token for segment in segments for token in segment.ids] + last
@@ -102,7 +107,7 @@ class Formatter:
         """{"prompt_ids", "chosen_ids", "rejected_ids"}; both completions end with `eos_id`. Raises UserError with the place."""
         try:
             segments, rendered = self._prompt_segments(row.prompt)
-            chosen, rejected = (self._completion(row.prompt, text, rendered)[0] for text in (row.chosen, row.rejected))
+            chosen, rejected = (self._completion(row.prompt, Message("assistant", text), rendered)[0] for text in (row.chosen, row.rejected))
         except UserError as error:
             raise UserError(f"{row.where}: {error}") from None
         prompt = [token for segment in segments for token in segment.ids]
@@ -130,20 +135,22 @@ class Formatter:
             "pad_id": self.tokenizer.pad_token_id,
         }
 
-    def render(self, messages: Messages, generate: bool) -> str:
+    def render(self, messages: Messages, generate: bool, tools: str = "") -> str:
         """The template's text, in transformers' sandbox, within a time limit. Raises UserError with what the template objects to."""
         try:
             with nullcontext() if self.template.is_ours else trial.limited(self.template.name):
-                return self._rendered(messages, generate)
+                return self._rendered(messages, generate, tools)
         except UserError:
             raise
         except Exception as error:  # a template is a program: it may raise whatever it likes
             roles = ", ".join(message.role for message in messages)
             raise UserError(f"the template {self.template.name!r} cannot render turns of {roles}: {error}; correct it, or set `template` to plain or chatml") from None
 
-    def _rendered(self, messages: Messages, generate: bool) -> str:
-        turns = [message.as_dict() for message in messages]
-        return str(self.tokenizer.apply_chat_template(turns, chat_template=self.template.jinja, tokenize=False, add_generation_prompt=generate))
+    def _rendered(self, messages: Messages, generate: bool, tools: str = "") -> str:
+        turns, given = [message.as_dict() for message in messages], json.loads(tools) if tools else None
+        return str(
+            self.tokenizer.apply_chat_template(turns, tools=given, chat_template=self.template.jinja, tokenize=False, add_generation_prompt=generate)
+        )
 
     def _try_shapes(self) -> None:
         """Render conversations of several shapes, whatever the template objects to in one of them."""
@@ -157,34 +164,34 @@ class Formatter:
 
     # -- segments
 
-    def _prompt_segments(self, messages: Messages) -> tuple[list[Segment], str]:
+    def _prompt_segments(self, messages: Messages, tools: str = "") -> tuple[list[Segment], str]:
         """Segments of a prompt and its rendered text; one segment where the template rewrites earlier turns."""
-        rendered = self.render(messages, generate=True)
+        rendered = self.render(messages, True, tools)
         try:
-            return self._by_turns(messages, rendered), rendered
+            return self._by_turns(messages, rendered, tools), rendered
         except NotAPrefix:
             return [Segment(self._tokenise(rendered, first=True), False)], rendered
 
-    def _by_turns(self, messages: Messages, rendered: str) -> list[Segment]:
+    def _by_turns(self, messages: Messages, rendered: str, tools: str) -> list[Segment]:
         segments: list[Segment] = []
         consumed = ""
         for index, message in enumerate(messages):
             if message.role != "assistant":
                 continue
-            before = self.render(messages[:index], generate=True)
+            before = self.render(messages[:index], True, tools)
             if not before.startswith(consumed):
                 raise NotAPrefix
             segments.append(Segment(self._tokenise(before[len(consumed) :], first=not segments), False))
-            ids, consumed = self._completion(messages[:index], message.content, before)
+            ids, consumed = self._completion(messages[:index], message, before, tools)
             segments.append(Segment(ids, True))
             if not rendered.startswith(consumed):
                 raise NotAPrefix
         segments.append(Segment(self._tokenise(rendered[len(consumed) :], first=not segments), False))
         return segments
 
-    def _completion(self, prompt: Messages, text: str, rendered: str) -> tuple[list[int], str]:
+    def _completion(self, prompt: Messages, answer_turn: Message, rendered: str, tools: str = "") -> tuple[list[int], str]:
         """Ids of an answer to `prompt` (rendered: its text with the generation prompt), and all text up to its end token."""
-        whole = self.render((*prompt, Message("assistant", text)), generate=False)
+        whole = self.render((*prompt, answer_turn), False, tools)
         answer = self._after(rendered, whole)
         if not answer.endswith(self._ending.tail):
             raise UserError(f"the template {self.template.name!r} ends this answer in another way than others: …{answer[-40:]!r}")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 SHOWN = 5
 PLACEHOLDER = re.compile(r"\{\{\s*[A-Za-z_][\w.\- ]*\}\}")
 OUR_COLUMNS = {
-    "demonstrations": ("messages", "prompt", "completion", "instruction", "input", "output", "conversations", "system", "chosen", "rejected"),
+    "demonstrations": ("messages", "prompt", "completion", "instruction", "input", "output", "conversations", "system", "tools", "chosen", "rejected"),
     "pairs": ("messages", "prompt", "instruction", "input", "conversations", "system", "chosen", "rejected", "margin"),
 }
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
 Kind = Literal["demonstrations", "pairs", "prompts"]
 
 
@@ -18,14 +19,15 @@ class RowError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn: `role` is one of ROLES, `content` is text as the file has it."""
+    """One turn: `role` is one of ROLES, `content` is text as the file has it, `extra` is what a tool turn has besides (JSON text, or "")."""
 
     role: str
     content: str
+    extra: str = ""
 
-    def as_dict(self) -> dict[str, str]:
+    def as_dict(self) -> dict[str, Any]:
         """The form that chat templates and TRL take."""
-        return {"role": self.role, "content": self.content}
+        return {"role": self.role, "content": self.content} | (json.loads(self.extra) if self.extra else {})
 
 
 Messages = tuple[Message, ...]
@@ -33,11 +35,15 @@ Messages = tuple[Message, ...]
 
 @dataclass(frozen=True, slots=True)
 class Demonstration:
-    """What SFT imitates: [system], user, assistant, … , assistant. `where` is "file:row"."""
+    """What SFT imitates: [system], user, assistant, … , assistant. `where` is "file:row"; `tools` the schemas of a row's tools (JSON text, or "").
+
+    An assistant's turn that calls tools is followed by one turn of a tool for each call, and these by the assistant.
+    """
 
     messages: Messages
     where: str = ""
     weight: float = 1.0
+    tools: str = ""
 
     @property
     def prompt(self) -> Messages:
@@ -46,7 +52,7 @@ class Demonstration:
 
     @property
     def completion(self) -> str:
-        """The last assistant turn."""
+        """The text of the last assistant turn, "" where that only calls tools."""
         return self.messages[-1].content
 
 

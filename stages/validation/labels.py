@@ -60,7 +60,7 @@ def choices(formatter: Formatter, rows: Sequence[Demonstration], labels: Sequenc
         truth = numbers.get(normalised(row.completion))
         if truth is None and strict:
             raise UserError(f"{row.where}: the completion is none of evaluation.labels ({', '.join(map(repr, labels))}); add it to them, or correct the row")
-        choice = Choice(formatter.prompt_ids(row.prompt), [formatter.completion_ids(label, row.prompt) for label in labels], truth)
+        choice = Choice(formatter.prompt_ids(row.prompt, row.tools), [formatter.completion_ids(label, row.prompt) for label in labels], truth)
         if len(choice.prompt_ids) + max(map(len, choice.label_ids)) <= limit:
             found.append(choice)
     return found

@@ -24,8 +24,8 @@ class Question(NamedTuple):
 def question(formatter: Formatter, row: Demonstration) -> Question:
     """Raises UserError for a row whose last turn says nothing."""
     if not row.completion.strip():
-        raise UserError(f"{row.where}: has no reference completion to compare with (its last assistant turn is blank); fill it in or leave the row out")
-    return Question(formatter.prompt_ids(row.prompt), scorer_prompt(row.prompt), row.completion, dict(getattr(row, "columns", {})), row.where)
+        raise UserError(f"{row.where}: has no reference completion to compare with (its last assistant turn is blank, or only calls tools); fill it in or leave the row out")
+    return Question(formatter.prompt_ids(row.prompt, row.tools), scorer_prompt(row.prompt), row.completion, dict(getattr(row, "columns", {})), row.where)
 
 
 def drawn(rows: Sequence[Demonstration], formatter: Formatter, *, count: int, seed: int, room: int) -> list[Question]:

@@ -162,7 +162,7 @@ BAD_MESSAGES = [
     ([assistant("a"), user("b")], r"'messages\[0\]' is a turn of assistant at the beginning"),
     ([user("a")], "no assistant turn"),
     ([user("a"), assistant("b"), user("c")], "ends with a user turn"),
-    ([user("a"), {"role": "tool", "content": "b"}], r"'messages\[1\]\.role' is 'tool'; expected one of system, user"),
+    ([user("a"), {"role": "tool", "content": "b"}], r"'messages\[1\]' is a turn of tool after user; expected assistant"),
     ([user("a"), {"role": "assistant", "content": ""}], r"'messages\[1\]\.content' is empty"),
     ([user("a"), {"role": "assistant"}], r"'messages\[1\]\.content' is missing"),
     ([user("a"), "b"], r"'messages\[1\]' is text"),
