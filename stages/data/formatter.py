@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from configs.errors import UserError
 from stages.data import trial
+from stages.data.layouts import WITH_TOOLS
 from stages.data.rows import Demonstration, Message, Messages, PreferencePair, as_messages
 from stages.data.templates import Template, check_tokens, resolve_template
 from stages.data.tools import check_shown, has_tools
@@ -144,7 +145,8 @@ class Formatter:
             raise
         except Exception as error:  # a template is a program: it may raise whatever it likes
             roles = ", ".join(message.role for message in messages)
-            raise UserError(f"the template {self.template.name!r} cannot render turns of {roles}: {error}; correct it, or set `template` to plain or chatml") from None
+            others = " or ".join(WITH_TOOLS if tools or "tool" in roles else ("plain", "chatml"))
+            raise UserError(f"the template {self.template.name!r} cannot render turns of {roles}: {error}; correct it, or set `template` to {others}") from None
 
     def _rendered(self, messages: Messages, generate: bool, tools: str = "") -> str:
         turns, given = [message.as_dict() for message in messages], json.loads(tools) if tools else None

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from configs.errors import UserError
 from stages.loss.model import add_token_sums
 from stages.training import packing, resume
-from tests.stage.runs import metrics, run, settings, weights, workspace
+from tests.stage.runs import metrics, run, run_until, settings, weights, workspace
 from tests.stage.test_sft import encoded
 from tests.unit.test_loss import tiny
 
@@ -190,7 +190,15 @@ def test_flash_attention_without_a_gpu_is_refused(place, monkeypatch):
 
 
 def test_a_run_with_rows_of_like_length_pads_less_and_resumes_to_the_bit(place, capsys):
-    """The share that is said is that of the batches which the trainer is given."""
-    run("sft", settings(place, "sft", {"max_steps": 6, "group_by_length": True}, name="grouped"))
-    said = capsys.readouterr().out
-    assert "padding: " in said
+    """A run that crashed in its second pass over the rows, and went on from a save in the middle of it, publishes what an unbroken run does."""
+    train = {"max_steps": 10, "save_every": 4, "group_by_length": True}
+    whole = run("sft", settings(place, "sft", train, name="grouped"))
+    assert "padding: " in capsys.readouterr().out
+    losses = metrics(place, "sft", "loss")
+    broken = settings(place, "sft", train, name="grouped-broken", output=str(place / "out-broken"))
+    run_until("sft", broken, 9)
+    again = run("sft", broken)
+    assert "continuing from checkpoint-8" in capsys.readouterr().out
+    assert len(losses) == 10
+    first, second = weights(whole), weights(again)
+    assert all(torch.equal(first[name], second[name]) for name in first)

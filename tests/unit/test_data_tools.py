@@ -21,6 +21,7 @@ from stages.data import (
 )
 from stages.data.layouts import WITH_TOOLS
 from stages.data.templates import BUILT_IN, Template
+from stages.validation.rows import question
 from tests.unit.test_data_cli import run as run_cli
 from tests.unit.test_data_formatter import byte_tokenizer, parts, turns
 from tests.unit.test_data_reading import assistant, user, write
@@ -80,9 +81,10 @@ def test_the_loss_covers_calls_and_answers_and_no_result(tmp_path, name):
     assert parts(formatter, row, "last") == [(False, "".join(texts[:-1])), (True, texts[-1])]
     (shown,) = prove_loss_mask(formatter, encode_demonstrations(formatter, [row], 5000)[0])
     assert shown == " … ".join(texts[1::2])
-    # What a rollout is given before the last answer is what training has there.
+    # What a rollout is given before the last answer is what training has there; so is what `evaluation:` asks.
     ids = formatter.demonstration(row)["input_ids"]
-    assert formatter.prompt_ids(row.prompt, row.tools) == ids[: len(ids) - len(formatter.completion_ids("Yes.", row.prompt))]
+    before = ids[: len(ids) - len(formatter.completion_ids("Yes.", row.prompt))]
+    assert formatter.prompt_ids(row.prompt, row.tools) == question(formatter, row).prompt_ids == before
 
 
 @pytest.mark.parametrize("name", WITH_TOOLS)
@@ -104,6 +106,12 @@ def test_qwen_has_text_beside_several_calls_and_their_results_in_one_turn(tmp_pa
     ]
     with pytest.raises(UserError, match=r"rows\.jsonl:1: the template 'llama3' cannot render .*one tool call and no text beside it"):
         Formatter(tokenizer_of("llama3"), "llama3").demonstration(row)
+
+
+def test_a_template_that_objects_to_tool_turns_is_told_with_those_that_do_not(tmp_path):
+    strict = WHOLE.replace("{% for m in messages %}", "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('roles must alternate') }}{% endif %}")
+    with pytest.raises(UserError, match=r"'own' cannot render turns of system, user, assistant, tool, .*: roles must alternate; .*llama3 or qwen$"):
+        Formatter(tokenizer_of("qwen"), Template("own", strict)).demonstration(read(tmp_path, ROW))
 
 
 def test_json_text_and_objects_read_the_same(tmp_path):
