@@ -199,10 +199,21 @@ def _read_parquet(path: Path) -> Iterator[Record]:
             index = 0
             for batch in file.iter_batches(batch_size=1024):
                 for fields in batch.to_pylist():
-                    yield Record(fields, f"{path}:{index}")
+                    yield Record(_as_written(fields), f"{path}:{index}")
                     index += 1
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise UserError(f"{path}: is not a readable parquet file: {error}") from None
+
+
+def _as_written(fields: dict[str, Any]) -> dict[str, Any]:
+    """A row of a columnar file without the nulls in its turns and tools: there every object has the keys of all, so a call of one tool the arguments of others."""
+    return {name: _without_nulls(value) if name in ("messages", "tools") else value for name, value in fields.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_nulls(one) for one in value]
+    return {key: _without_nulls(one) for key, one in value.items() if one is not None} if isinstance(value, dict) else value
 
 
 def _read_hub(source: Source) -> Iterator[Record]:
@@ -220,4 +231,4 @@ def _read_hub(source: Source) -> Iterator[Record]:
             "network (or with HF_HUB_OFFLINE=1) load it once on a machine that has it, or save it as .jsonl or .parquet and give that file"
         ) from None
     for index, fields in enumerate(dataset):
-        yield Record(dict(fields), f"{source.path}:{index}")
+        yield Record(_as_written(dict(fields)), f"{source.path}:{index}")

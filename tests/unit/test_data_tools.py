@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from configs.errors import UserError
+from configs.schema.common import Source
 from stages.data import (
     Demonstration,
     Formatter,
@@ -119,6 +120,19 @@ def test_json_text_and_objects_read_the_same(tmp_path):
     nulls = {"name": None, "tool_call_id": None, "tool_calls": None}  # as parquet fills columns
     messages = [nulls | turn for turn in (*ROW["messages"][:2], calling(written), *ROW["messages"][3:])]
     assert read(tmp_path, {"messages": messages, "tools": json.dumps([SCHEMA["function"]])}) == read(tmp_path, ROW)
+
+
+def test_a_columnar_file_gives_no_call_the_arguments_of_another_tool(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    clock = {"type": "function", "function": {"name": "clock", "arguments": {"zone": "UTC"}}}
+    rows = [ROW, {"messages": [user("When?"), calling(clock)], "tools": [{"type": "function", "function": {"name": "clock", "description": "Time"}}]}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    assert pyarrow.parquet.read_table(tmp_path / "rows.parquet").to_pylist()[1]["messages"][1]["tool_calls"][0]["function"]["arguments"]["city"] is None
+    found = read_demonstrations([Source(path=str(tmp_path / "rows.parquet"))]).rows
+    written = read_demonstrations([write(tmp_path, rows)]).rows
+    assert [fingerprint([row]) for row in found] == [fingerprint([row]) for row in written]
 
 
 def test_fingerprints_tell_tool_turns_apart_and_others_keep_theirs(tmp_path):
