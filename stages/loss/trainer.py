@@ -41,7 +41,7 @@ def summed(base: Any, smoothing: float = 0.0) -> Any:
         token_sums = True  # the model gives them, in evaluation too
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            self._seen: torch.Tensor | None = None  # (correct, entropy, counted) since the last log, of this process
+            self.seen: torch.Tensor | None = None  # (correct, entropy, counted) since the last log, of this process; kept in resumable saves
             with head_may_be_adapted():
                 super().__init__(*args, **kwargs)
             refuse_split_adapter(self.model)
@@ -56,14 +56,14 @@ def summed(base: Any, smoothing: float = 0.0) -> Any:
                 loss = loss * (self.accelerator.num_processes // self.get_tp_size())  # DDP averages gradients, and the count is of all
             if model.training:
                 seen = torch.stack([sums.correct, sums.entropy, sums.counted]).detach()
-                self._seen = seen if self._seen is None else self._seen + seen
+                self.seen = seen if self.seen is None else self.seen + seen
             return loss.float()
 
         def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-            if self._seen is not None and self.model.training:
-                correct, entropy, counted = self.accelerator.reduce(self._seen, "sum").tolist()
+            if self.seen is not None and self.model.training:
+                correct, entropy, counted = self.accelerator.reduce(self.seen, "sum").tolist()
                 self._metrics["train"].update({"mean_token_accuracy": [correct / max(counted, 1)], "entropy": [entropy / max(counted, 1)]})
-                self._seen = None
+                self.seen = None
             super().log(logs, *args, **kwargs)
 
     return Summed

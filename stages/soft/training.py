@@ -18,6 +18,7 @@ from peft import PeftModelForCausalLM
 from torch import Tensor, nn
 
 from configs.errors import UserError
+from stages.attention import computed_anywhere
 from stages.soft.folder import ENCODER, KINDS
 from stages.soft.prompt import Shape, SoftPrompt, put_at, room
 from stages.soft.settings import METHODS, peft_config
@@ -138,10 +139,11 @@ def prove(model: SoftPeftModel) -> None:
     mask = torch.tensor([[1] * len(row) + [0] * (len(ROWS[0]) - len(row)) for row in rows], device=device)
     model.eval()
     try:
-        ours = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        alone = model(input_ids=ids[1:, : len(rows[1])], use_cache=False).logits
-        with model.prompt[0].off():
-            theirs = PeftModelForCausalLM.forward(model, input_ids=ids, attention_mask=mask).logits[:, -ids.shape[1] :]
+        with computed_anywhere(model):
+            ours = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            alone = model(input_ids=ids[1:, : len(rows[1])], use_cache=False).logits
+            with model.prompt[0].off():
+                theirs = PeftModelForCausalLM.forward(model, input_ids=ids, attention_mask=mask).logits[:, -ids.shape[1] :]
     except Exception as error:  # whatever an architecture raises
         raise UserError(f"tune.method: soft prompts don't work with {type(model.base_model).__name__} ({type(error).__name__}: {error}); use lora") from error
     finally:

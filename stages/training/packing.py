@@ -8,9 +8,11 @@ from typing import Any, Literal
 import torch
 
 from configs.errors import UserError
+from stages.attention import is_flash
 from stages.zero import gather
 
 TOLERANCE = 1e-3  # nats, relative to 1 + |log-prob|; a leak moves log-probs by far more
+NOISE = 0.1  # of what rows that see one another would change: in 16 bits the same numbers in another order differ by more than TOLERANCE
 IGNORED = -100
 
 # How a model is told where a row begins: by position ids that start again, of which transformers makes a mask; by a mask of ours; or by
@@ -65,7 +67,7 @@ def isolation(model: Any, rows: list[dict[str, Any]]) -> Isolation:
         UserError: one row sees the other whichever way it is told.
     """
     kernel = str(getattr(model.config, "_attn_implementation", "") or "")
-    if "flash" in kernel:
+    if is_flash(model):
         _on_gpu(model, kernel)
         ways: tuple[Isolation, ...] = ("flat",)
     else:
@@ -73,10 +75,12 @@ def isolation(model: Any, rows: list[dict[str, Any]]) -> Isolation:
     if len(rows) < 2:
         return ways[0]
     pair = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in sorted(rows, key=lambda row: len(row["input_ids"]))[-2:]]
+    precise = next(model.parameters()).dtype == torch.float32 and not is_flash(model)
+    limit = TOLERANCE if precise else max(TOLERANCE, NOISE * _gap(model, pair, None))
     gaps = {}
     for way in ways:
         gaps[way] = _gap(model, pair, way)
-        if gaps[way] <= TOLERANCE:
+        if gaps[way] <= limit:
             return way
     raise UserError(
         f"packing: with {type(model).__name__} and attention kernel {kernel or '?'}, rows in one sequence see one another "
@@ -105,8 +109,8 @@ def _looks_back_in_part(model: Any) -> bool:
 
 
 @torch.no_grad()
-def _gap(model: Any, pair: list[dict[str, Any]], way: Isolation) -> float:
-    """The largest difference between log-probs of two rows alone and in one sequence, relative to 1 + |log-prob|."""
+def _gap(model: Any, pair: list[dict[str, Any]], way: Isolation | None) -> float:
+    """The largest difference between log-probs of two rows alone and in one sequence (`way` None: as one row), relative to 1 + |log-prob|."""
     together = {"input_ids": [t for row in pair for t in row["input_ids"]], "seq_lengths": [len(row["input_ids"]) for row in pair]}
     found = _logprobs(model, together | {"labels": together["input_ids"]}, way)
     gaps, start = [], 0
@@ -131,6 +135,7 @@ def _logprobs(model: Any, row: dict[str, Any], way: Isolation | None) -> torch.T
         assert made is not None
         batch = made([row])
     batch = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items() if key != "labels"}
-    with gather.forward_possible(model):
+    # flash kernels take 16 bits only, which training gives them by autocast too
+    with gather.forward_possible(model), torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_flash(model)):
         logits = model(**batch, use_cache=False).logits[0, :-1].float()
     return logits.log_softmax(-1).gather(-1, batch["input_ids"][0, 1:, None]).squeeze(-1)

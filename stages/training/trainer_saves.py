@@ -176,6 +176,7 @@ def running(trainer: Any) -> dict[str, Any]:
     return {
         "loss": float(trainer._tr_loss), "total": float(trainer._total_loss_scalar), "logged": int(trainer._globalstep_last_logged),
         "metrics": {mode: dict(values) for mode, values in getattr(trainer, "_metrics", {}).items()}, "tokens": getattr(trainer, "_total_train_tokens", 0),
+        "seen": seen.tolist() if (seen := getattr(trainer, "seen", None)) is not None else None,
     }  # fmt: skip
 
 
@@ -187,6 +188,8 @@ def restore_running(trainer: Any, checkpoint: Path) -> None:
     mine = found[rank()] if len(found) == world_size() else found[0] | {"loss": sum(one["loss"] for one in found.values()) / len(found)}
     trainer._tr_loss = torch.full_like(trainer._tr_loss, mine["loss"])
     trainer._total_loss_scalar, trainer._globalstep_last_logged = mine["total"], mine["logged"]
+    if mine.get("seen") is not None:
+        trainer.seen = torch.tensor(mine["seen"], dtype=torch.float32 if trainer.args.device.type == "mps" else torch.float64, device=trainer.args.device)
     for mode, values in mine["metrics"].items():
         trainer._metrics[mode].clear()
         trainer._metrics[mode].update({key: list(value) for key, value in values.items()})

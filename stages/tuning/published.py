@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 ADAPTER = "default"
+A, B = (".lora_A.", ".lora_embedding_A."), (".lora_B.", ".lora_embedding_B.")  # of linear layers and of embeddings
 
 
 def remember(model: Any) -> dict[str, Tensor]:
     """Copies of the A and B matrices of a model whose adapter has just been made, in main memory."""
-    return {name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items() if ".lora_A." in name or ".lora_B." in name}
+    return {name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items() if any(part in name for part in A + B)}
 
 
 def plain(state: dict[str, Tensor], initial: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -30,7 +31,7 @@ def plain(state: dict[str, Tensor], initial: dict[str, Tensor]) -> dict[str, Ten
     out = dict(state)
     for name, start in initial.items():
         start = start.to(state[name])
-        out[name] = torch.cat([state[name], start], 0) if ".lora_A." in name else torch.cat([state[name], -start], 1)
+        out[name] = torch.cat([state[name], start], 0) if any(part in name for part in A) else torch.cat([state[name], -start], 1)
     return out
 
 

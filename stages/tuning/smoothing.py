@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from configs.errors import UserError
-
-CHANGED_AFTER_THE_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+from stages.loss.head import logits_cap, logits_scale
+from stages.zero import gather
 
 
 def above_mean(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
@@ -37,13 +37,13 @@ class LastHidden:
     def __init__(self, model: Any) -> None:
         """Raises UserError: the architecture changes logits after its head, or its trunk can't be told."""
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        text = base.config.get_text_config()
-        changed = [name for name in CHANGED_AFTER_THE_HEAD if getattr(text, name, None) not in (None, 1, 1.0)]
-        if changed:
-            raise UserError(f"train.label_smoothing: {type(base).__name__} changes its logits after the head ({changed[0]}), and the smoothed loss is not that of a plain head; leave it out")
+        if logits_scale(base) != 1.0 or logits_cap(base) is not None:
+            raise UserError(f"train.label_smoothing: {type(base).__name__} scales or caps its logits after the head, and the smoothed loss is not that of a plain head; leave it out")
         trunk, self.head = getattr(base, base.base_model_prefix, None), base.get_output_embeddings()
         if trunk is None or trunk is base or self.head is None:
             raise UserError(f"train.label_smoothing: {type(base).__name__} has no trunk and head that can be told apart; leave it out")
+        if any(gather.is_split(parameter) for parameter in self.head.parameters()):
+            raise UserError(f"train.label_smoothing at ZeRO-3: the loss of {type(base).__name__} is TRL's, and smoothing it reads the whole output head, which is split; use a ZeRO-2 machine file, or leave it out")
         self.value: Tensor | None = None
         trunk.register_forward_hook(self._keep)
 

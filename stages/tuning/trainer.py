@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from configs.schema import Full, SFTTrain, TRLStage, lora_of
+from stages.loss.trainer import usual
 from stages.training.ranks import say
 from stages.training.trainer_saves import settings_of
 from stages.tuning import published
@@ -17,18 +18,17 @@ from stages.tuning.smoothing import LastHidden, above_mean
 
 def tuned(trainer_class: Any, cfg: TRLStage) -> Any:
     """A subclass of a trainer class for the technique of `cfg`."""
-    # The loss in chunks smooths by itself.
-    smoothing = cfg.train.label_smoothing if isinstance(cfg.train, SFTTrain) and cfg.train.loss_chunk is None else 0.0
+    smoothing = cfg.train.label_smoothing if isinstance(cfg.train, SFTTrain) else 0.0
 
     class Tuned(trainer_class):
         thaw: Thaw | None = None
         initial: dict[str, torch.Tensor] | None = None  # what PiSSA and OLoRA took out of the base
-        hidden: LastHidden
+        hidden: LastHidden | None = None  # where smoothing is added to TRL's loss
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             begin(self, cfg)
-            if smoothing:
+            if smoothing and not (getattr(self, "token_sums", False) and usual(self)):  # the loss in chunks smooths by itself
                 self.hidden = LastHidden(self.model)
 
         def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
@@ -46,7 +46,7 @@ def tuned(trainer_class: Any, cfg: TRLStage) -> Any:
             return super().training_step(*args, **kwargs)
 
         def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-            if not smoothing or not self.model.training:
+            if self.hidden is None or not self.model.training:
                 return super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
             assert not return_outputs
             labels = inputs["labels"]

@@ -83,7 +83,8 @@ def label_logprobs(trainer: Any, rows: Sequence[Choice], pad_id: int) -> torch.T
         whole = [prompt + label for prompt, label in mine]
         inputs = {"input_ids": right_padded(whole, pad_id, device), "attention_mask": right_padded([[1] * len(row) for row in whole], 0, device)}
         targets = right_padded([[-100] * len(prompt) + label for prompt, label in mine], -100, device)
-        logits, wanted = model(**inputs, use_cache=False).logits[:, :-1], targets[:, 1:]
+        first = max(min(len(prompt) for prompt, _ in mine) - 1, 0)  # the first position whose logits are read: rows are of like length, so few are
+        logits, wanted = model(**inputs, use_cache=False, logits_to_keep=targets.shape[1] - first).logits[:, :-1], targets[:, first + 1 :]
         counts = wanted != -100
         of_labels = torch.log_softmax(logits[counts].float(), dim=-1).gather(1, wanted[counts].unsqueeze(1)).squeeze(1)
         return torch.zeros(counts.shape, device=device).masked_scatter(counts, of_labels).sum(1)

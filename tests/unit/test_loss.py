@@ -231,3 +231,38 @@ def test_trl_refuses_an_adapted_head_by_a_name_that_we_know():
     with head_may_be_adapted():
         assert not isinstance(nn.Linear(1, 1), sft_trainer.BaseTunerLayer)
     assert sft_trainer.BaseTunerLayer is BaseTunerLayer
+
+
+def test_a_model_for_a_flash_kernel_is_proven_where_that_can_not_compute():
+    """Before the trainer has it on a GPU and in 16 bits; the loss was computed from whole logits there."""
+    from transformers import AttentionInterface
+
+    def refusing(*_, **__):
+        raise RuntimeError("FlashAttention only supports CUDA tensors of 16 bits")
+
+    AttentionInterface.register("flash_of_a_gpu", refusing)
+    model = tiny("Llama")
+    model.config._attn_implementation = "flash_of_a_gpu"
+    loss_model.add_token_sums(model, 3)
+    assert loss_model.prove(model, batch()[0]["input_ids"][0].tolist()) is None
+    assert model.config._attn_implementation == "flash_of_a_gpu"
+
+
+def test_the_log_probs_of_labels_need_the_logits_of_labels_only():
+    """Rows of like length: five positions of twelve, and the log-probs that whole logits give."""
+    from types import SimpleNamespace
+
+    from accelerate import Accelerator
+
+    from stages.validation.labels import Choice, label_logprobs
+
+    model, seen = tiny("Llama"), []
+    model.lm_head.register_forward_hook(lambda _, __, logits: seen.append(logits.shape[1]))
+    rows = [Choice(list(range(3, 12)), [[20, 21], [22, 23, 24]], 0), Choice(list(range(13, 21)), [[20, 21], [22, 23, 24]], 1)]
+    trainer = SimpleNamespace(accelerator=Accelerator(cpu=True), args=SimpleNamespace(per_device_eval_batch_size=4), is_deepspeed_enabled=False, model=model)
+    found = label_logprobs(trainer, rows, 0)
+    assert seen == [5]  # the last token of the shorter prompt, and what comes after it
+    for row, logprobs in zip(rows, found, strict=True):
+        for ids, mine in zip(row.label_ids, logprobs, strict=True):
+            whole = model(torch.tensor([row.prompt_ids + ids])).logits[0].log_softmax(-1)
+            assert mine.item() == pytest.approx(sum(whole[len(row.prompt_ids) - 1 + i, t].item() for i, t in enumerate(ids)), abs=1e-4)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -37,6 +39,25 @@ def test_a_trained_start_is_taken_off_as_an_adapter_of_twice_the_rank():
     assert state["x.lora_A.default.weight"].shape == (1, 2)
 
 
+def test_an_embedding_beside_layers_that_took_their_start_out_of_the_base_is_published_at_twice_the_rank_too(tmp_path):
+    """peft starts it at 0; at its own rank the folder could not be loaded."""
+    from peft import PeftModel
+
+    base = LlamaForCausalLM(tiny_config(hidden=16, tie_word_embeddings=False)).eval()
+    untouched = copy.deepcopy(base)
+    model = get_peft_model(base, adapters.lora_config(Lora(rank=2, init="pissa", target_modules=["embed_tokens", "q_proj"]), "CAUSAL_LM")).eval()
+    initial = published.remember(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    with published.as_plain(model, initial, None) as state:
+        model.save_pretrained(tmp_path, state_dict=state)
+    ids = torch.arange(12).view(1, 12)
+    with torch.no_grad():
+        torch.testing.assert_close(PeftModel.from_pretrained(untouched, tmp_path)(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("rslora", [False, True])
 def test_the_scale_stays_at_twice_the_rank(rslora):
     model = get_peft_model(LlamaForCausalLM(tiny_config(hidden=16)), adapters.lora_config(Lora(rank=3, alpha=5.0, rslora=rslora, init="olora"), "CAUSAL_LM"))
@@ -67,7 +88,8 @@ SFT = {"name": "a", "init_from": "x", "data": "rows.jsonl"}
     [
         (3, {"lora": {"dora": True}}, "dora at ZeRO-3: it needs the norm of whole weights"),
         (3, {"lora": {"init": "olora"}}, "init: olora at ZeRO-3: it decomposes whole weights"),
-        (3, {"train": {"label_smoothing": 0.1}}, "train.label_smoothing at ZeRO-3"),
+        (3, {"train": {"label_smoothing": 0.1, "loss_chunk": None}}, "train.label_smoothing at ZeRO-3"),
+        (3, {"train": {"label_smoothing": 0.1}}, None),
         (1, {"tune": {"method": "full", "freeze": {"first": 1, "unfreeze_every": 2}}}, "tune.freeze.unfreeze_every under DeepSpeed ZeRO-1: its optimizer lays all trained weights out once"),
         (0, {"tune": "qlora"}, "quantization: nf4 needs an NVIDIA GPU and this run is on cpu; use method: lora"),
         (2, {"lora": {"dora": True}}, None),
