@@ -20,6 +20,9 @@ from stages.loss.logprobs import choose
 from stages.onednn import add_weight_gradient, at_most, faster, linear, product, whole
 
 
+SMALL_VOCABULARY = 2**14
+
+
 class TokenSums(NamedTuple):
     """Sums over the tokens that count, each [] in float64 on their device."""
 
@@ -57,6 +60,8 @@ def read(logits: Tensor, ids: Tensor, smoothing: float = 0.0) -> Read:
 def rows_of_chunk(vocabulary: int, device: torch.device) -> int:
     """Tokens whose logits are as many as one chunk should hold."""
     rows = max(1, (logprobs.CHUNK_ELEMENTS_GPU if device.type == "cuda" else logprobs.CHUNK_ELEMENTS) // vocabulary)
+    if device.type == "cpu" and vocabulary < SMALL_VOCABULARY:
+        rows = min(rows, 128)  # as fast, and the chunk is not what a small model's memory goes into
     return at_most(rows) if faster() and device.type == "cpu" else rows
 
 

@@ -34,9 +34,9 @@ def techniques(folder: Path, label: str) -> dict[str, tuple[str, dict[str, Any]]
     """SFT by techniques that ZeRO might break: at ZeRO-3 those that it takes, at ZeRO-2 those that need whole weights."""
     at_3 = {
         "ia3": {"tune": {"method": "ia3"}}, "frozen": {"tune": {"method": "full", "freeze": {"first": 1, "embeddings": True}}},
-        "loraplus": {"lora": LORA | {"rslora": True, "learning_rate_ratio": 8.0}},
+        "loraplus": {"lora": LORA | {"rslora": True, "learning_rate_ratio": 8.0}}, "smoothed": {"train": {"label_smoothing": 0.1}},
     }  # fmt: skip
-    at_2 = {"dora": {"lora": LORA | {"dora": True}}, "pissa": {"lora": LORA | {"init": "pissa"}}, "smoothed": {"train": {"label_smoothing": 0.1}}}
+    at_2 = {"dora": {"lora": LORA | {"dora": True}}, "pissa": {"lora": LORA | {"init": "pissa"}}}
     chosen = at_3 | at_2 if label == "one" else {"zero2": at_2, "zero3": at_3}.get(label, {})
     return {
         name: ("sft", settings(folder, "sft", TRAIN | changes.get("train", {}), name=f"{name}-{label}", output=str(folder / f"out-{name}-{label}"), **{k: v for k, v in changes.items() if k != "train"}))

@@ -17,7 +17,7 @@ import pytest
 from configs.exit_codes import HANG
 from configs.schema import EvalConfig
 from configs.schema.common import Watchdog
-from stages.training import hang, scoring, watchdog
+from stages.training import hang, lockstep, scoring, watchdog
 from tests.stage.runs import ROOT
 
 LIMITS = dict.fromkeys(Watchdog.model_fields, 10.0)
@@ -204,10 +204,10 @@ def test_scoring_rows_after_training_is_progress(monkeypatch):
     class Trainer:
         accelerator = type("A", (), {"num_processes": 1, "process_index": 0, "device": "cpu", "autocast": nullcontext, "gather": lambda self, x: x})()
         args, processing_class = SimpleNamespace(per_device_eval_batch_size=1), SimpleNamespace(pad_token_id=0)
-        model, is_deepspeed_enabled = SimpleNamespace(eval=lambda: None), False
+        model, is_deepspeed_enabled = SimpleNamespace(training=False, eval=lambda: None, train=lambda mode: None), False
 
     beats = []
-    monkeypatch.setattr(scoring.watchdog, "beat", lambda: beats.append(1))
+    monkeypatch.setattr(lockstep.watchdog, "beat", lambda: beats.append(1))
     monkeypatch.setattr(scoring, "last_token_scores", lambda model, ids, mask: ids[:, -1].float())
     assert scoring.scores(Trainer(), [[1, 2], [3], [4, 5, 6]]).tolist() == [2, 3, 6]
     assert len(beats) == 3
