@@ -19,7 +19,6 @@ from stages.loss import logprobs
 from stages.loss.logprobs import choose
 from stages.onednn import add_weight_gradient, at_most, faster, linear, product, whole
 
-
 SMALL_VOCABULARY = 2**14
 
 
