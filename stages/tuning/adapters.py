@@ -49,7 +49,7 @@ def refuse_tied(model: Any, layers: list[Any]) -> None:
     if outputs is not None and inputs.weight is outputs.weight and any(layer is inputs or layer is outputs for layer in layers):
         raise UserError(
             f"an adapter on the embedding or the output head of {type(model).__name__}, which share one weight: merged into it, the adapter would "
-            "change both; leave these layers out of lora.target_modules"
+            "change both; leave these layers out of target_modules"
         )
 
 
@@ -84,6 +84,7 @@ def ia3_config(ia3: IA3, model: Any) -> Any:
     names = [name for name, _ in model.named_modules()]
     if missing := [target for target in targets if not any(name == target or name.endswith(f".{target}") for name in names)]:
         raise UserError(f"tune.target_modules: {type(model).__name__} has no module {', '.join(map(repr, missing))}; its linear layers are {', '.join(linear_layers(model))}")
+    refuse_tied(model, [model.get_submodule(name) for name in names if any(name == target or name.endswith(f".{target}") for target in targets)])
     return IA3Config(task_type="CAUSAL_LM", target_modules=list(targets), feedforward_modules=list(inputs))
 
 

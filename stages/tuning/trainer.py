@@ -15,6 +15,8 @@ from stages.tuning.freezing import Thaw
 from stages.tuning.quantized import is_packed
 from stages.tuning.smoothing import LastHidden, above_mean
 
+FACTORS = (".ia3_l.", ".lora_magnitude_vector.")  # what activations are multiplied by (IA3), or how large outputs are (DoRA)
+
 
 def tuned(trainer_class: Any, cfg: TRLStage) -> Any:
     """A subclass of a trainer class for the technique of `cfg`."""
@@ -30,6 +32,10 @@ def tuned(trainer_class: Any, cfg: TRLStage) -> Any:
             begin(self, cfg)
             if smoothing and not (getattr(self, "token_sums", False) and usual(self)):  # the loss in chunks smooths by itself
                 self.hidden = LastHidden(self.model)
+
+        def get_decay_parameter_names(self, model: Any) -> list[str]:
+            """Without factors: decay would draw them to 0, and with them the frozen model, where that of an update draws it to none."""
+            return [name for name in super().get_decay_parameter_names(model) if not any(part in f"{name}." for part in FACTORS)]
 
         def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
             made = self.optimizer is None

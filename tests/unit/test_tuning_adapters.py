@@ -7,12 +7,12 @@ import copy
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, Trainer
 
 from configs.errors import MissingExtra, UserError
 from configs.schema import IA3, Lora, SFTStage
 from stages.tuning import adapters, possible, published
-from stages.tuning.trainer import faster_b
+from stages.tuning.trainer import faster_b, tuned
 from tests.tiny import tiny_config
 
 
@@ -80,7 +80,29 @@ def test_ia3_asks_for_layers_where_peft_has_no_choice_and_names_those_there_are(
         adapters.ia3_config(IA3(), model)
 
 
+def test_an_adapter_on_a_tied_head_is_refused_before_it_is_trained():
+    """It could be trained and published, and then neither merged nor be anybody's parent."""
+    with pytest.raises(UserError, match="share one weight"):
+        adapters.ia3_config(IA3(target_modules=["k_proj", "lm_head"], feedforward_modules=[]), LlamaForCausalLM(tiny_config(hidden=16)))
+    untied = LlamaForCausalLM(tiny_config(hidden=16, tie_word_embeddings=False))
+    assert adapters.ia3_config(IA3(target_modules=["k_proj", "lm_head"], feedforward_modules=[]), untied).target_modules == {"k_proj", "lm_head"}
+
+
 SFT = {"name": "a", "init_from": "x", "data": "rows.jsonl"}
+
+
+@pytest.mark.parametrize("tune", [{"method": "ia3"}, {"method": "lora", "rank": 2, "dora": True}])
+def test_weight_decay_leaves_factors_alone(tune):
+    """At 0 an IA3 factor is a layer that says nothing, and not the layer as it was."""
+    cfg = SFTStage.model_validate(SFT | {"tune": tune})
+    base = LlamaForCausalLM(tiny_config(hidden=16))
+    model = get_peft_model(base, adapters.peft_config(cfg.technique, "CAUSAL_LM", base))
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    maker = tuned(Trainer, cfg)
+    decayed = trained & set(maker.get_decay_parameter_names(object.__new__(maker), model))
+    factors = {name for name in trained if "ia3_l" in name or "magnitude" in name}
+    assert factors
+    assert decayed == trained - factors
 
 
 @pytest.mark.parametrize(
