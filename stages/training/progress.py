@@ -110,10 +110,13 @@ class Progress(TrainerCallback):
         )
 
     def eval_line(self, state: Any, metrics: dict[str, float]) -> str:
-        """The line of an evaluation."""
-        shown = {key: value for key, value in metrics.items() if key.startswith("evaluation/")} or {key: value for key, value in metrics.items() if not key.startswith(PREFIX)}
-        values = "  ".join(f"{key.split('/', 1)[1]} {value:.4g}" for key, value in shown.items())
-        return f"{self.stage} {state.global_step}/{state.max_steps}  {'evaluation: ' if self.stage == 'sft' else ''}{values}"
+        """The line of an evaluation, or of what a watched run looks at besides, whose names are shown whole: forgetting/perplexity is not the evaluation's."""
+        at = f"{self.stage} {state.global_step}/{state.max_steps}  "
+        watched = {key: value for key, value in metrics.items() if key.startswith(WATCHED) and key != "forgetting/start"}
+        shown = {key: value for key, value in metrics.items() if key.startswith("evaluation/")} or {key: value for key, value in metrics.items() if not key.startswith((PREFIX, *WATCHED))}
+        if not shown:
+            return at + "  ".join(f"{key} {value:.4g}" for key, value in watched.items())
+        return at + ("evaluation: " if self.stage == "sft" else "") + "  ".join(f"{key.split('/', 1)[1]} {value:.4g}" for key, value in shown.items())
 
 
 def remedy(arguments: Any) -> str:
