@@ -166,5 +166,7 @@ class PPOStage(StageConfig):
             raise ValueError(f"lora.learning_rate_ratio is {lora.learning_rate_ratio}; PPO trains policy and value adapters at rates of its own (train.learning_rate, train.value_learning_rate): leave it out")
         if lora.quantization is not None:
             raise ValueError("lora.quantization: in PPO the backbone is shared by all models, and its key is `quantization: nf4` of the stage; set that, and leave lora.quantization out")
+        if lora.dora and self.train.weight_decay:
+            raise ValueError(f"lora.dora with train.weight_decay {self.train.weight_decay}: PPO decays all that it trains, and would draw DoRA's magnitudes to 0 and the model with them; leave one out")
         if lora.dora and self.engine.kind == "vllm":
             raise ValueError("lora.dora: engine vllm is given weights with a plain low-rank update added; use engine: native, or leave dora out")

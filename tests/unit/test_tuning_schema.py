@@ -92,6 +92,7 @@ def test_bottleneck_adapters_are_not_in_peft_and_that_is_said(name):
         ("{learning_rate_ratio: 4}", "lora.learning_rate_ratio is 4.0; PPO trains policy and value adapters at rates of its own"),
         ("{quantization: nf4}", "lora.quantization: in PPO the backbone is shared by all models, and its key is `quantization: nf4` of the stage"),
         ("{dora: true}\nengine: vllm", "lora.dora: engine vllm is given weights with a plain low-rank update added"),
+        ("{dora: true}\ntrain: {weight_decay: 0.1}", "lora.dora with train.weight_decay 0.1: PPO decays all that it trains"),
     ],
 )
 def test_ppo_refuses_by_name_what_one_shared_backbone_can_not_do(lora, why):
