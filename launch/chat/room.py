@@ -108,7 +108,11 @@ class Room:
             raise UserError("/compare: there is no message yet; write /compare TEXT")
         if question == self.last and before.turns and before.turns[-2].content == question:
             self.history = History(before.system, before.turns[:-2])  # the exchange is replaced, not repeated
-        answers = [self._answer(name, question, lambda piece: None) for name in self.speakers.readers]
+        try:
+            answers = [self._answer(name, question, lambda piece: None) for name in self.speakers.readers]
+        except BaseException:
+            self.history = before
+            raise
         self._keep(question, next(answer for answer in answers if answer.name == self.using))
         if self.as_json:
             print(json.dumps([answer.to_json() for answer in answers], ensure_ascii=False), file=self.out, flush=True)

@@ -78,6 +78,7 @@ def _row(technique: str, values: dict[str, Any], folder: Path, steps: int, say: 
     rate = train.get("learning_rate", 1e-5) * entry.rate
     job = values | {
         "name": "compare", "registry": str(own / "registry"), "output": str(own / "out"), "lora": None, "tune": entry.tune, "keep_resume": False,
+        "evaluation": {"test": False}, "health": {"action": "off"},  # they would take memory and time that are not the technique's
         "train": train | {"learning_rate": rate},
     }  # fmt: skip
     say(f"{technique}: {steps} steps at a learning rate of {rate:g}")

@@ -108,7 +108,15 @@ def metric_of(chain: Any, name: str | None, stage: str | None, goal: str | None,
         raise UserError(f"metric {name!r}: the evaluation's figures are eval/LABEL/FIGURE, such as eval/{next(each for each in reversed(present) if each in STAGES)}/score")
     name = name or _own(chain, chosen)
     _check_measured(chain, chosen, name)
-    return Metric(name, chosen, goal or ("min" if LOWER.search(name) else "max"))
+    return Metric(name, chosen, goal or _goal(chain, chosen, name))
+
+
+def _goal(chain: Any, stage: str, name: str) -> str:
+    """Which way is better: as the stage's own choice of its best state has it, else as the name tells."""
+    evaluation = getattr(getattr(chain, stage), "evaluation", None)
+    if stage == "sft" and evaluation.metric == name:
+        return "max" if evaluation.higher_is_better else "min"
+    return "min" if LOWER.search(name) else "max"
 
 
 def _own(chain: Any, stage: str) -> str:
@@ -122,6 +130,8 @@ def _own(chain: Any, stage: str) -> str:
 
 
 def _check_measured(chain: Any, stage: str, name: str) -> None:
+    if name.startswith("test/"):
+        raise UserError(f"metric {name!r}: the test part is looked at once, and never to choose by; take evaluation/{name.removeprefix('test/')}")
     held_out = name.startswith(("evaluation/", f"{stage}/eval_"))
     own_prompts = stage == "ppo" and chain.ppo.evaluation is not None and chain.ppo.evaluation.prompts is not None
     if held_out and not chain.split.validation and not own_prompts:

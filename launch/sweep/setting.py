@@ -60,7 +60,7 @@ class Setting:
         Raises:
             UserError: with everything that is wrong with it.
         """
-        whole = self.chain(values)
+        whole = untested(self.chain(values), self.parts.own)
         shared_files = self.parts.shared & set(whole.prepare)
         chain = excerpt(whole, self.parts.needed - shared_files, self.folder(number), self.parts.own & set(whole.prepare), self.rename)
         check_batches(chain, self.environments[0])
@@ -184,6 +184,14 @@ def _check_values(subject: Subject, fields: Sequence[Field]) -> None:
                     problems.setdefault(line.partition(f"{override(field.key, value)}: ")[2] or line, line)
     if problems:
         raise UserError("\n".join(problems.values()))
+
+
+def untested(chain: Any, own: frozenset[str]) -> Any:
+    """The chain without the final test of the SFT that every trial makes itself: the best of many is chosen before the test part is looked at."""
+    if "sft" not in own or chain.sft is None:
+        return chain
+    evaluation = chain.sft.evaluation.model_copy(update={"test": False})
+    return chain.model_copy(update={"sft": chain.sft.model_copy(update={"evaluation": evaluation})})
 
 
 def overrides_of(values: Values) -> str:

@@ -153,12 +153,13 @@ def prompt(fields: Fields, layout: str, where: str, weight: float) -> tuple[Prom
         turns, used = _without_answer(turns), {name, "system"}
     else:
         turns, used = _prompt_field(fields), {"prompt", "system"}
-    extra = {name: value for name, value in fields.items() if name not in used and _is_scalar(value)}
+    extra = {name: value for name, value in fields.items() if name not in used and is_scalar(value)}
     left_out = [name for name in extra if name in RESERVED]
     return Prompt(turns, {k: v for k, v in extra.items() if k not in left_out}, where, weight), left_out
 
 
-def _is_scalar(value: Any) -> bool:
+def is_scalar(value: Any) -> bool:
+    """Whether a column's value is kept for scorers and metrics."""
     return value is None or isinstance(value, (str, int, float, bool))
 
 

@@ -26,7 +26,7 @@ from stages.training.ranks import from_rank_0, say
 from stages.validation.completions import complete
 from stages.validation.labels import Choice, choices, classify, labels_of
 from stages.validation.own import OwnMetric
-from stages.validation.rows import Question, columns_of, drawn
+from stages.validation.rows import Question, columns_of, drawn, with_columns
 from stages.validation.text_metrics import COMPARE, EXTRA, PACKAGES
 
 SECONDS = "seconds"  # spent on all of this at one evaluation
@@ -61,6 +61,7 @@ def prepare(cfg: SFTStage, tokens: ModelTokens, splits: Splits[Demonstration], m
         if asked.generate is not None:
             room = (positions or limit + asked.generate.max_new_tokens) - asked.generate.max_new_tokens
             questions = drawn(rows, tokens.formatter, count=asked.generate.rows, seed=cfg.seed, room=room)
+        questions = with_columns(questions, cfg.data) if asked.own else questions
         return Part(questions, choices(tokens.formatter, rows, labels, limit, strict=asked.labels is not None) if labels else [])
 
     validation, test = once_per_node("tokenising what is asked", lambda: (part(splits.validation), part(splits.test if asked.test else [])))
@@ -141,7 +142,7 @@ class HeldOut:
         """What numbers of `measured` depend on beside the model: 16 hex digits. Numbers with other digits can't be compared."""
         own = [spec.model_dump(mode="json") | {"source": source_digest(spec.function)} for spec in self.asked.own]
         tokens = self.asked.generate.max_new_tokens if self.asked.generate else None
-        content = {"questions": [(asked.prompt, asked.reference) for asked in part.questions], "max_new_tokens": tokens, "own": own, "labels": self.labels, "choices": [row[:1] + row[2:] for row in part.choices]}
+        content = {"questions": [(asked.prompt, asked.reference, *([asked.columns] if asked.columns else [])) for asked in part.questions], "max_new_tokens": tokens, "own": own, "labels": self.labels, "choices": [row[:1] + row[2:] for row in part.choices]}
         return blake3(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def announce(self) -> None:

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from configs.errors import UserError
+from configs.schema.common import Source
 from rewards.protocol import Text, scorer_prompt
 from stages.data import Demonstration, Formatter, fingerprint
+from stages.data.columns import columns_at
 from stages.data.split import unit_hash
 
 
@@ -25,7 +27,7 @@ def question(formatter: Formatter, row: Demonstration) -> Question:
     """Raises UserError for a row whose last turn says nothing."""
     if not row.completion.strip():
         raise UserError(f"{row.where}: has no reference completion to compare with (its last assistant turn is blank, or only calls tools); fill it in or leave the row out")
-    return Question(formatter.prompt_ids(row.prompt, row.tools), scorer_prompt(row.prompt), row.completion, dict(getattr(row, "columns", {})), row.where)
+    return Question(formatter.prompt_ids(row.prompt, row.tools), scorer_prompt(row.prompt), row.completion, {}, row.where)
 
 
 def drawn(rows: Sequence[Demonstration], formatter: Formatter, *, count: int, seed: int, room: int) -> list[Question]:
@@ -39,6 +41,12 @@ def drawn(rows: Sequence[Demonstration], formatter: Formatter, *, count: int, se
         if len(chosen) == count:
             break
     return chosen
+
+
+def with_columns(questions: Sequence[Question], sources: Sequence[Source]) -> list[Question]:
+    """The questions with the further scalar columns of their rows. Raises UserError for a file that can't be read any more."""
+    found = columns_at(sources, [asked.where for asked in questions])
+    return [asked._replace(columns=found.get(asked.where, {})) for asked in questions]
 
 
 def columns_of(questions: Sequence[Question]) -> dict[str, list[Any]]:

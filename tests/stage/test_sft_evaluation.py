@@ -160,6 +160,23 @@ def test_less_is_better_where_the_config_says_so_and_early_stopping_counts_impro
     assert all(torch.equal(tensor, weights(there)[name]) for name, tensor in weights(checkpoint).items())
 
 
+def test_a_function_is_given_the_further_columns_of_its_rows(place, module):
+    """`level` is the row's number; nested columns, and one that would take the place of a list of ours, are left out."""
+    rows = [json.loads(line) for line in (place / "sft.jsonl").read_text().splitlines()]
+    more = write_rows(place / "more.jsonl", [row | {"level": n, "tags": ["a"], "references": "b"} for n, row in enumerate(rows)])
+    seen = []
+
+    def f(prompts, completions, references, **columns):
+        seen.append((prompts, columns))
+        return sum(columns["level"])
+
+    module.f = f
+    checkpoint = run("sft", config(place, "columns", {"max_steps": 1}, own(max_new_tokens=1), data=str(more)))
+    numbers = {row["prompt"]: n for n, row in enumerate(rows)}
+    assert all(list(columns) == ["level"] and columns["level"] == [numbers[prompt] for prompt in prompts] for prompts, columns in seen)
+    assert checkpoint.info("metrics")["evaluation/f"] == sum(numbers[prompt] for prompt in seen[-2][0]), "the last call was for the test part"
+
+
 class Interrupted(Exception):
     """Stands for a crash."""
 

@@ -155,6 +155,17 @@ def test_all_answer_side_by_side_and_the_exchange_is_kept_once(speakers):
     assert told == ["error: /compare: there is no message yet; write /compare TEXT"]
 
 
+def test_a_comparison_that_one_of_them_can_t_give_loses_no_exchange(speakers, monkeypatch):
+    made, _, told = room(speakers)
+    made.take(["hello"])
+    before = list(made.history.turns)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(speakers), "answer", lambda *_: (_ for _ in ()).throw(UserError("sft/b: this does not fit")))
+        made.take(["/compare"])
+    assert told[-1] == "error: sft/b: this does not fit"
+    assert (len(before), made.history.turns) == (2, before)
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [

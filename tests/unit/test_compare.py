@@ -53,12 +53,16 @@ def test_names_that_are_wrong_and_techniques_that_fail_are_rows_with_the_reason(
 
     monkeypatch.setattr(comparing, "run_worker", worker)
     config = tmp_path / "sft.yaml"
-    config.write_text(json.dumps(settings(place, "sft", {"learning_rate": 1e-4}, lora={"rank": 3})))
+    config.write_text(json.dumps(settings(
+        place, "sft", {"learning_rate": 1e-4}, lora={"rank": 3}, health={"plain_text": str(place / "missing.txt")},
+        evaluation={"metrics": ["exact_match"], "generate": {"rows": 4}, "metric": "evaluation/exact_match"},
+    )))  # fmt: skip
     rows = comparing.compare(str(config), ["train.weight_decay=0.1"], ["full", "lora", "qlora", "lorra"], 3, lambda _: None)
     assert [row.get("reason", "")[:18] for row in rows] == ["", "", "qlora: quantizatio", "no such technique;"]
     assert rows[3]["reason"].endswith("Did you mean lora?")
     assert [job["train"]["learning_rate"] for job in jobs] == [1e-4, pytest.approx(1e-3), pytest.approx(1e-3)]
     assert {(job["lora"], job["train"]["weight_decay"], job["train"]["max_steps"]) for job in jobs} == {(None, 0.1, 3)}
+    assert all((job["evaluation"], job["health"]) == ({"test": False}, {"action": "off"}) for job in jobs), "neither is memory or time of a technique"
     assert not [job for job in jobs if str(place) in job["registry"] or str(place) in job["output"]], "nothing of the user's is written to"
     said = printed(rows)
     assert "│ 10.00% │ 3.0 MiB │    2.50 │ 1.250 │" in said

@@ -111,6 +111,26 @@ def test_metrics_and_their_stages(world):
         world.setting(overrides=["split.validation=0"])
 
 
+def test_the_test_part_is_looked_at_by_no_trial_and_never_chosen_by(world):
+    """A trial trains its SFT; where another stage is swept, SFT is made once and measured as ever."""
+    setting = world.setting("sft.train.learning_rate=1e-3,1e-2")
+    values = [("sft.train.learning_rate", 1e-3)]
+    assert setting.chain(values).sft.evaluation.test
+    assert not setting.trial_chain(values, 0).sft.evaluation.test
+    assert "test: true" in setting.subject.text(values), "best.yaml measures it, once"
+    assert world.setting("dpo.train.learning_rate=1e-3,1e-2").shared_chain().sft.evaluation.test
+    with pytest.raises(UserError, match=r"metric 'test/loss': the test part is looked at once, and never to choose by; take evaluation/loss"):
+        world.setting("sft.train.learning_rate=1e-3,1e-2", metric="test/loss", stage="sft")
+
+
+def test_a_metric_of_one_s_own_is_better_the_way_that_the_config_says(world):
+    own = '{metrics: [{kind: python, function: "m:distance"}], generate: {rows: 4}, metric: evaluation/distance, mode: min}'
+    chain = world.setting(overrides=[f"sft.evaluation={own}", "sft.train.save_every=10"]).chain([])
+    assert metric_of(chain, "evaluation/distance", "sft", None, []).goal == "min"
+    assert metric_of(chain, "evaluation/distance", "sft", "max", []).goal == "max"
+    assert metric_of(chain, "evaluation/rouge1", "sft", None, []).goal == "max"
+
+
 def test_where_a_metric_is_read(tmp_path):
     lines = [{"step": 5, "sft/loss": 3.0}, {"step": 5, "sft/eval_loss": 2.0}, {"step": 9, "sft/eval_loss": 1.0}]
     (tmp_path / "sft").mkdir()

@@ -127,3 +127,30 @@ def test_a_function_of_another_shape_is_refused_before_it_is_called(module):
         call(module, lambda prompts, completions, references, level: 1.0)
     with pytest.raises(UserError, match="metric nowhere_at_all:f: there is no module 'nowhere_at_all'"):
         own.OwnMetric(PythonMetric(kind="python", function="nowhere_at_all:f"))
+
+
+def test_of_the_logits_only_those_that_labels_are_read_from_are_made():
+    """Three rows with prompts of 5, 9 and 40 tokens and labels of 1 and 3: log-probs are those of a plain forward pass, one row at a time."""
+    import torch
+    from accelerate import Accelerator
+
+    from transformers import AutoModelForCausalLM
+
+    from stages.validation.labels import Choice, label_logprobs
+    from tests.tiny import tiny_config
+
+    torch.manual_seed(0)
+    model, shapes = AutoModelForCausalLM.from_config(tiny_config()).eval(), []
+    model.register_forward_hook(lambda module, args, output: shapes.append(output.logits.shape))
+    labels = [[7], [8, 9, 7]]
+    rows = [Choice(list(range(10, 10 + length)), labels, 0) for length in (5, 9, 40)]
+    trainer = types.SimpleNamespace(accelerator=Accelerator(cpu=True), model=model, is_deepspeed_enabled=False, args=types.SimpleNamespace(per_device_eval_batch_size=4))
+    found = label_logprobs(trainer, rows, 0)
+    assert max(shape[1] for shape in shapes) <= 8, "4 rows with at most 8 positions of labels among them, of 43"
+    shapes.clear()
+    for row, told in zip(rows, found, strict=True):
+        for label, value in zip(labels, told.tolist(), strict=True):
+            with torch.no_grad():
+                logprobs = model(torch.tensor([row.prompt_ids + label])).logits[0].log_softmax(-1)
+            places = range(len(row.prompt_ids) - 1, len(row.prompt_ids) + len(label) - 1)
+            assert value == pytest.approx(sum(logprobs[place, token].item() for place, token in zip(places, label, strict=True)), rel=1e-5)
