@@ -113,7 +113,7 @@ def _output(args: argparse.Namespace, overrides: list[str], given: dict[str, Any
 
     if asked := _overridden(overrides, "output") or given.get("output"):
         return Path(asked)
-    said = json.dumps([args.continued, args.data, args.new_name, args.merge, args.plain_text, args.config, args.rehearse, sorted(args.overrides)], sort_keys=True)
+    said = json.dumps([args.continued, args.data, args.new_name, args.merge, args.plain_text, args.config, args.rehearse, args.registry, sorted(args.overrides)], sort_keys=True)
     name = args.new_name or args.continued.partition("/")[2].partition("@")[0] or "checkpoint"
     return Path("runs") / f"sft-{name}-continued-{blake3(said.encode()).hexdigest()[:8]}"
 

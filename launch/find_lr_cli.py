@@ -18,7 +18,14 @@ SHOWN = 12  # rows of the table
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Options of `align sft`."""
     parser.add_argument("--find-lr", action="store_true", help="test learning rates and suggest one; trains a copy for about 100 steps and publishes nothing")
-    parser.add_argument("--lr-range", metavar="MIN:MAX:STEPS", default=RANGE, help=f"learning rates that --find-lr goes through, and its optimizer steps (default {RANGE})")
+    parser.add_argument("--lr-range", metavar="MIN:MAX:STEPS", help=f"learning rates that --find-lr goes through, and its optimizer steps (default {RANGE})")
+
+
+def is_asked(args: argparse.Namespace) -> bool:
+    """Whether to test learning rates. Raises UserError for the range of a test that is not asked for."""
+    if getattr(args, "lr_range", None) and not args.find_lr:
+        raise UserError(f"--lr-range {args.lr_range}: goes with --find-lr; a run's own rate is train.learning_rate=RATE")
+    return bool(getattr(args, "find_lr", False))
 
 
 def parse_range(text: str) -> tuple[float, float, int]:
@@ -35,13 +42,15 @@ def parse_range(text: str) -> tuple[float, float, int]:
 
 def config_of(cfg: Any, highest: float, steps: int) -> Any:
     """The stage's config as the test runs it: same model, data, batch and optimizer; constant rate, no evaluation, guard or health check."""
+    from configs.schema.validation import Validation
+
     train = cfg.train.model_copy(update={
         "max_steps": steps, "learning_rate": highest, "schedule": "constant", "warmup": 0.0, "log_every": 1, "eval_every": None, "save_every": None,
         "early_stopping_patience": None,
     })  # fmt: skip
     return cfg.model_copy(update={
         "train": train, "output": cfg.output / FOLDER, "keep_resume": False, "guard": cfg.guard.model_copy(update={"enabled": False}),
-        "health": cfg.health.model_copy(update={"action": "off"}),
+        "health": cfg.health.model_copy(update={"action": "off"}), "evaluation": Validation(test=False),
     })  # fmt: skip
 
 
@@ -56,7 +65,7 @@ def run(args: argparse.Namespace, stage: Any) -> int:
 
     if (args.nodes or 1) > 1:
         raise UserError("--find-lr runs on one node: what it suggests holds for the same train.batch_size on any number of them; leave out --nodes")
-    lowest, highest, steps = parse_range(args.lr_range)
+    lowest, highest, steps = parse_range(args.lr_range or RANGE)
     cfg = config_of(stage, highest, steps)
     machine = load_machine(cfg.machine, cfg.processes)
     config_file = cfg.output / "config.yaml"

@@ -69,11 +69,12 @@ def run_stage(args: argparse.Namespace) -> int:
     from stages.claim import Claim
 
     stage = args.stage
-    if getattr(args, "compare", False):
+    if compare_cli.is_asked(args):
         return compare_cli.run(args)
+    find_lr = find_lr_cli.is_asked(args)
     asked = continuing.resolve(args) if continuing.is_asked(args) else resolve(stage, args.config, args.overrides, args.machine, args.processes)
     cfg = with_allowed(asked, args.allow_changed)
-    if getattr(args, "find_lr", False):
+    if find_lr:
         return find_lr_cli.run(args, cfg)
     machine = load_machine(cfg.machine, cfg.processes, args.nodes or 1)
     nodes = nodes_of(args, machine.settings, machine.ships)

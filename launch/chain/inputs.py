@@ -13,7 +13,7 @@ from typing import Any
 # Where things and models lie, how many processes work on them and what is warned of changes no result (bar rounding).
 IGNORED = frozenset({"output", "registry", "machine", "processes", "allow_changed", "health", "guard", "offload_frozen", "watchdog", "keep_resume"})
 # Keys whose values may name a file or folder whose content counts.
-FILE_KEYS = frozenset({"path", "test_prompts", "template", "init_from", "reference", "value_init", "checkpoint", "checkpoints", "plain_text"})
+FILE_KEYS = frozenset({"path", "test_prompts", "template", "init_from", "reference", "value_init", "checkpoint", "checkpoints", "plain_text", "general_prompts"})
 # What reads configs, stores results, and ends or watches processes decides nothing about them: a clearer error message is no reason to train again.
 NOT_COUNTED = ("configs", "stages.registry", "stages.training.stop", "stages.training.watchdog", "stages.training.hang", "stages.training.siblings")
 ROOT = Path(__file__).resolve().parents[2]

@@ -89,7 +89,7 @@ def weights_digest(trainer: Any, parents: Sequence[str]) -> str:
     for name, parameter in trainer.model.named_parameters():
         if parameter.requires_grad:
             share = getattr(parameter, "ds_tensor", parameter).detach().cpu().contiguous()
-            digest.update(name.encode()).update(share.view(torch.uint8).reshape(-1).numpy())
+            digest.update(name.encode()).update(share.reshape(-1).view(torch.uint8).numpy())
     shares = gather_object([digest.hexdigest()]) if trainer.accelerator.num_processes > 1 else [digest.hexdigest()]
     return blake3("/".join([*dict.fromkeys(shares), *parents]).encode()).hexdigest()  # the same on every process where each holds all of it
 

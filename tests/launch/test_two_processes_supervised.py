@@ -19,6 +19,8 @@ TRAIN = {"max_steps": 12, "micro_batch_size": 2, "learning_rate": 3e-3}
 
 
 FORGETTING = ("forgetting/perplexity", "forgetting/logprob_drop", "forgetting/changed_answers")
+EVALUATED = {"metrics": ["chrf", "accuracy"], "generate": {"rows": 5, "max_new_tokens": 10, "batch_size": 2}}  # five rows of two processes
+FOUND = ("evaluation/chrf", "evaluation/accuracy", "evaluation/macro_f1", "evaluation/perplexity")
 
 
 @pytest.fixture(scope="module")
@@ -45,19 +47,20 @@ def lines_of(folder, stage):
 def test_two_processes_equal_one(place, stage):
     """60-odd rows of different lengths in batches of 8, into the second epoch; validation sets that 2 x 2 does not divide.
 
-    SFT has general text mixed in, measures what it forgets, of five prompts, and thaws its layers.
+    SFT has general text mixed in, measures what it forgets, of five prompts, and thaws its layers; it completes five rows, and tells labels.
     """
     found = {}
-    train, more = (TRAIN | {"rehearsal": rehearsal(place)}, {"health": watched(place)} | THAW) if stage == "sft" else (TRAIN, {})
+    train, more = (TRAIN | {"rehearsal": rehearsal(place)}, {"health": watched(place), "evaluation": EVALUATED} | THAW) if stage == "sft" else (TRAIN, {})
     for processes in (1, 2):
         values = settings(place, stage, train, name=f"p{processes}", output=str(place / f"out-{stage}"), **more)
         done = run_apart(stage, values, place / f"{stage}.json", processes)
         assert done.returncode == 0, done.stderr
         found[processes] = {key: metrics(place, stage, key) for key in ("loss", "eval_loss", "task_loss", "rehearsal_loss")}
-        found[processes] |= {key: [line[key] for line in lines_of(place, stage) if key in line] for key in FORGETTING}
+        found[processes] |= {key: [line[key] for line in lines_of(place, stage) if key in line] for key in FORGETTING + FOUND}
         assert done.stdout.count("published") == 1
     assert len(found[1]["loss"]) == 12
     assert len(found[1]["forgetting/perplexity"]) == (5 if stage == "sft" else 0)
+    assert len(found[1]["evaluation/chrf"]) == (4 if stage == "sft" else 0)
     for key in found[1]:
         assert found[2][key] == pytest.approx(found[1][key], rel=TOLERANCE, abs=1e-5 if key in FORGETTING else None)
     registry = Registry(place / "registry")
@@ -65,6 +68,7 @@ def test_two_processes_equal_one(place, stage):
     assert (one.info("processes"), two.info("processes")) == (1, 2)
     first, second = weights(one), weights(two)
     assert all(torch.allclose(first[name], second[name], rtol=1e-3, atol=1e-5) for name in first)
+    assert one.info("test") is None or one.info("test")["results"][1]["metrics"] == pytest.approx(two.info("test")["results"][1]["metrics"], rel=1e-3)
     numbers = {key: value for key, value in one.info("metrics").items() if isinstance(value, float)}
     assert {key: two.info("metrics")[key] for key in numbers} == pytest.approx(numbers, rel=1e-3, abs=1e-5)
 

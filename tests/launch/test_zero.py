@@ -55,6 +55,7 @@ def results(place: Path, case: str, label: str):
     """(lines of metrics.jsonl, published checkpoint) of a case."""
     stage, values = cases(place, label)[case]
     lines = [json.loads(line) for line in (Path(values["output"]) / "metrics.jsonl").read_text().splitlines()]
+    lines = [{key: value for key, value in line.items() if key != "evaluation/seconds"} for line in lines]
     return lines, Registry(place / "registry").resolve(f"{stage}/{values['name']}")
 
 

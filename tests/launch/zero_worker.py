@@ -16,6 +16,7 @@ from tests.tiny import tiny_model
 
 LORA = {"rank": 4, "alpha": 8.0}
 STAGES = ("sft", "reward", "dpo")
+EVALUATED = {"metrics": ["chrf", "accuracy"], "generate": {"rows": 3, "max_new_tokens": 6}}  # of sft-full: ZeRO-3 gathers the weights for it
 # Clipping at every step, four micro-batches per step on one process and two on each of two.
 TRAIN = {"max_steps": 4, "batch_size": 8, "micro_batch_size": 2, "learning_rate": 1e-3, "max_grad_norm": 0.5, "eval_every": 2}
 
@@ -26,6 +27,7 @@ def cases(folder: Path, label: str) -> dict[str, tuple[str, dict[str, Any]]]:
     for stage in STAGES:
         for kind, changes in {"full": {}, "lora": {"lora": LORA}}.items():
             case = f"{stage}-{kind}"
+            changes = {**changes, "evaluation": EVALUATED} if case == "sft-full" else changes
             found[case] = (stage, settings(folder, stage, TRAIN, name=f"{kind}-{label}", output=str(folder / f"out-{case}-{label}"), **changes))
     return found | (extras(folder, label) if label in ("one", "zero3") else {}) | techniques(folder, label)
 

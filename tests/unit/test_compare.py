@@ -77,6 +77,11 @@ def test_a_process_that_fails_says_why(tmp_path):
 def test_what_can_not_be_compared_is_said(capsys):
     assert main(["sft", "--compare", "--dry-run"]) == 2
     assert "leave --dry-run" in capsys.readouterr().err
+    assert main(["sft", "--compare", "--find-lr", "--registry", "elsewhere"]) == 2
+    assert "leave --registry, --find-lr out" in capsys.readouterr().err
+    for words, said in ((["--steps", "5"], "--steps: goes with --compare"), (["--lr-range", "1e-5:1:20"], "--lr-range 1e-5:1:20: goes with --find-lr")):
+        assert main(["sft", "--config", "sft.yaml", *words]) == 2
+        assert said in capsys.readouterr().err
     assert main(["sft"]) == 2
     assert "align sft needs --config FILE" in capsys.readouterr().err
     with pytest.raises(UserError, match="--steps 1: expected at least 2"):

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from configs.errors import UserError
-from launch.find_lr_cli import parse_range
+from launch.find_lr_cli import config_of, parse_range
 from stages.training.rate_search import Range, has_diverged, smooth, suggest
 
 
@@ -59,3 +59,13 @@ def test_a_range_is_two_rates_and_steps(text):
 
 def test_a_range_is_read():
     assert parse_range("1e-6:1:100") == (1e-6, 1.0, 100)
+
+
+def test_a_test_of_rates_measures_and_chooses_nothing():
+    """Functions of the user's are not called, and early stopping does not ask for saves."""
+    from configs.schema import SFTStage
+
+    own = {"metrics": [{"kind": "python", "function": "nowhere:f"}], "generate": {}, "metric": "evaluation/f", "mode": "max", "early_stopping": {}}
+    cfg = SFTStage.model_validate({"name": "a", "output": "out", "init_from": "base", "data": "rows.jsonl", "evaluation": own, "health": {"plain_text": "text"}})
+    found = config_of(cfg, 1.0, 100)
+    assert (found.evaluation.own, found.evaluation.asks, found.evaluation.test, found.health.action) == ([], None, False, "off")
