@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from stages.registry import Registry
+from tests.launch.zero_worker import WRITTEN
 from tests.stage.runs import ENVIRONMENT, ROOT, command, metrics, run_apart, settings, weights, workspace, write_rows
 
 TOLERANCE = 1e-4  # relative, fp32
@@ -19,8 +20,8 @@ TRAIN = {"max_steps": 12, "micro_batch_size": 2, "learning_rate": 3e-3}
 
 
 FORGETTING = ("forgetting/perplexity", "forgetting/logprob_drop", "forgetting/changed_answers")
-EVALUATED = {"metrics": ["chrf", "accuracy"], "generate": {"rows": 5, "max_new_tokens": 10, "batch_size": 2}}  # five rows of two processes
-FOUND = ("evaluation/chrf", "evaluation/accuracy", "evaluation/macro_f1", "evaluation/perplexity")
+EVALUATED = {"metrics": ["chrf", WRITTEN, "accuracy"], "generate": {"rows": 5, "max_new_tokens": 10, "batch_size": 2}}  # five rows of two processes
+FOUND = ("evaluation/chrf", "evaluation/written", "evaluation/accuracy", "evaluation/macro_f1", "evaluation/perplexity")
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,8 @@ def test_two_processes_equal_one(place, stage):
         assert done.stdout.count("published") == 1
     assert len(found[1]["loss"]) == 12
     assert len(found[1]["forgetting/perplexity"]) == (5 if stage == "sft" else 0)
-    assert len(found[1]["evaluation/chrf"]) == (4 if stage == "sft" else 0)
+    assert len(found[1]["evaluation/written"]) == (4 if stage == "sft" else 0)
+    assert stage != "sft" or len(set(found[1]["evaluation/written"]) - {-1.0}) > 1, "something was written, and not always the same"
     for key in found[1]:
         assert found[2][key] == pytest.approx(found[1][key], rel=TOLERANCE, abs=1e-5 if key in FORGETTING else None)
     registry = Registry(place / "registry")

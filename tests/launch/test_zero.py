@@ -74,6 +74,7 @@ def test_two_processes_equal_one(place, launched, zero, case):
     assert len(one) == len(two)
     for first, second in zip(one, two, strict=True):
         assert first.keys() == second.keys()
+        assert first.get("evaluation/written") != -1.0, "something was written"
         for key in first.keys() - (TRL_MEANS if tolerance == TOLERANCE else {k for k in first if not k.endswith("loss")}):
             assert second[key] == pytest.approx(first[key], rel=tolerance, abs=1e-6), key
     mine, theirs = tensors(expected), tensors(found)
