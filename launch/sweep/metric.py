@@ -114,7 +114,7 @@ def metric_of(chain: Any, name: str | None, stage: str | None, goal: str | None,
 def _goal(chain: Any, stage: str, name: str) -> str:
     """Which way is better: as the stage's own choice of its best state has it, else as the name tells."""
     evaluation = getattr(getattr(chain, stage), "evaluation", None)
-    if stage == "sft" and evaluation.metric == name:
+    if stage == "sft" and evaluation is not None and evaluation.metric == name:
         return "max" if evaluation.higher_is_better else "min"
     return "min" if LOWER.search(name) else "max"
 

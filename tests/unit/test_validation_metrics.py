@@ -133,7 +133,6 @@ def test_of_the_logits_only_those_that_labels_are_read_from_are_made():
     """Three rows with prompts of 5, 9 and 40 tokens and labels of 1 and 3: log-probs are those of a plain forward pass, one row at a time."""
     import torch
     from accelerate import Accelerator
-
     from transformers import AutoModelForCausalLM
 
     from stages.validation.labels import Choice, label_logprobs
