@@ -103,7 +103,7 @@ class Claim:
             holder = json.loads(self._path(max(numbers)).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             holder = {}  # released a moment ago, or cut off by a power failure: nobody holds it
-        return max(numbers), holder
+        return max(numbers), holder if isinstance(holder, dict) and isinstance(holder.get("pid"), int) else {}
 
     def _claim(self, number: int) -> Path | None:
         draft = self.folder / f"draft-{os.getpid()}-{time.monotonic_ns()}"

@@ -63,6 +63,11 @@ def test_another_machine_counts_as_alive_and_a_cut_file_as_nobody(tmp_path):
     assert is_alive({**_dead(), "host": "elsewhere"})
     (tmp_path / ".lock").mkdir()
     (tmp_path / ".lock" / "00000001.json").write_text("{")
+    for damaged in ("[1]", '{"host": "here"}'):
+        (tmp_path / "other" / ".lock").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "other" / ".lock" / "00000007.json").write_text(damaged)
+        with Claim(tmp_path / "other", "align run"):
+            pass
     with Claim(tmp_path, "align run"):
         pass
 
