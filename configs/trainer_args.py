@@ -101,6 +101,7 @@ OUR_FIELDS: dict[str, dict[str, str]] = {
         "assistant_only_loss": "loss_on",
         "completion_only_loss": "nothing: the loss covers completions (see loss_on)",
         "neftune_noise_alpha": "train.neftune_alpha",
+        "disable_dropout": "train.dropout",
         "label_smoothing_factor": "train.label_smoothing",
     },
     "reward": {**_OURS, "center_rewards_coefficient": "center_coefficient"},

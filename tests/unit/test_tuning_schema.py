@@ -62,6 +62,7 @@ BAD = {
     "no expression": ("tune:\n  method: full\n  freeze: {patterns: ['(']}\n", "c:6: tune.freeze.patterns: '(' is no regular expression"),
     "rounded away": ("lora: {quantization: nf4, init: pissa}\n", "c:4: lora: init: pissa takes its start out of the base's weights, which quantization: nf4 rounds"),
     "sizes nothing": ("tune: {method: prefix_tuning, encoder_hidden_size: 8}\n", "c:4: tune: encoder_hidden_size is that of the network that prefix_projection: true trains through"),
+    "dropout by TRL's name": ("trainer: {disable_dropout: false}\n", "c:4: trainer.disable_dropout: the stage sets this itself; set `train.dropout` instead"),
     "noise by TRL's name": ("trainer: {neftune_noise_alpha: 5.0}\n", "c:4: trainer.neftune_noise_alpha: the stage sets this itself; set `train.neftune_alpha` instead"),
 }  # fmt: skip
 
