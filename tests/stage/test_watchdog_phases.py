@@ -41,10 +41,10 @@ def observe(patch: pytest.MonkeyPatch, work: dict[str, tuple[Any, str]]) -> None
 
 
 def test_the_phases_of_sft(tmp_path, monkeypatch):
-    from trl import SFTTrainer
+    from transformers import Trainer
 
     observe(monkeypatch, {
-        "load": (models, "load_policy"), "data": (data, "encode_demonstrations"), "update": (SFTTrainer, "compute_loss"), "eval": (measures, "tokens"),
+        "load": (models, "load_policy"), "data": (data, "encode_demonstrations"), "update": (Trainer, "training_step"), "eval": (measures, "tokens"),
         "save": (saves, "store"), "publish": (Registry, "publish"),
     })  # fmt: skip
     place = runs.workspace(tmp_path, rows=20)
