@@ -131,7 +131,7 @@ def _begun_with(output: Path, registry: Registry) -> str | None:
 
 
 def _config_of(parent: Checkpoint, given: dict[str, Any], asked: str) -> dict[str, Any]:
-    """What of the parent's config holds for its child. Raises UserError where it has none and no file stands in."""
+    """What of the parent's config holds for its child, without functions to import. Raises UserError where it has none and no file stands in."""
     from configs.overrides import escape_references
 
     found = parent.info("config")
@@ -139,7 +139,16 @@ def _config_of(parent: Checkpoint, given: dict[str, Any], asked: str) -> dict[st
         made = "a combination of adapters" if (parent.info("stage_info") or {}).get("combined") else "a model from outside"
         raise UserError(f"--continue {asked}: {parent.ref} is {made} and has no training config to go on with; give one: --config FILE")
     taken: dict[str, Any] = escape_references({key: value for key, value in (found or {}).items() if key not in FRESH})
+    if "metrics" not in (given.get("evaluation") or {}) and (functions := _own_metrics(taken)):
+        print(f"continue: {parent.ref} was measured by {', '.join(functions)}; a checkpoint names no code to run here: give `evaluation:` in --config FILE to measure so again", file=sys.stderr)
+        taken = {key: value for key, value in taken.items() if key != "evaluation"}
     return taken
+
+
+def _own_metrics(config: dict[str, Any]) -> list[str]:
+    """The functions that a config's evaluation would import."""
+    metrics = (config.get("evaluation") or {}).get("metrics") or []
+    return [str(metric.get("function")) for metric in metrics if isinstance(metric, dict)]
 
 
 def _names_another(inherited: dict[str, Any], given: dict[str, Any], overrides: list[str]) -> bool:

@@ -110,7 +110,7 @@ def test_two_nodes_of_two_processes_train_as_one_machine_and_each_node_downloads
     assert calls == {
         ("read_demonstrations", "0", "0"): 1, ("read_demonstrations", "2", "1"): 1,
         ("snapshot_download", "0", "0"): 1, ("snapshot_download", "2", "1"): 1,
-        ("encode_demonstrations", "0", "0"): 2, ("encode_demonstrations", "2", "1"): 2,  # training and validation rows
+        ("encode_demonstrations", "0", "0"): 3, ("encode_demonstrations", "2", "1"): 3,  # training, validation and test rows
     }  # fmt: skip
     assert list(cache.iterdir()) == [], "what the processes shared is left behind"
 
