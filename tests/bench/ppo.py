@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench.cases import CASES, Case, tiny
-from tests.bench.results import entry, table
+from tests.bench.results import entry, show, table, write
 
 ROOT = Path(__file__).parents[2]
 RUNS = (("ours", "full"), ("peer", "full"), ("ours", "lora"), ("peer", "lora"))
@@ -35,12 +35,8 @@ def main(argv: list[str] | None = None) -> int:
     entries: list[dict[str, Any]] = []
     for case in chosen(args):
         entries += measure_case(case, args)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(entries, indent=1) + "\n")
-    from rich.console import Console
-
-    Console(width=None if sys.stdout.isatty() else 150).print(table(entries))
-    print(f"written: {args.out}")
+        write(args.out, entries)
+    show(args.out, table(entries))
     return 0
 
 

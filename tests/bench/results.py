@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -102,3 +105,17 @@ def table(entries: Sequence[dict[str, Any]]) -> Any:
     for i, cells in enumerate(rows(entries)):
         made.add_row(*cells, end_section=i % 2 == 1)
     return made
+
+
+def write(out: Path, entries: Sequence[dict[str, Any]]) -> None:
+    """Write the entries so far: a benchmark that is ended keeps what it has."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(entries, indent=1) + "\n")
+
+
+def show(out: Path, made: Any) -> None:
+    """Print the table, and where the entries lie."""
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 150).print(made)
+    print(f"written: {out}")

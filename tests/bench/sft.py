@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench.peak import environment
+from tests.bench.results import show, write
 from tests.bench.sft_cases import SFT_CASES, SFTCase, tiny
 
 ROOT = Path(__file__).parents[2]
@@ -33,12 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     entries = [e for e in (json.loads(args.out.read_text()) if args.add and args.out.is_file() else []) if e["case"] not in (args.cases or ())]
     for case in chosen(args):
         entries.append(entry(case, measure(case, 1 if args.quick else args.rounds)))
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(entries, indent=1) + "\n")
-    from rich.console import Console
-
-    Console(width=None if sys.stdout.isatty() else 150).print(table(entries))
-    print(f"written: {args.out}")
+        write(args.out, entries)
+    show(args.out, table(entries))
     return 0
 
 
