@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from launch.process import Outcome
 from stages.registry import Checkpoint, Registry
@@ -129,10 +131,11 @@ def run_stage(module: str, argv: list[str]) -> int:
 
 
 def run_child_here(argv: Any, env: Any, log_file: Path, **_: Any) -> Outcome:
-    """Stands in for launch.process.run_child: the stage runs in this process."""
+    """Stands in for launch.process.run_child: the stage runs in this process, with the variables that it would have."""
     assert argv[1] == "-m"
     if argv[2] in MAINS:
-        return Outcome(run_stage(argv[2], list(argv[3:])), 0.0)
+        with patch.dict(os.environ, env):
+            return Outcome(run_stage(argv[2], list(argv[3:])), 0.0)
     return Outcome(importlib.import_module(argv[2]).main(list(argv[3:])), 0.0)
 
 
