@@ -10,7 +10,7 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from blake3 import blake3
@@ -34,7 +34,7 @@ def saving(trainer_class: Any, stage: str) -> Any:
         stepped = True  # since the newest save
         saved: str | None = None  # the newest save
         best_before: tuple[Any, ...] = (None, None, None)
-        configured: list[dict[str, Any]] = []  # noqa: RUF012 - the optimizer's groups as it was made (stages/tuning/trainer.py)
+        configured: list[Group] = []  # noqa: RUF012 - the optimizer's groups as it was made (stages/tuning/trainer.py)
 
         def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
             self.stepped = True
@@ -149,23 +149,33 @@ def _rest(trainer: Any, staging: Path) -> None:
 # -- what the config says of the optimizer
 
 
-def settings_of(trainer: Any) -> list[dict[str, Any]]:
-    """What the optimizer's groups were made with, such as weight decay and betas; without their parameters."""
-    return [{key: value for key, value in group.items() if key != "params"} for group in innermost(trainer.optimizer).param_groups]
+class Group(NamedTuple):
+    """A group of the optimizer as it was made."""
+
+    settings: dict[str, Any]  # such as weight decay and betas
+    empty: bool  # adapters alone leave the group without decay empty, and DeepSpeed takes it out at ZeRO-3
 
 
-def as_configured(trainer: Any, groups: list[dict[str, Any]]) -> None:
+def settings_of(trainer: Any) -> list[Group]:
+    """What the optimizer's groups were made with; without their parameters."""
+    groups = innermost(trainer.optimizer).param_groups
+    return [Group({key: value for key, value in group.items() if key != "params"}, not group["params"]) for group in groups]
+
+
+def as_configured(trainer: Any, groups: list[Group]) -> None:
     """Put the config's settings back after a save was loaded: it brings back its own, so a learning rate or a weight decay that was allowed to change
     would be recorded but never used. `groups`: `settings_of` the optimizer as it was made."""
     now, scheduler = innermost(trainer.optimizer).param_groups, trainer.lr_scheduler
     scheduler = getattr(scheduler, "scheduler", scheduler)
-    assert len(now) == len(groups), "the optimizer has other groups of parameters than it was made with"
-    for group, settings in zip(now, groups, strict=True):
-        group.update(settings)
-    scheduler.base_lrs = [settings["lr"] for settings in groups]
+    kept = groups if len(now) == len(groups) else [group for group in groups if not group.empty]
+    assert len(now) == len(kept), f"the optimizer has {len(now)} groups of parameters and was made with {len(kept)}"
+    scheduled = groups if len(scheduler.lr_lambdas) == len(groups) else kept
+    scheduler.base_lrs = [group.settings["lr"] for group in scheduled]
     scheduler._last_lr = [base * share(scheduler.last_epoch) for base, share in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
-    for group, base, rate in zip(now, scheduler.base_lrs, scheduler._last_lr, strict=True):
-        group["initial_lr"], group["lr"] = base, rate
+    for group, made in zip(now, kept, strict=True):
+        place = next(i for i, one in enumerate(scheduled) if one is made)
+        group.update(made.settings)
+        group["initial_lr"], group["lr"] = scheduler.base_lrs[place], scheduler._last_lr[place]
 
 
 # -- what has been summed up since the last log
