@@ -49,7 +49,8 @@ lint: $(STAMP)
 test: lint
 	$(QUIET) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/unit
 	$(QUIET) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/security tests/stage
-	$(QUIET) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/launch tests/chain
+	$(QUIET) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/chain
+	$(QUIET) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/launch
 
 # Rewrites RELIABILITY.md after every case; ARGS="--quick", ARGS="--only AREA" and ARGS="--seed N" are for trying things out.
 reliability: $(STAMP)
