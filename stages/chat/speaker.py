@@ -86,7 +86,7 @@ class Speakers:
                 given.text += piece
                 show(piece)
         except KeyboardInterrupt:
-            pass
+            pass  # the reader has heard enough: what was written until now is the answer
         piece = settled(reader.tokens.formatter.completion_text(written), given.text, last=True)
         given.text += piece
         show(piece)

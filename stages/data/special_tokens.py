@@ -20,7 +20,6 @@ class SpecialTokens:
     eos_id: int
     eos_ids: tuple[int, ...]
     vocabulary: int
-    resize_embeddings: bool
     notes: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
@@ -32,8 +31,8 @@ def ensure_special_tokens(tokenizer: Any, *model_configs: Any) -> SpecialTokens:
     """Set `tokenizer.pad_token` to a token that is no EOS, and collect every EOS of tokenizer and model.
 
     `model_configs`: the model's config and generation config (None is skipped); their `eos_token_id` (int or list)
-    and `vocab_size` are read, never written. The pad is, in this order: the present one, a pad-like or reserved special token,
-    unk, a new "<|pad|>" (`resize_embeddings` says whether the model's embedding is too small for it).
+    is read, never written. The pad is, in this order: the present one, a pad-like or reserved special token,
+    unk, a new "<|pad|>" (which counts in `vocabulary`).
     Raises UserError when nothing ends a text.
     """
     given = [config for config in model_configs if config is not None]
@@ -49,13 +48,11 @@ def ensure_special_tokens(tokenizer: Any, *model_configs: Any) -> SpecialTokens:
         notes.append(f"{why}: {tokenizer.pad_token!r} pads instead")
     pad_id = int(tokenizer.pad_token_id)
     assert pad_id not in eos_ids
-    sizes = [config.vocab_size for config in given if isinstance(getattr(config, "vocab_size", None), int)]
     return SpecialTokens(
         pad_id=pad_id,
         eos_id=int(tokenizer.eos_token_id),
         eos_ids=tuple(eos_ids),
         vocabulary=len(tokenizer),
-        resize_embeddings=bool(sizes) and len(tokenizer) > min(sizes),
         notes=tuple(notes),
     )
 

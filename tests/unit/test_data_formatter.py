@@ -266,7 +266,7 @@ def config(**values: Any) -> SimpleNamespace:
 def test_pad_is_kept_when_it_is_no_eos():
     found = ensure_special_tokens(spaced_tokenizer(), config(eos_token_id=1, vocab_size=512), None, config(eos_token_id=1))
     # The tokenizer ends with </s> = 2 though the model's config says <s> = 1: rollouts stop at both, rows end with the tokenizer's.
-    assert (found.pad_id, found.eos_id, found.eos_ids, found.resize_embeddings, found.notes) == (0, 2, (2, 1), False, ())
+    assert (found.pad_id, found.eos_id, found.eos_ids, found.notes) == (0, 2, (2, 1), ())
 
 
 def test_pad_is_never_an_eos_of_the_model():
@@ -280,7 +280,7 @@ def test_pad_is_never_an_eos_of_the_model():
 
 
 @pytest.mark.parametrize(
-    ("specials", "names", "expected", "resize"),
+    ("specials", "names", "expected", "grows"),
     [
         (("<eos>", "<|reserved_7|>", "<unk>"), {"unk_token": "<unk>"}, "<|reserved_7|>", False),
         (("<eos>", "<unk>"), {"unk_token": "<unk>"}, "<unk>", False),
@@ -288,14 +288,13 @@ def test_pad_is_never_an_eos_of_the_model():
         (("<eos>",), {"pad_token": "<eos>"}, "<|pad|>", True),
     ],
 )
-def test_which_token_pads(specials, names, expected, resize):
+def test_which_token_pads(specials, names, expected, grows):
     tokenizer = byte_tokenizer(specials, **names)
     size = len(tokenizer)
     found = ensure_special_tokens(tokenizer, config(eos_token_id=None, vocab_size=size))
     assert tokenizer.pad_token == expected
     assert found.pad_id not in found.eos_ids
-    assert found.resize_embeddings is resize
-    assert found.vocabulary == size + resize
+    assert found.vocabulary == size + grows
 
 
 def test_a_pad_that_ends_completions_is_refused_until_mended():
