@@ -28,14 +28,16 @@ def hash_file(path: Path) -> str:
     from blake3 import blake3
 
     hasher = blake3()
-    buffers = [memoryview(bytearray(CHUNK)) for _ in range(2)]
     with open(path, "rb", buffering=0) as file:
+        room = min(CHUNK, os.fstat(file.fileno()).st_size + 4096)  # zeroing a whole chunk takes longer than hashing a small file
+        buffers = [memoryview(bytearray(room))]
         count = file.readinto(buffers[0]) or 0
         if count < CHUNK:  # whole, or the beginning of what reads in small parts
             while count:
                 hasher.update(buffers[0][:count])
                 count = file.readinto(buffers[0]) or 0
             return hasher.hexdigest()
+        buffers.append(memoryview(bytearray(CHUNK)))
         with ThreadPoolExecutor(1) as reader:
             while count:
                 ahead = reader.submit(file.readinto, buffers[1])

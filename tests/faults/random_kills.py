@@ -1,43 +1,57 @@
 """kill -9 at random moments of a real process that publishes, and moves an alias, in a loop. Run as a module: prints one JSON object.
 
-The parent forks the publishers and has loaded no torch, so that a kill costs milliseconds. What a publisher acknowledges goes through a pipe.
+The parent forks the publishers and has loaded no torch, so that a kill costs milliseconds. It publishes nothing itself: only what a publisher said
+through its pipe before it was killed counts as acknowledged. A kill falls a drawn part of an operation after a drawn acknowledgement, not a drawn
+time after the fork, so that on a machine under load too publications and moves are hit all along.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import random
 import shutil
 import signal
+import statistics
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from stages.registry import Checkpoint, Registry
+from stages.registry import Registry
 from stages.registry.gc import Rules
 from tests.faults.promises import Promises, broken, leftovers
 from tests.faults.scenarios import as_new_process, collect, go_on, light, writer
 
 ROUND = 40  # kills before a fresh registry: each look at one takes as long as it is large
+MOST = 3  # acknowledgements that a publisher may send before its kill is due
+BEYOND = 1.25  # a kill falls within this multiple of what its operation usually takes: some operations get through
+PACES = {"checkpoint": deque([0.01], 40), "alias": deque([0.002], 40)}  # seconds that publishers took of late, by what they acknowledged
 
 
 def publishing(root: Path, pipe: int) -> None:
-    """Publish and move an alias until killed; each acknowledgement is one line, written at once."""
+    """Publish and move an alias in turn until killed; each acknowledgement is one line with its time, written at once."""
     registry = Registry(root)
+    said = partial(_say, pipe)
+    said("ready")
     for number in range(10**9):
         made = registry.publish("sft", "demo", writer(float(number)))
-        os.write(pipe, f"checkpoint {made.id} {made.ref}\n".encode())
-        if number % 2:
-            registry.set_alias("sft/demo", "production", made.id)
-            os.write(pipe, f"alias {made.id}\n".encode())
+        said("checkpoint", made.id, made.ref)
+        registry.set_alias("sft/demo", "production", made.id)
+        said("alias", made.id)
 
 
-def kill_after(root: Path, seconds: float) -> list[list[str]]:
-    """Start a publisher, kill it after that time; the acknowledgements it had sent."""
+def _say(pipe: int, *words: str) -> None:
+    os.write(pipe, f"{time.monotonic()} {' '.join(words)}\n".encode())
+
+
+def kill_after(root: Path, acknowledged: int, part: float) -> list[list[str]]:
+    """Start a publisher and kill it that part of an operation's usual time after so many acknowledgements; all that it had sent, "ready" first."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -47,13 +61,16 @@ def kill_after(root: Path, seconds: float) -> list[list[str]]:
         finally:
             os._exit(9)
     os.close(writing)
-    time.sleep(seconds)
-    os.kill(child, signal.SIGKILL)
-    status = os.waitpid(child, 0)[1]
     with os.fdopen(reading) as pipe:
-        said = [line.split() for line in pipe]
+        lines = [pipe.readline().split() for _ in range(1 + acknowledged)]
+        time.sleep(part * statistics.median(PACES["alias" if acknowledged % 2 else "checkpoint"]))
+        os.kill(child, signal.SIGKILL)
+        status = os.waitpid(child, 0)[1]
+        lines += [line.split() for line in pipe]
     assert os.WIFSIGNALED(status), f"the publisher failed by itself (exit status {os.WEXITSTATUS(status)})"
-    return said
+    for before, line in itertools.pairwise(lines[: 1 + acknowledged]):
+        PACES[line[1]].append(float(line[0]) - float(before[0]))
+    return [line[1:] for line in lines]
 
 
 def look(root: Path, promises: Promises, known: set[str]) -> tuple[list[str], int]:
@@ -71,7 +88,7 @@ def look(root: Path, promises: Promises, known: set[str]) -> tuple[list[str], in
     moves = iter(history)
     if not all(move in moves for move in promises.aliases.get("production", [])):
         found.append("an acknowledged move of the alias is lost, or out of order")
-    known |= there.keys()
+    known.update(there)
     return found, len(there)
 
 
@@ -80,34 +97,27 @@ def rounds(folder: Path, count: int, seed: int) -> Iterator[dict[str, Any]]:
     chance = random.Random(seed)
     for start in range(0, count, ROUND):
         root = folder / "registry"
-        promises, known, problems, unsure, visible = Promises(opened=True), set[str](), list[str](), 0, 0
-        typical = _typical(root, promises)
+        promises, known, problems, visible, hit = Promises(opened=True), set[str](), list[str](), 0, [0, 0]
         for _ in range(min(ROUND, count - start)):
-            for kind, key, *ref in kill_after(root, chance.uniform(0, 1.6 * typical)):
+            said = kill_after(root, chance.randint(0, MOST), chance.uniform(0, BEYOND))
+            for kind, key, *ref in said[1:]:
                 if kind == "checkpoint":
                     promises.checkpoints[key] = ref[0]
                 else:
                     promises.aliases.setdefault("production", []).append(key)
+            hit[(len(said) - 1) % 2] += 1
             wrong, visible = look(root, promises, known)
             problems += wrong
         left = len(leftovers(root))
-        unsure = visible - len(promises.checkpoints)
         moves = len(promises.aliases.get("production", []))
         problems += broken(root, Promises(True, promises.checkpoints)) + go_on(root, Promises(True, promises.checkpoints))
         collect(root, Rules(keep=10**6))
         problems += [f"gc leaves {name}" for name in leftovers(root)]
-        yield {"kills": min(ROUND, count - start), "checkpoints": len(promises.checkpoints), "moves": moves, "unacknowledged": unsure, "leftovers": left, "problems": problems}
+        yield {
+            "kills": sum(hit), "publishing": hit[0], "moving": hit[1], "checkpoints": len(promises.checkpoints), "moves": moves,
+            "unacknowledged": visible - len(promises.checkpoints), "leftovers": left, "problems": problems,
+        }  # fmt: skip
         shutil.rmtree(root)
-
-
-def _typical(root: Path, promises: Promises) -> float:
-    """Seconds that a publication takes here."""
-    registry, began = Registry(root), time.monotonic()
-    made: Checkpoint | None = None
-    for value in (1.0, 2.0):
-        made = registry.publish("sft", "demo", writer(value))
-        promises.published(made)
-    return (time.monotonic() - began) / 2
 
 
 def main(folder: Path, count: int, seed: int) -> dict[str, Any]:

@@ -2,15 +2,20 @@
 
 import json
 import os
+import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from stages.registry import Registry
 from stages.registry.sealing import seal, unseal
-from tests.faults import flips, storage_faults
+from tests.faults import flips, random_kills, storage_faults
+from tests.faults.promises import Promises
 from tests.faults.scenarios import SCENARIOS, light
+from tests.reliability import faults as reliability
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -70,3 +75,31 @@ def test_real_processes(tmp_path, name, words):
         assert (made["publish"], made["move"]) == ([], [])
     else:
         assert (made["kills"], made["problems"]) == (8, [])
+        draw = random.Random(0)
+        due = [(draw.randint(0, random_kills.MOST), draw.uniform(0, 1))[0] for _ in range(8)]  # what the publishers had acknowledged when their kills were due
+        assert made["checkpoints"] >= sum((count + 1) // 2 for count in due) > 0
+        assert made["moves"] >= sum(count // 2 for count in due) > 0
+
+
+def test_a_publisher_that_acknowledges_what_is_not_there_is_found_out(tmp_path, monkeypatch):
+    def publishing(root, pipe):
+        Registry(root)
+        for words in ("ready", "checkpoint 20260101t000000-0123456789ab sft/demo@1", "alias 20260101t000000-0123456789ab", "checkpoint 20260101t000000-0123456789ac sft/demo@2"):
+            os.write(pipe, f"0 {words}\n".encode())
+        signal.pause()
+
+    monkeypatch.setattr(random_kills, "publishing", publishing)
+    promises = Promises(opened=True)
+    said = random_kills.kill_after(tmp_path / "registry", 3, 0.0)
+    assert [words[0] for words in said] == ["ready", "checkpoint", "alias", "checkpoint"]
+    promises.checkpoints = {said[1][1]: said[1][2]}
+    promises.aliases = {"production": [said[2][1]]}
+    wrong, _ = random_kills.look(tmp_path / "registry", promises, set())
+    assert wrong == ["acknowledged, and lost: sft/demo@1", "an acknowledged move of the alias is lost, or out of order"]
+
+
+@pytest.mark.parametrize(("checkpoints", "moves", "ok"), [(500, 100, True), (499, 100, False), (500, 99, False)])
+def test_random_kills_of_publishers_that_had_acknowledged_little_show_nothing(tmp_path, monkeypatch, checkpoints, moves, ok):
+    made = {"kills": 1000, "publishing": 500, "moving": 500, "checkpoints": checkpoints, "moves": moves, "unacknowledged": 0, "leftovers": 0, "problems": []}
+    monkeypatch.setattr(reliability, "_module", lambda *words: made)
+    assert reliability.kill_at_random(tmp_path, 0, False).ok is ok
