@@ -93,4 +93,5 @@ def facts_of(work: Work, layout: Layout) -> PlanFacts:
     return PlanFacts(
         **common, rows=cfg.train.rollout_batch_size, tokens=max(1, round(work.rows.mean)), new_tokens=job.completion_tokens, reference=frozen, value=value,
         rewards=tuple(rewards), epochs=cfg.train.num_ppo_epochs, minibatches=cfg.train.num_minibatches, generate_batch=job.generate_batch,
+        gather_once=job.gathers_once,
     )  # fmt: skip
