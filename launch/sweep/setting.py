@@ -17,6 +17,7 @@ from launch.chain import inputs
 from launch.chain.decide import check_files
 from launch.chain.steps import steps_of
 from launch.sweep.evaluations import spread
+from launch.sweep.held_out import evaluated_on, untested
 from launch.sweep.metric import Metric, metric_of
 from launch.sweep.parts import Parts, excerpt, outside, parts_of, section_of
 from launch.sweep.slots import check_batches, places
@@ -95,7 +96,8 @@ class Setting:
         kept = {key: value for key, value in plain.items() if key not in ("machine", "processes")}
         for stage in STAGES:
             kept[stage] = inputs.without_ignored(kept[stage]) if kept[stage] else None
-        return {"config": inputs.digest(kept), "data": data, "space": space, "metric": [self.metric.name, self.metric.stage, self.metric.goal], "evaluations": self.spec.evaluations}
+        evaluated = {"evaluated": "held out"} if self.metric.stage == "eval" else {}  # an older sweep's trials were evaluated on the test part
+        return evaluated | {"config": inputs.digest(kept), "data": data, "space": space, "metric": [self.metric.name, self.metric.stage, self.metric.goal], "evaluations": self.spec.evaluations}
 
 
 def setting_of(subject: Subject, asked: Mapping[str, Any], sweep_file: str | None = None) -> Setting:
@@ -124,6 +126,8 @@ def setting_of(subject: Subject, asked: Mapping[str, Any], sweep_file: str | Non
     parts = parts_of(base, [field.key for field in fields], metric.stage)
     if not parts.own:
         raise UserError(f"space: nothing that {metric.name} is measured on depends on {', '.join(field.key for field in fields)}; sweep fields of {metric.stage}, or of what it is made from")
+    if metric.stage == "eval":
+        notes.append(f"trials are evaluated on {evaluated_on(base)[2]}: the test part is never to choose by; that of the chain itself stays as it is")
     registry = base.registry if foreign else output / "registry"
     if foreign:
         notes.append(f"trials are published in {registry} as {base.name}-sweep, because {', '.join(foreign)} lies there")
@@ -184,14 +188,6 @@ def _check_values(subject: Subject, fields: Sequence[Field]) -> None:
                     problems.setdefault(line.partition(f"{override(field.key, value)}: ")[2] or line, line)
     if problems:
         raise UserError("\n".join(problems.values()))
-
-
-def untested(chain: Any, own: frozenset[str]) -> Any:
-    """The chain without the final test of the SFT that every trial makes itself: the best of many is chosen before the test part is looked at."""
-    if "sft" not in own or chain.sft is None:
-        return chain
-    evaluation = chain.sft.evaluation.model_copy(update={"test": False})
-    return chain.model_copy(update={"sft": chain.sft.model_copy(update={"evaluation": evaluation})})
 
 
 def overrides_of(values: Values) -> str:
