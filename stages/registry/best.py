@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from configs.errors import UserError
 
 LOWER_IS_BETTER = ("loss", "perplexity", "kl")  # by the end of the metric's name; everything else: higher is better
+
+
+_TEST = re.compile(r"(?:^|\.)test/")  # as SFT's final test names them
+
+
+def check_chooses(metric: str, asked: str) -> None:
+    """Refuse a metric of the test part to choose a checkpoint by, however it is written. `asked`: what asks for it, for the message.
+
+    Raises:
+        UserError: with what to take instead.
+    """
+    if found := _TEST.search(metric):
+        raise UserError(
+            f"{asked}: {metric} is of the test part, which is measured once, on what has been chosen already: what is chosen by it is no longer tested by it. "
+            f"Choose by the validation part, evaluation/{metric[found.end() :]}"
+        )
 
 
 def lower_is_better(metric: str) -> bool:
@@ -36,8 +53,9 @@ def pick(family: str, metric: str, evaluations: Mapping[int, list[dict[str, Any]
     """The best version. `evaluations`: version -> its results, oldest first. Of equals the newest version.
 
     Only versions that were evaluated for the metric take part, each with its newest result that has it.
-    Raises UserError when there is no number, or when the numbers come from different evaluation sets.
+    Raises UserError when there is no number, when the numbers come from different evaluation sets, or when they are of the test part.
     """
+    check_chooses(metric, f"{family}@best:{metric}")
     values, sets = {}, {}
     for version, results in evaluations.items():
         for result in reversed(results):
@@ -62,7 +80,11 @@ def pick(family: str, metric: str, evaluations: Mapping[int, list[dict[str, Any]
 
 
 def best_of_each_set(metric: str, evaluations: Mapping[int, list[dict[str, Any]]]) -> dict[str, int]:
-    """Evaluation set -> the best version on it, by each version's newest result there. Numbers from different sets are not compared."""
+    """Evaluation set -> the best version on it, by each version's newest result there. Numbers from different sets are not compared.
+
+    Raises UserError for a metric of the test part.
+    """
+    check_chooses(metric, f"best {metric}")
     values: dict[str, dict[int, float]] = {}
     for version, results in evaluations.items():
         for result in results:
@@ -75,4 +97,4 @@ def best_of_each_set(metric: str, evaluations: Mapping[int, list[dict[str, Any]]
 def _names(result: Mapping[str, Any]) -> list[str]:
     place = result.get("metrics") if isinstance(result.get("metrics"), Mapping) else result
     assert place is not None
-    return [key for key in place if metric_value(result, key) is not None]
+    return [key for key in place if metric_value(result, key) is not None and not _TEST.search(key)]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from configs.errors import UserError
 from stages.registry import resumable, trash
-from stages.registry.best import best_of_each_set
+from stages.registry.best import best_of_each_set, check_chooses
 from stages.registry.integrity import check, read_checkpoint
 from stages.registry.leases import Lease, counting, leases
 from stages.registry.manifest import Checkpoint
@@ -44,6 +44,8 @@ class Rules:
             raise UserError(f"keep {self.keep}: at least the newest checkpoint of each name stays; give 1 or more")
         if self.keep_resume < 0:
             raise UserError(f"keep_resume {self.keep_resume}: give 0 or more")
+        for metric in self.best:
+            check_chooses(metric, f"best {metric}")
         if self.grace < timedelta(0):
             raise UserError("grace: a time of grace can't be negative; give for example 7d, 12h or 0")
 

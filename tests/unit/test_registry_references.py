@@ -5,7 +5,7 @@ import re
 import pytest
 
 from configs.errors import UserError
-from stages.registry import Parent, Registry, ledger
+from stages.registry import Parent, Registry, gc, ledger
 from stages.registry.best import lower_is_better, metric_value
 from tests.unit.registry_samples import publish, run_together
 
@@ -91,6 +91,19 @@ def test_best_takes_the_newest_of_equals_and_never_a_number_that_is_not_finite(r
     assert registry.resolve("sft/demo@best:score").version == 2
     assert metric_value({"metrics": {"a": {"b": 3}}}, "a.b") == 3.0
     assert metric_value({"metrics": {"a": True}}, "a") is None
+
+
+def test_nothing_is_chosen_by_the_test_part(registry):
+    for value in (1.0, 2.0):
+        registry.add_evaluation(publish(registry), {"eval_set": "e", "metrics": {"test/loss": value, "test/rougeL": value, "evaluation/loss": value}})
+    for metric, instead in (("test/loss", "evaluation/loss"), ("test/rougeL", "evaluation/rougeL"), ("metrics.test/loss", "evaluation/loss")):
+        with pytest.raises(UserError, match=rf"{metric} is of the test part, .*Choose by the validation part, {instead}$"):
+            registry.resolve(f"sft/demo@best:{metric}")
+        with pytest.raises(UserError, match="is of the test part"):
+            gc.Rules(best=(metric,))
+    assert registry.resolve("sft/demo@best:evaluation/loss").version == 1
+    with pytest.raises(UserError, match=r"Known metrics: evaluation/loss\."):
+        registry.resolve("sft/demo@best:bleu")
 
 
 def test_a_result_must_name_its_evaluation_set(registry):
