@@ -30,7 +30,7 @@ def add_parser(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument("chain", metavar="CHAIN.yaml", help="a chain's or a stage's file; or `show`, followed by a sweep's folder")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a key of the file in every trial")
     parser.add_argument("--space", action="append", default=[], metavar="KEY=VALUES", help="LOW..HIGH, LOW..HIGH:log, LOW..HIGH:step=S or A,B,C; can be repeated (default: see above)")
-    parser.add_argument("--metric", metavar="NAME", help="evaluation/loss, sft/token_accuracy, eval/ppo/score … (default: the stage's validation loss or score)")
+    parser.add_argument("--metric", metavar="NAME", help="evaluation/loss, sft/token_accuracy, eval/ppo/score … (default: what the stage's evaluation.metric says, else its validation loss)")
     parser.add_argument("--stage", choices=["sft", "reward", "dpo", "ppo", "eval"], help="the stage that the metric is of; of a stage's file whose keys do not tell, which stage it is")
     parser.add_argument("--goal", choices=["min", "max"], help="default: told by the metric's name")
     parser.add_argument("--trials", type=int, metavar="N", help="trials in all (default 12); more of them go on with a finished sweep")

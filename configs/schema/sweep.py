@@ -40,7 +40,7 @@ class Sweep(Strict):
     metric: str | None = Field(
         default=None,
         description="What a trial is judged by: a name of its stage's metrics.jsonl (evaluation/loss, sft/token_accuracy), of the published checkpoint's metrics (ece), or of the "
-        "chain's evaluation (eval/ppo/score). Null: the validation loss; of PPO its evaluation score.",
+        "chain's evaluation on held-out prompts that are not its test part (eval/ppo/score). Null: what the stage chooses its published state by (evaluation.metric), else the validation loss.",
     )
     stage: Literal["sft", "reward", "dpo", "ppo", "eval"] | None = Field(default=None, description="The stage that the metric is of; null is told by the metric's name, or is the last one that is swept.")
     goal: Literal["min", "max"] | None = Field(default=None, description="Null: min for names that end in loss, perplexity, kl, kl_k3, ece or error, else max.")

@@ -13,6 +13,7 @@ from typing import Any
 from configs.errors import UserError
 from configs.schema.chain import STAGES
 from launch.chain.decide import read_json
+from stages.registry.best import lower_is_better
 
 LOWER = re.compile(r"(?:loss|perplexity|kl|kl_k3|ece|error)$")
 SUPERVISED = ("sft", "reward", "dpo")
@@ -111,22 +112,42 @@ def metric_of(chain: Any, name: str | None, stage: str | None, goal: str | None,
     return Metric(name, chosen, goal or _goal(chain, chosen, name))
 
 
+def chosen_by(chain: Any, stage: str) -> tuple[str, str, str] | None:
+    """What a stage chooses its published state by, which way is better, and the setting that says so; None where it says nothing and publishes the last one."""
+    evaluation = getattr(getattr(chain, stage), "evaluation", None)
+    if evaluation is None:
+        return None
+    if stage == "sft":
+        found = evaluation.chosen_by
+        return (found, "max" if evaluation.higher_is_better else "min", evaluation.asks) if found else None
+    name = evaluation.metric.removeprefix("-")
+    if name == "evaluation/heldout_score" and not evaluation.scorers:
+        name = "evaluation/score"  # the same numbers, where nothing else scores
+    lower = evaluation.metric.startswith("-") or lower_is_better(name.removesuffix("_k3"))
+    return name, "min" if lower else "max", "evaluation.metric"
+
+
 def _goal(chain: Any, stage: str, name: str) -> str:
     """Which way is better: as the stage's own choice of its best state has it, else as the name tells."""
-    evaluation = getattr(getattr(chain, stage), "evaluation", None)
-    if stage == "sft" and evaluation is not None and evaluation.metric == name:
-        return "max" if evaluation.higher_is_better else "min"
+    own = chosen_by(chain, stage) if stage in STAGES else None
+    if own is not None and own[0] == name:
+        return own[1]
     return "min" if LOWER.search(name) else "max"
 
 
 def _own(chain: Any, stage: str) -> str:
-    """The metric that a stage is judged by when nothing is said."""
-    if stage in SUPERVISED:
-        return "evaluation/loss"
-    evaluation = chain.ppo.evaluation
-    if evaluation is None:
+    """The metric that a stage is judged by when nothing is said: what it chooses its published state by, else the validation loss."""
+    own = chosen_by(chain, stage)
+    if own is None and stage == "ppo":
         raise UserError("ppo.evaluation is null, so that nothing measures a trial; give it back, or name a metric, such as --metric objective/score")
-    return "evaluation/heldout_score" if evaluation.scorers else "evaluation/score"
+    return own[0] if own else "evaluation/loss"
+
+
+def why_own(chain: Any, metric: Metric) -> str:
+    """One line on why trials are judged by this metric when none was given."""
+    own = chosen_by(chain, metric.stage)
+    why = f"which {metric.stage}.{own[2]} chooses the published state by" if own else f"the validation loss of {metric.stage}"
+    return f"no metric was given: trials are judged by {metric.name}, {why} ({'less' if metric.goal == 'min' else 'more'} is better)"
 
 
 def _check_measured(chain: Any, stage: str, name: str) -> None:

@@ -18,7 +18,7 @@ from launch.chain.decide import check_files
 from launch.chain.steps import steps_of
 from launch.sweep.evaluations import spread
 from launch.sweep.held_out import evaluated_on, untested
-from launch.sweep.metric import Metric, metric_of
+from launch.sweep.metric import Metric, metric_of, why_own
 from launch.sweep.parts import Parts, excerpt, outside, parts_of, section_of
 from launch.sweep.slots import check_batches, places
 from launch.sweep.space import WIDTH, Field, combinations, fields_of, override
@@ -119,6 +119,8 @@ def setting_of(subject: Subject, asked: Mapping[str, Any], sweep_file: str | Non
     _check_values(subject, fields)
     swept = [section for field in fields if (section := section_of(field.key))]
     metric = metric_of(base, spec.metric, spec.stage, spec.goal, swept)
+    if spec.metric is None:
+        notes.append(why_own(base, metric))
     if spec.pruner != "none" and not metric.reported:
         notes.append(f"{metric.name} is known at the end of a trial only: none is ended early")
     output = spec.output or base.output / "sweep"

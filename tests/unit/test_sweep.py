@@ -131,6 +131,19 @@ def test_a_metric_of_one_s_own_is_better_the_way_that_the_config_says(world):
     assert metric_of(chain, "evaluation/rouge1", "sft", None, []).goal == "max"
 
 
+def test_without_a_metric_trials_are_judged_by_what_the_stage_publishes_by(world):
+    rouge = "sft.evaluation={metrics: [rouge], generate: {rows: 4}, metric: evaluation/rougeL}"
+    setting = world.setting("sft.train.learning_rate=1e-3,1e-2", overrides=[rouge])
+    assert setting.metric == Metric("evaluation/rougeL", "sft", "max")
+    assert "no metric was given: trials are judged by evaluation/rougeL, which sft.evaluation.metric chooses the published state by (more is better)" in setting.notes
+    early = world.setting("sft.train.learning_rate=1e-3,1e-2", overrides=["sft.evaluation.early_stopping={patience: 2}"])
+    assert early.metric == Metric("evaluation/loss", "sft", "min")
+    assert any("which sft.evaluation.early_stopping chooses" in note for note in early.notes)
+    assert world.setting("sft.train.learning_rate=1e-3,1e-2", overrides=[rouge], metric="evaluation/loss").metric.name == "evaluation/loss"
+    assert world.setting("ppo.kl_coef=0.01,0.1", overrides=["ppo.evaluation.metric=-evaluation/length"]).metric == Metric("evaluation/length", "ppo", "min")
+    assert any("the validation loss of dpo (less is better)" in note for note in world.setting("dpo.beta=0.1,0.2").notes)
+
+
 def test_where_a_metric_is_read(tmp_path):
     lines = [{"step": 5, "sft/loss": 3.0}, {"step": 5, "sft/eval_loss": 2.0}, {"step": 9, "sft/eval_loss": 1.0}]
     (tmp_path / "sft").mkdir()
