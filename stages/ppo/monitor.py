@@ -17,6 +17,7 @@ from stages.evaluation.statistics import Estimate, mean_and_se, student_t_tail
 from stages.registry.best import lower_is_better
 
 KL = "evaluation/kl"
+OVER_OPTIMISATION = "over_optimisation"
 
 
 class Scored(NamedTuple):
@@ -79,6 +80,12 @@ class State:
         scored = {k: Scored(v[0], tuple(v[1]), tuple(v[2])) if (v := saved[k]) else None for k in ("start", "peak")}
         return cls(**{**saved, **scored, "history": tuple(saved["history"]), "bests": tuple(saved["bests"])})
 
+    def kept(self, each: int) -> tuple[int, ...]:
+        """The bests that may still be published, in turn: the newest `each`, and the newest `each` of those not after the peak, for the run may yet stop as
+        over-optimised. A later peak allows only bests that are the newest then."""
+        until = [iteration for iteration in self.bests if self.peak is None or iteration <= self.peak.iteration]
+        return tuple(sorted({*self.bests[-each:], *until[-each:]}))
+
     def under(self, rules: Rules) -> State:
         """The same past where `rules` may have become stricter: a best policy above a lowered KL budget is none any more."""
         allowed = {metrics["iteration"] for metrics in self.history if within_budget(metrics, rules)}
@@ -98,16 +105,21 @@ class Decision(NamedTuple):
 
 
 def see(state: State, seen: Observation, rules: Rules) -> tuple[State, Decision]:
-    """Take in one evaluation. The best is the first with the highest metric among those within the KL budget."""
+    """Take in one evaluation. The best is the first with the highest metric among those within the KL budget; where the run stops for over-optimisation,
+    among those not after the peak of the held-out score: the metric may be the training score, which rises with it."""
     best = seen.finite and within_budget(seen.metrics, rules) and _is_better(state, seen.metrics, rules)
     stop, why = _reason_to_stop(state, seen, rules, best)
     higher = state.peak is None or np.mean(seen.scored.heldout) > np.mean(state.peak.heldout)
+    bests = (*state.bests, seen.scored.iteration) if best else state.bests
+    if stop == OVER_OPTIMISATION:
+        assert state.peak is not None
+        bests, best = tuple(iteration for iteration in bests if iteration <= state.peak.iteration), False
     after = replace(
         state,
         history=(*state.history, {"iteration": seen.scored.iteration, **seen.metrics}),
         start=state.start or seen.scored,
         peak=seen.scored if higher else state.peak,
-        bests=(*state.bests, seen.scored.iteration) if best else state.bests,
+        bests=bests,
         stopped=stop,
     )
     return after, Decision(best, stop, why)
@@ -133,7 +145,7 @@ def _reason_to_stop(state: State, seen: Observation, rules: Rules, best: bool) -
     if fall is not None:
         assert state.peak is not None
         rise = float(np.mean(seen.scored.proxy) - np.mean(state.peak.proxy))
-        return "over_optimisation", (
+        return OVER_OPTIMISATION, (
             f"the held-out score has fallen by {fall.mean:.3f}±{fall.se or 0:.3f} since iteration {state.peak.iteration}, "
             f"while the training score has risen by {rise:.3f}"
         )

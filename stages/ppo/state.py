@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from configs.errors import UserError
+from stages.ppo import monitor as monitoring
 from stages.ppo.modules import PolicyAndValue
 from stages.training.saves import KEPT, problem, retire, saves, store_alone
 
@@ -91,13 +92,18 @@ def read_best(folder: Path, iteration: int) -> tuple[dict[str, torch.Tensor] | N
     return (load_file(kept / "weights.safetensors"), None) if why is None else (None, why)
 
 
+def kept_bests(monitor: dict[str, Any] | None) -> tuple[int, ...]:
+    """The iterations whose policies may be published by a run that goes on from a save with this monitor's state."""
+    return monitoring.State.from_json(monitor).kept(KEPT) if monitor else ()
+
+
 def forget_bests(folder: Path, current: Sequence[int]) -> None:
     """Remove the kept policies that neither the run as it is (`current`, iterations) nor one of its saves may publish."""
     lists = [current]
-    for kept in saves(folder):
+    for save in saves(folder):
         with suppress(OSError, ValueError, KeyError, TypeError):  # a damaged save publishes nothing; hashing all of it would cost as much as writing it
-            lists.append(json.loads((kept / "state.json").read_text())["monitor"]["bests"])
-    wanted = {_best(folder, iteration).name for bests in lists for iteration in bests[-KEPT:]}
+            lists.append(kept_bests(json.loads((save / "state.json").read_text())["monitor"]))
+    wanted = {_best(folder, iteration).name for bests in lists for iteration in bests}
     for best in folder.glob("best-*"):
         if best.name not in wanted:
             retire(best)

@@ -39,7 +39,7 @@ class Store:
         why = saves.store(self.folder, name, self.writer(position, extra), self.depends_on)
         if why is None:
             self.saved, self.stepped = name, False
-            from_rank_0("removing best policies", lambda: state.forget_bests(self.folder, position.monitor["bests"] if position.monitor else []))
+            from_rank_0("removing best policies", lambda: state.forget_bests(self.folder, state.kept_bests(position.monitor)))
         return self.warnings.outcome(f"the save after iteration {position.iteration}", why, self.saved)
 
     def writer(self, position: Position, extra: Mapping[str, Mapping[str, Tensor]]) -> Callable[[Path], Failure | None]:
@@ -47,15 +47,15 @@ class Store:
         write = state.writer(self.module, self.optimizer, position, extra=extra)
         return lambda staging: attempted(lambda: write(staging)) if rank() == 0 else None
 
-    def save_best(self, iteration: int, bests: Sequence[int]) -> None:
-        """Keep the policy as it is, the last of `bests`, and forget those that nothing may publish any more."""
-        self.keep_best(iteration, bests, lambda: state.save_best(self.folder, self.module, iteration))
+    def save_best(self, iteration: int, kept: Sequence[int]) -> None:
+        """Keep the policy as it is, one of `kept`, and forget those that neither they nor a save may publish any more."""
+        self.keep_best(iteration, kept, lambda: state.save_best(self.folder, self.module, iteration))
 
-    def keep_best(self, iteration: int, bests: Sequence[int], write: Callable[[], Any]) -> None:
+    def keep_best(self, iteration: int, kept: Sequence[int], write: Callable[[], Any]) -> None:
         """Have rank 0 `write` the policy; where that fails the run goes on, and what was the best before stays."""
         failed = saves.on_rank_0(f"best-{iteration}", write)
         if failed is None:
-            from_rank_0("removing best policies", lambda: state.forget_bests(self.folder, bests))
+            from_rank_0("removing best policies", lambda: state.forget_bests(self.folder, kept))
         self.best_warnings.outcome(f"best-{iteration}", failed.words if failed else None, self.saved)
 
     def load_best(self, iteration: int) -> str | None:

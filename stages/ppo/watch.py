@@ -11,11 +11,12 @@ from stages.ppo import evaluation, report, state
 from stages.ppo.build import PPOModels
 from stages.ppo.ema import PolicyAverage, averaged
 from stages.ppo.evaluation import EvaluationSet
-from stages.ppo.monitor import KL, Observation, Rules, Scored, State, see, within_budget
+from stages.ppo.monitor import KL, OVER_OPTIMISATION, Observation, Rules, Scored, State, see, within_budget
 from stages.ppo.store import Store
 from stages.tokens import ModelTokens
 from stages.training import watchdog
 from stages.training.ranks import say
+from stages.training.saves import KEPT
 
 
 class Outcome(NamedTuple):
@@ -85,10 +86,11 @@ class Watch:
         self.state, decision = see(before, Observation(scored, metrics, finite), self.rules)
         self.logs.add_samples(iteration, written)
         if decision.best:
-            self.store.save_best(iteration, self.state.bests)
+            self.store.save_best(iteration, self.state.kept(KEPT))
         self.accelerator.wait_for_everyone()
         if decision.stop and not self.state.bests:
-            raise UserError(f"no policy of this run may be published: at iteration {iteration}, {decision.why}; raise stopping.kl_budget or start closer to the reference")
+            remedy = "raise stopping.kl_budget or start closer to the reference" if decision.stop == "kl_budget" else f"no evaluation before that had a {self.rules.name} to choose by"
+            raise UserError(f"no policy of this run may be published: at iteration {iteration}, {decision.why}; {remedy}")
         return metrics, report.evaluation_text(iteration, self.cfg, metrics, written, self.chosen, decision)
 
     def conclude(self, iteration: int) -> Outcome:
@@ -107,10 +109,19 @@ class Watch:
         record = {
             "published_iteration": published, "last_iteration": iteration, "stopped": self.stopped, "best_metric": self.rules.metric,
             "best_value": value,
+            "heldout_peak": self.state.peak.iteration if self.state.peak is not None else None,
             "evaluations": [{k: v if math.isfinite(v) else None for k, v in metrics.items()} for metrics in self.state.history],
         }  # fmt: skip
-        say(f"ppo: publishing iteration {published} of {iteration}" + ("" if value is None else f", the best by {self.rules.metric}: {value:.4g}"))
+        say(f"ppo: publishing iteration {published} of {iteration}" + ("" if value is None else f", {self._chosen_by()}: {value:.4g}"))
         return Outcome(published, self.stopped, record)
+
+    def _chosen_by(self) -> str:
+        """Why the published policy was chosen, in words."""
+        assert self.state is not None
+        best = f"the best by {self.rules.metric}"
+        if self.stopped != OVER_OPTIMISATION or self.state.peak is None:
+            return best
+        return f"{best} up to iteration {self.state.peak.iteration}, where the held-out score was highest (what came later was over-optimised)"
 
     def _load_best(self, iteration: int) -> int:
         """The newest best policy that can be read."""
@@ -122,6 +133,8 @@ class Watch:
                 return best
             say(f"ppo: the best policy, of iteration {best}, can't be used: {why}; falling back to an older one")
         last = self.state.history[-1]
+        if self.stopped == OVER_OPTIMISATION:
+            raise UserError(f"none of the best policies can be read, and the last one is over-optimised: its held-out score has fallen; delete {self.folder} and run again")
         if last["iteration"] == iteration and not within_budget(last, self.rules):
             raise UserError(f"none of the best policies can be read, and the last has a KL of {last[KL]:.2f} nats, which stopping.kl_budget does not allow; delete {self.folder} and run again")
         say(f"ppo: none of the best policies can be used; the last one is published, of iteration {iteration}")

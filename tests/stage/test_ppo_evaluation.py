@@ -14,7 +14,8 @@ import torch
 from configs.errors import UserError
 from configs.schema import PPOStage
 from stages import models
-from stages.ppo import state, train
+from stages.evaluation.statistics import Estimate
+from stages.ppo import monitor, state, train
 from stages.ppo.prompts import load_evaluation
 from stages.registry import Registry
 from stages.tokens import load_tokens
@@ -47,6 +48,17 @@ def collapsing(place, output):
     """What PPO trains on (few vowels, so short) is the opposite of what is held out: the start is the best, and the run has to stop."""
     values = watched(place, output, train={"iterations": 16, "rollout_batch_size": 16}, stopping={"over_optimisation": 0.5}, scorers=[VOWELS], samples_per_prompt=8, every=4)
     return values | {"scorers": [FEWER | {"weight": -10.0}], "kl_coef": 0.0}
+
+
+def by_training_score(place, output):
+    """The same, evaluated after every iteration, and the best is chosen by what PPO trains on: that rises on and on."""
+    values = collapsing(place, output)
+    return values | {"evaluation": values["evaluation"] | {"metric": "evaluation/score", "every": 1}, "train": values["train"] | {"save_every": 1}}
+
+
+def noticed_at(monkeypatch, iteration):
+    """Over-optimisation is seen at this iteration."""
+    monkeypatch.setattr(monitor, "over_optimised", lambda _, now, __: Estimate(0.02, 0.01) if now.iteration == iteration else None)
 
 
 def about_run(checkpoint):
@@ -217,6 +229,36 @@ def test_row_24_over_optimisation_stops_a_run_and_publishes_its_best(place, unin
     assert lines[-1]["iteration"] == facts["last_iteration"]
     start = weights(Registry(place / "registry").resolve("sft/one"))
     assert equal({name: start[name] for name in tensors}, tensors)
+
+
+def test_row_24_over_optimisation_publishes_nothing_after_the_held_out_peak_whatever_the_metric(place, monkeypatch, capsys):
+    """The policy of the start, which two others have outdone in the training score since, in a run that goes on, and in one that was cut twice."""
+    noticed_at(monkeypatch, 3)
+    start, seal, found = weights(Registry(place / "registry").resolve("sft/one")), saves.seal, []
+    for name in ("scored", "scored-cut"):
+        values = by_training_score(place, name)
+        for cut in (".staging-checkpoint-2", "publication") if name == "scored-cut" else ():
+            with monkeypatch.context() as patch:
+                patch.setattr(saves, "seal", lambda folder, *rest, cut=cut: die() if folder.name == cut else seal(folder, *rest))
+                patch.setattr(train, "publish_checkpoint", die)
+                with pytest.raises(KeyboardInterrupt):
+                    run(values)
+        checkpoint = run(values)
+        facts, tensors = about_run(checkpoint), weights(checkpoint)
+        assert (facts["stopped"], facts["last_iteration"], facts["published_iteration"], facts["heldout_peak"]) == ("over_optimisation", 3, 0, 0)
+        assert equal({key: start[key] for key in tensors}, tensors)
+        assert "ppo: publishing iteration 0 of 3, the best by evaluation/score up to iteration 0, where the held-out score was highest" in capsys.readouterr().out
+        found.append((facts, metrics(values)))
+    assert found[0] == found[1]
+    scores = [line["evaluation/score"] for line in found[0][1] if "evaluation/score" in line]
+    assert len({max(scores[: n + 1]) for n in range(len(scores))}) >= 3, "the start is none of the two newest that were the best by the training score"
+
+
+def test_an_over_optimised_policy_is_not_published_where_nothing_better_can_be_read(place, monkeypatch):
+    noticed_at(monkeypatch, 2)
+    monkeypatch.setattr(state, "load_best", damaging({0}, state.load_best))
+    with pytest.raises(UserError, match=r"none of the best policies can be read, and the last one is over-optimised: its held-out score has fallen; delete \S+ and run again"):
+        run(by_training_score(place, "scored-damaged"))
 
 
 def test_row_24_a_run_above_its_kl_budget_stops_and_publishes_what_is_within(place, capsys):

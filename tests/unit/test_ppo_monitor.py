@@ -80,6 +80,31 @@ def test_a_collapse_of_both_scores_is_not_called_over_optimisation():
     assert decisions[-1].why == "no better evaluation/heldout_score in 3 evaluations"
 
 
+def test_over_optimisation_by_the_training_score_publishes_nothing_after_the_held_out_peak():
+    """Every evaluation has the highest training score so far. The held-out means are 0 2 1.9 0: its peak is iteration 5, the fall to 0 is certain."""
+    given = rules(metric="evaluation/score", groups=(0, 1, 2), evaluations=2)
+    state, decisions = State("key"), []
+    for number, heldout in enumerate(([0, 0, 0], [2, 2, 2], [1.9, 1.9, 1.9], [0, 0, 0])):
+        before = state
+        state, decision = see(state, observation(5 * number, heldout, [number] * 3), given)
+        decisions.append(decision)
+    assert [d.stop for d in decisions] == [None, None, None, "over_optimisation"]
+    assert [d.best for d in decisions] == [True, True, True, False]
+    assert before.bests == (0, 5, 10)
+    assert state.bests == (0, 5)
+    assert State.from_json(json.loads(json.dumps(before.as_json()))).kept(1) == before.kept(1) == (5, 10)
+    assert state.kept(1) == (5,)
+
+
+def test_what_is_kept_is_the_newest_bests_and_the_newest_up_to_the_peak():
+    peak = observation(10, [9, 9], [0, 0]).scored
+    assert State("key", bests=(0, 5, 10, 15, 20, 25), peak=peak).kept(2) == (5, 10, 20, 25)
+    assert State("key", bests=(0, 5, 10, 15), peak=peak).kept(2) == (5, 10, 15)
+    assert State("key", bests=(0, 5, 15, 20, 25), peak=peak).kept(1) == (5, 25)
+    assert State("key", bests=(15, 20), peak=peak).kept(1) == (20,)
+    assert State("key").kept(2) == ()
+
+
 def hand(heldout, proxy, level, tolerated=0.0, evaluations=2):
     """start 0 0 0, peak 1 2 3, then `heldout`, one completion for each of three prompts."""
     given = Rules(metric=METRIC, groups=(0, 1, 2), evaluations=evaluations, over_optimisation=level, tolerated_fall=tolerated)

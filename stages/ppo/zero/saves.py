@@ -51,10 +51,10 @@ class ShardedStore(Store):
 
         return lambda staging: attempted(lambda: write(staging))
 
-    def save_best(self, iteration: int, bests: Sequence[int]) -> None:
-        """Keep the policy as it is, the last of `bests`."""
+    def save_best(self, iteration: int, kept: Sequence[int]) -> None:
+        """Keep the policy as it is, one of `kept`."""
         weights = whole_tensors(self.module, policy_tensors(self.module))
-        self.keep_best(iteration, bests, lambda: saved.write_best(self.folder, weights, iteration))
+        self.keep_best(iteration, kept, lambda: saved.write_best(self.folder, weights, iteration))
 
     def load_best(self, iteration: int) -> str | None:
         """Put a kept policy into the module, for good: the optimizer's own copy of the weights stays as it is."""
