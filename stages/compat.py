@@ -38,25 +38,29 @@ def never_split() -> AbstractContextManager[None]:
 
 
 @contextmanager
-def files_of_weights(split: Callable[[dict[str, int]], dict[str, list[str]]]) -> Iterator[None]:
-    """Within the block `save_pretrained` of a model puts its tensors into the files that `split` (tensor -> bytes) says: file -> tensors.
+def files_of_weights(split: Callable[[dict[str, Any]], dict[str, list[str]]], written: Callable[[dict[str, Any]], dict[str, Any]]) -> Iterator[None]:
+    """Within the block `save_pretrained` of a model puts its tensors into the files that `split` (name -> tensor) says: file -> names; and of each
+    file it writes what `written` makes of its tensors, one file at a time.
 
-    transformers itself can only fill files up to a size, in the order of the state dict.
+    transformers itself can only fill files up to a size, in the order of the state dict, and has one dtype.
     """
     from transformers import modeling_utils
 
-    usual = modeling_utils.split_torch_state_dict_into_shards
+    usual, save = modeling_utils.split_torch_state_dict_into_shards, modeling_utils.safe_save_file
+    total = {"total_size": 0}  # bytes; goes into the index, which is written last
 
     def ours(state_dict: dict[str, Any], **options: Any) -> Any:
         found = usual(state_dict, **options)
-        files = split({name: state_dict[name].numel() * state_dict[name].element_size() for name in found.tensor_to_filename})
-        return replace(found, filename_to_tensors=files, tensor_to_filename={name: file for file, names in files.items() for name in names})
+        files = split({name: state_dict[name] for name in found.tensor_to_filename})
+        return replace(found, filename_to_tensors=files, metadata=total, tensor_to_filename={name: file for file, names in files.items() for name in names})
 
-    modeling_utils.split_torch_state_dict_into_shards = ours
-    try:
+    def saved(tensors: dict[str, Any], filename: str, metadata: dict[str, str] | None = None) -> None:
+        kept = written(tensors)
+        total["total_size"] += sum(tensor.numel() * tensor.element_size() for tensor in kept.values())
+        save(kept, filename, metadata=metadata)
+
+    with mock.patch.multiple(modeling_utils, split_torch_state_dict_into_shards=ours, safe_save_file=saved):
         yield
-    finally:
-        modeling_utils.split_torch_state_dict_into_shards = usual
 
 
 def remove_printers(trainer: Any) -> None:

@@ -33,7 +33,8 @@ def merge(registry: Registry, checkpoint: Checkpoint, folder: Path, dtype: str, 
     models.verify(origin)
     tokens, scorer = load_tokens(origin), checkpoint.stage == "reward"
     model = (models.load_scorer if scorer else models.load_policy)(origin)
-    models.save_model(model.to(DTYPES[dtype]), tokens.tokenizer, folder, eos_ids=tokens.eos_ids)
+    # in float32, what the adapter leaves alone is written as the base has it: the same numbers, and imported again files that are there already
+    models.save_model(model.to(DTYPES[dtype]), tokens.tokenizer, folder, eos_ids=tokens.eos_ids, like=origin if dtype == "float32" else None)
     del model  # one model at a time
     written = models.Origin(str(folder), None, None)
     merged = logits((models.load_scorer if scorer else models.load_policy)(written), tokens)

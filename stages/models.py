@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +15,8 @@ from torch import nn
 
 from configs.errors import UserError
 from configs.references import is_reference, pin
-from stages import foreign, shards, soft
-from stages.compat import files_of_weights, never_split
+from stages import foreign, soft, unchanged
+from stages.compat import never_split
 from stages.dropout import without_dropout
 from stages.registry import Checkpoint, Parent, Registry
 from stages.registry.leases import Held
@@ -400,7 +400,8 @@ def save_model(
 ) -> None:
     """Write a plain Hugging Face folder: safetensors, tokenizer with its chat template, and a generation config that
     stops at every EOS id and restricts sampling in no way. `base` is what lies under an adapter, `like` what whole weights were made from:
-    they are laid out in files as its are. `extra` goes to `save_pretrained`. A frozen soft prompt is the folder, the weights under it its `base`."""
+    they are laid out in files as its are, and what has its numbers has its dtype. `extra` goes to `save_pretrained`. A frozen soft prompt is the
+    folder, the weights under it its `base`."""
     from transformers import GenerationConfig
 
     pad_id, weights = tokenizer.pad_token_id, soft.put_aside(model, folder)
@@ -413,8 +414,7 @@ def save_model(
             model.generation_config = GenerationConfig(
                 bos_token_id=tokenizer.bos_token_id, eos_token_id=eos_ids if len(eos_ids) > 1 else eos_ids[0], pad_token_id=pad_id
             )
-    inherited = shards.layout_of(soft.beneath(like).folder) if like is not None else {}
-    with files_of_weights(partial(shards.split, inherited=inherited)) if base is None else nullcontext():
+    with unchanged.written_like(like) if base is None else nullcontext():
         model.save_pretrained(weights, **extra)
     tokenizer.save_pretrained(folder)
     for name in ("README.md", soft.ENCODER):  # peft's empty card: what it would say is in the manifest; what only a run that goes on needs

@@ -55,6 +55,7 @@ class PPOModels:
     base: models.Origin | None  # what lies under the published adapter
     parents: list[Parent]
     heldout_scorer: WeightedSum | None = None  # scores evaluations, never a rollout
+    origin: models.Origin | None = None  # what the policy started from
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def build_models(cfg: PPOStage, origin: models.Origin, tokens: ModelTokens, devi
     refuse_other_tokens(tokens, reference_origin, cfg)
     parents = [origin.parent("init_from"), reference_origin.parent("reference")]
     built = (_one_backbone if cfg.lora else _separate)(cfg, origin, reference_origin, policy, tokens, place, parents)
-    built.heldout_scorer = _heldout_scorer(cfg, place, parents)
+    built.origin, built.heldout_scorer = origin, _heldout_scorer(cfg, place, parents)
     if place.computes_plainly(cfg):
         use_onednn(built.trained, built.reference.model)
     if not place.splits:

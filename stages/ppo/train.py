@@ -202,7 +202,7 @@ def publish(
     if built.base is not None:
         stage_info["adapter"] = models.adapter_facts(built.base) | {"vocabulary": len(tokens.tokenizer)}
     publish_checkpoint(
-        cfg, "ppo", lambda folder: models.save_model(built.published, tokens.tokenizer, folder, eos_ids=tokens.eos_ids, base=built.base, **extra),
+        cfg, "ppo", lambda folder: models.save_model(built.published, tokens.tokenizer, folder, eos_ids=tokens.eos_ids, base=built.base, like=built.origin, **extra),
         parents=built.parents, info={"data": data_info, "tokenizer": tokens.facts, "metrics": metrics, "stage_info": stage_info},
     )  # fmt: skip
     if rank() == 0:

@@ -1,6 +1,7 @@
 """A model from outside becomes a checkpoint that any stage can start from: what the contract asks for is found out and recorded.
 
-Weights are copied byte by byte. Written anew are the tokenizer (with a pad token that is no EOS and its chat template), config.json (without
+Every tensor is copied byte by byte, into files as this registry lays them out (stages/shards.py), so that children share what they leave alone.
+Written anew are the tokenizer (with a pad token that is no EOS and its chat template), config.json (without
 `auto_map`, which would name code) and the generation config. Code, pickles and whatever else lies in the folder stay behind.
 """
 
@@ -20,6 +21,7 @@ from stages.foreign import check_folder, read_json
 from stages.registry.finite import read_header
 from stages.registry.manifest import Checkpoint, Parent
 from stages.registry.names import check_name
+from stages.registry.regrouping import regroup
 
 if TYPE_CHECKING:
     from stages.models import Origin
@@ -310,7 +312,7 @@ def _write(folder: Path, source: Source, found: Found, adapter: bool) -> None:
     tokens = found.tokens
     if found.grown:
         _write_grown(folder, source, found)
-    else:
+    elif adapter or not regroup([_inside(source.folder, file, source) for file in found.weights], folder):
         for file in found.weights:
             shutil.copyfile(_inside(source.folder, file, source), folder / file)
         if (source.folder / INDEX).is_file() and not adapter:
@@ -338,7 +340,7 @@ def _write_grown(folder: Path, source: Source, found: Found) -> None:
     cls, extra = (AutoModelForSequenceClassification, {"num_labels": 1}) if scorer else (AutoModelForCausalLM, {})
     model = models.from_pretrained(cls, str(source.folder), dtype="auto", **extra)
     models.resize_to(model, len(found.tokens.tokenizer))
-    models.save_model(model, found.tokens.tokenizer, folder, eos_ids=found.tokens.eos_ids)
+    models.save_model(model, found.tokens.tokenizer, folder, eos_ids=found.tokens.eos_ids, like=models.Origin(str(source.folder), None, None))
 
 
 def _dump(path: Path, value: dict[str, Any]) -> None:

@@ -117,6 +117,15 @@ def test_what_zero_3_publishes_loads_with_plain_from_pretrained(place, launched)
     assert {tensor.dtype for case in ("bf16", "bf16-lora") for tensor in tensors(results(place, case, "zero3")[1]).values()} == {torch.bfloat16}
 
 
+def test_what_was_frozen_in_a_base_in_16_bits_is_published_as_it_was(place, launched):
+    """ZeRO-3 gives the whole tensors in float32."""
+    launched(3)
+    for label in ("one", "zero3"):
+        found = tensors(results(place, "frozen", label)[1])
+        frozen = {name for name in found if "layers.0." in name or "embed_tokens" in name}
+        assert {name for name, tensor in found.items() if tensor.dtype == torch.bfloat16} == frozen
+
+
 def test_a_model_that_grew_publishes_its_embeddings_with_the_adapter(place, launched):
     launched(3)
     found = tensors(results(place, "grown-sft", "zero3")[1])

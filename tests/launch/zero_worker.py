@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import zlib
 from pathlib import Path
@@ -42,7 +43,7 @@ def cases(folder: Path, label: str) -> dict[str, tuple[str, dict[str, Any]]]:
 def techniques(folder: Path, label: str) -> dict[str, tuple[str, dict[str, Any]]]:
     """SFT by techniques that ZeRO might break: at ZeRO-3 those that it takes, at ZeRO-2 those that need whole weights."""
     at_3 = {
-        "ia3": {"tune": {"method": "ia3"}}, "frozen": {"tune": {"method": "full", "freeze": {"first": 1, "embeddings": True}}},
+        "ia3": {"tune": {"method": "ia3"}}, "frozen": {"init_from": str(folder / "half"), "tune": {"method": "full", "freeze": {"first": 1, "embeddings": True}}},
         "loraplus": {"lora": LORA | {"rslora": True, "learning_rate_ratio": 8.0}}, "smoothed": {"train": {"label_smoothing": 0.1}},
     }  # fmt: skip
     at_2 = {"dora": {"lora": LORA | {"dora": True}}, "pissa": {"lora": LORA | {"init": "pissa"}}}
@@ -77,8 +78,13 @@ def extras(folder: Path, label: str) -> dict[str, tuple[str, dict[str, Any]]]:
 
 
 def prepare(folder: Path) -> Path:
-    """The workspace of the supervised stages, and grown/: a base whose tokenizer has no pad token, so that a stage adds a row for it."""
+    """The workspace of the supervised stages; half/, its base in bfloat16; and grown/, one whose tokenizer has no pad token, so that a stage adds a row for it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
     workspace(folder, rows=66)
+    shutil.copytree(folder / "base", folder / "half")
+    AutoModelForCausalLM.from_pretrained(folder / "base").to(torch.bfloat16).save_pretrained(folder / "half")
     tiny_model(folder / "grown", seed=1, vocabulary=258, tie_word_embeddings=False, pad_token_id=None, bos_token_id=256, eos_token_id=257)
     tokenizer = json.loads((folder / "grown" / "tokenizer.json").read_text())
     tokenizer["added_tokens"] = [token | {"id": token["id"] - 1} for token in tokenizer["added_tokens"] if token["content"] != "<pad>"]

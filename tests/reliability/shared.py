@@ -49,7 +49,7 @@ def frozen(registry: Registry, parent: Checkpoint, trained_layers: tuple[int, ..
 
 
 def merged(registry: Registry, parent: Checkpoint, targets: list[str]) -> tuple[Checkpoint, Checkpoint]:
-    """A LoRA adapter on `targets` that was trained for a step, and the whole weights that come of merging it."""
+    """A LoRA adapter on `targets` that was trained for a step, and the whole weights that come of merging it, written as by a stage that starts from it."""
     from peft import LoraConfig, get_peft_model
 
     under = origin(registry, parent)
@@ -61,18 +61,28 @@ def merged(registry: Registry, parent: Checkpoint, targets: list[str]) -> tuple[
     facts = {"stage_info": {"adapter": models.adapter_facts(under) | {"vocabulary": 259}}}
     adapter = publish(registry, "sft/adapter", model, [Parent.of(parent, "base")], facts, base=under)
     whole = models.load_policy(origin(registry, adapter))
-    return adapter, publish(registry, "ppo/merged", whole, [Parent.of(adapter, "init_from"), Parent.of(parent, "base")], like=under)
+    return adapter, publish(registry, "ppo/merged", whole, [Parent.of(adapter, "init_from"), Parent.of(parent, "base")], like=origin(registry, adapter))
 
 
 def shared_with(checkpoint: Checkpoint, parent: Checkpoint) -> float:
     """Share of a checkpoint's bytes (all its files) that lie in files which its parent holds too."""
+    return _same_bytes(checkpoint, parent) / checkpoint.size
+
+
+def taken_over(checkpoint: Checkpoint, parent: Checkpoint) -> float:
+    """Share of the parent's bytes (all its files) that lie in files which a checkpoint holds too: what was trained has more bytes than it had where the
+    parent is in 16 bits."""
+    return _same_bytes(checkpoint, parent) / parent.size
+
+
+def _same_bytes(checkpoint: Checkpoint, parent: Checkpoint) -> int:
     theirs = {(status.st_dev, status.st_ino) for status in map(os.stat, _files(parent))}
     origins = {f"{parent.id}/{name}" for name in parent.manifest["files"]} | {entry.get("reflink_of") for entry in parent.manifest["files"].values()} - {None}
     same = 0
     for name, entry in checkpoint.manifest["files"].items():
         status = os.stat(checkpoint.path / name)
         same += entry["size"] * ((status.st_dev, status.st_ino) in theirs or entry.get("reflink_of") in origins)
-    return same / checkpoint.size
+    return same
 
 
 def _files(checkpoint: Checkpoint) -> list[Path]:

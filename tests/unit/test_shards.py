@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -148,15 +149,18 @@ def test_a_reward_model_shares_its_trunk_with_the_policy_it_was_made_from(tmp_pa
     assert torch.equal(again.score.weight, scorer.score.weight)
 
 
-def test_the_layout_of_a_parent_is_kept(tmp_path):
+def test_the_layout_of_a_checkpoint_is_kept_and_that_of_a_folder_from_outside_is_not(tmp_path):
     registry = Registry(tmp_path / "registry")
     folder = tiny_model(tmp_path / "outside", layers=8, hidden=64)
     LlamaForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="200KB")
     (folder / "model.safetensors").unlink()
-    outside = models.Origin(str(folder), None, None)
-    child = shared.publish(registry, "sft/child", models.load_policy(outside), [], like=outside)
+    older = registry.publish("sft", "older", lambda to: shutil.copytree(folder, to, dirs_exist_ok=True))  # as imports were
+    under, outside = shared.origin(registry, older), models.Origin(str(folder), None, None)
+    child = shared.publish(registry, "sft/child", models.load_policy(under), [], like=under)
     assert {path.name for path in child.model_dir.glob("*.safetensors")} == {path.name for path in folder.glob("*.safetensors")}
     assert shards.layout_of(child.model_dir) == shards.layout_of(folder)
+    child = shared.publish(registry, "sft/child", models.load_policy(outside), [], like=outside)
+    assert [path.name for path in child.model_dir.glob("*.safetensors")] == ["model.safetensors"]  # it is small
 
 
 def test_what_a_dozen_more_files_would_cost_more_than_they_could_share_stays_one_file():
