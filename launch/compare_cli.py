@@ -13,7 +13,7 @@ NOT_WITH = ("dry_run", "machine", "processes", "nodes", "continued", "data", "ne
 def add_option(parser: argparse.ArgumentParser) -> None:
     """The options of a comparison."""
     parser.add_argument("--compare", action="store_true", help="train every technique for a few steps, print a table of what each costs, publish nothing; --config is optional")
-    parser.add_argument("--techniques", metavar="A,B", help="with --compare: only these, such as full,lora,ia3")
+    parser.add_argument("--techniques", metavar="A,B", help="with --compare: only these, such as full,lora,ia3 (all: see its table)")
     parser.add_argument("--steps", type=int, metavar="N", help=f"with --compare: optimizer steps of each (default: {STEPS})")
 
 
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure, then print a table, or with --json a list of objects."""
     from configs.errors import UserError
     from launch.compare.run import compare
-    from launch.compare.table import table
+    from launch.compare.table import show
     from launch.compare.techniques import TECHNIQUES
 
     if found := [f"--{name.replace('_', '-')}" for name in NOT_WITH if getattr(args, name)]:
@@ -46,5 +46,5 @@ def run(args: argparse.Namespace) -> int:
     else:
         from rich.console import Console
 
-        Console().print(table(rows, steps, args.config or "a small built-in model"))
+        show(rows, steps, args.config or "a small built-in model", Console())
     return 0 if any("reason" not in row for row in rows) else 2

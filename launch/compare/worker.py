@@ -14,7 +14,7 @@ from typing import Any
 from unittest import mock
 
 from configs.errors import UserError
-from launch.compare import memory
+from launch.compare.memory import Meter
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,8 +34,6 @@ def measured(values: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: this technique can't be trained here.
     """
-    import trl  # noqa: F401 - what is imported while it trains would count as memory of the technique
-
     from configs.schema import SFTStage
     from stages import sft
     from stages.registry import Registry
@@ -46,11 +44,10 @@ def measured(values: dict[str, Any]) -> dict[str, Any]:
     train = resume.train
 
     def timed(trainer: Any, *rest: Any) -> None:
-        trainer.add_callback(clock_of(found, before))
+        trainer.add_callback(clock_of(found, meter))
         train(trainer, *rest)
 
-    before = memory.start()
-    with mock.patch.object(resume, "train", timed):
+    with Meter() as meter, mock.patch.object(resume, "train", timed):
         sft.main(cfg)
     published = Registry(cfg.registry).resolve(f"sft/{cfg.name}")
     loss = (published.info("metrics") or {}).get("loss")
@@ -60,28 +57,47 @@ def measured(values: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def clock_of(found: dict[str, Any], before: float) -> Any:
-    """A callback that writes what it measures to `found`."""
+def clock_of(found: dict[str, Any], meter: Meter) -> Any:
+    """A callback that writes what it measures to `found`: on a CPU the memory of the odd steps and the time of the even ones, on a GPU both of all, but for the
+    time of the first, which warms up. Evaluation comes after the last step and counts as neither."""
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
-        first = 0.0
+        began = 0.0
+
+        def __init__(self) -> None:
+            self.seconds: list[float] = []
 
         def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
             """Count what is trained, before a schedule freezes some of it for now."""
             sizes = {id(p): (p.numel() * (2 if str(p.dtype) == "torch.uint8" else 1), p.requires_grad) for p in model.parameters()}
             found.update(trainable=sum(size for size, trained in sizes.values() if trained), parameters=sum(size for size, _ in sizes.values()))
+            meter.begin()  # loading takes the same of all, on a CPU the weights twice
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            """The first step warms up; evaluation and saves come after the last one."""
-            now = time.monotonic()
-            if state.global_step == 1:
-                self.first = now
-            elif state.global_step == state.max_steps:
-                found["steps_per_second"] = (state.max_steps - 1) / (now - self.first)
-            found["memory"] = memory.above(before)
+            now = _now(meter.on_gpu)
+            if state.global_step > 1 and not meter.follows:
+                self.seconds.append(now - self.began)
+            found["memory"] = meter.peak
+            if state.global_step == state.max_steps:
+                found["steps_per_second"] = len(self.seconds) / sum(self.seconds)
+                control.should_save = False  # nobody resumes it, and a save of full training takes three times the model's room
+            if state.global_step % 2 or state.global_step == state.max_steps:
+                meter.rest()
+            else:
+                meter.go_on()
+            self.began = _now(meter.on_gpu)
 
     return Clock()
+
+
+def _now(on_gpu: bool) -> float:
+    """Seconds, once what a GPU has been asked for is done."""
+    if on_gpu:
+        import torch
+
+        torch.cuda.synchronize()
+    return time.monotonic()
 
 
 def _last_loss(cfg: Any) -> float | None:
