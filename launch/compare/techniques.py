@@ -31,7 +31,7 @@ class Entry(NamedTuple):
 TECHNIQUES = {
     "full": Entry(FULL, 1, "memory and data allow it"),
     "freeze": Entry({**FULL, "freeze": LAST}, 1, "little data, less forgetting"),
-    "unfreeze": Entry({**FULL, "freeze": {**LAST, "unfreeze_every": 1}}, 1, "as freeze; ends at full's memory"),
+    "unfreeze": Entry({**FULL, "freeze": {**LAST, "unfreeze_every": 1}}, 1, "as freeze; its memory grows"),
     "lora": Entry(LORA, 10, "the default on one GPU"),
     "rslora": Entry({**LORA, "rslora": True}, 10, "ranks of 64 and more"),
     "dora": Entry({**LORA, "dora": True}, 10, "low ranks that fall short of full"),
