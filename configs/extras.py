@@ -8,7 +8,7 @@ from typing import Any
 
 from configs.errors import MissingExtra
 
-TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb"}  # value of trainer.report_to -> its package
+TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}  # value of trainer.report_to -> the packages of which one writes for it
 
 
 def need(package: str, feature: str, extra: str) -> None:
@@ -21,8 +21,8 @@ def check_trainer_packages(trainer: Mapping[str, Any]) -> None:
     """Raise MissingExtra for a tracker or an 8-bit optimizer under `trainer:` whose package is not installed."""
     asked = trainer.get("report_to") or []
     for name in [asked] if isinstance(asked, str) else asked:
-        if name in TRACKERS:
-            need(TRACKERS[name], f"trainer.report_to: {name}", "trackers")
+        if name in TRACKERS and not any(map(find_spec, TRACKERS[name])):
+            raise MissingExtra(f"trainer.report_to: {name}", "trackers")
     optimizer = str(trainer.get("optim") or "")
     if "8bit" in optimizer or "bnb" in optimizer or optimizer.startswith("paged_"):
         need("bitsandbytes", f"trainer.optim: {optimizer}", "quantization")

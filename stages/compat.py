@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -69,6 +70,15 @@ def remove_printers(trainer: Any) -> None:
 
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
+
+
+def place_event_files(trainer: Any, folder: Path) -> None:
+    """TensorBoard's files go to `folder`, unless TENSORBOARD_LOGGING_DIR says where: else they lie among the resumable saves, and go with them."""
+    from transformers.integrations import TensorBoardCallback
+
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback):
+            callback.logging_dir = callback.logging_dir or str(folder)
 
 
 @contextmanager

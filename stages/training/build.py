@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from configs.errors import UserError
 from configs.schema import TRLStage
-from stages.compat import remove_printers
+from stages.compat import place_event_files, remove_printers
 from stages.training import ready
 from stages.training.arguments import trl_arguments
 from stages.training.evaluation import Further, Measure, evaluate_exactly, exact
@@ -84,6 +84,7 @@ def build(
         raise UserError(f"TRL refuses the arguments of stage {stage}: {error}") from error
     trainer.train_dataset, trainer.eval_dataset, trainer.further = train, validation, further
     remove_printers(trainer)
+    place_event_files(trainer, folder / "tensorboard")
     callbacks: list[Any] = [*([watch(trainer)] if watch is not None else []), Progress(stage, plan, folder / "metrics.jsonl")]
     if cfg.guard.enabled:
         trainer.skips = SkipSteps(trainer, cfg.guard, lambda step: rows_of(plan, cfg.seed, step))

@@ -26,7 +26,7 @@ output: {folder}/out
 max_length: 64
 template: plain
 split: {{validation: 0.1, test: 0.2}}
-sft: {{data: {folder}/demos.jsonl, train: {{epochs: 2, batch_size: 16, micro_batch_size: 8, learning_rate: 1e-3}}}}
+sft: {{data: {folder}/demos.jsonl, train: {{epochs: 2, batch_size: 16, micro_batch_size: 8, learning_rate: 1e-3}}, trainer: {{report_to: tensorboard}}}}
 reward: {{data: {folder}/pairs.jsonl, train: {{epochs: 60, batch_size: 16, micro_batch_size: 8, learning_rate: 1e-4, save_every: 5}}}}
 dpo: {{data: {folder}/pairs.jsonl, train: {{epochs: 1, batch_size: 16, micro_batch_size: 8, learning_rate: 1e-3}}}}
 ppo:
@@ -84,6 +84,8 @@ def test_killed_in_the_reward_stage_then_run_again(chain, capfd, monkeypatch):
     files, leaks = canaries.found(out, printed=said)
     assert leaks == []
     assert files > 50
+    (events,) = (out / "sft" / "tensorboard").glob("events.out.tfevents.*")  # among what was searched
+    assert b"train/" in events.read_bytes()
     registry = Registry(out / "registry")
     assert [c.ref for c in registry.list()] == ["dpo/tiny@1", "ppo/tiny@1", "reward/tiny@1", "sft/tiny@1"]
     assert all(registry.verify(c.ref, deep=True) == [] for c in registry.list())

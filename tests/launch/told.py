@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -58,21 +58,23 @@ def settings(folder: Path, stage: str, name: str, **train: Any) -> dict[str, Any
     return runs.settings(folder, stage, SFT | train, name=name, output=str(folder / name), lora=lora)
 
 
-def start(stage: str, values: dict[str, Any], world: int = 2) -> list[int]:
-    """Fork the processes of a stage; their ids, by rank."""
+def start(stage: str, values: dict[str, Any], world: int = 2, prepare: Callable[[int], None] | None = None) -> list[int]:
+    """Fork the processes of a stage; their ids, by rank. `prepare(rank)` is called in each first."""
     port = free_port()
     config = Path(values["registry"]).parent / f"{values['name']}.json"
     config.write_text(json.dumps(values))
-    return [forked(partial(_run, stage, config, rank, world, port)) for rank in range(world)]
+    return [forked(partial(_run, stage, config, rank, world, port, prepare)) for rank in range(world)]
 
 
-def _run(stage: str, config: Path, rank: int, world: int, port: int) -> None:
+def _run(stage: str, config: Path, rank: int, world: int, port: int, prepare: Callable[[int], None] | None) -> None:
     become_rank(rank, world, port)
     log = os.open(config.with_suffix(f".{rank}.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))  # pytest's own write elsewhere
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that Ctrl-C is ignored
+    if prepare is not None:
+        prepare(rank)
     entry.run(main_of(stage), stage, ["--config", str(config)])
 
 

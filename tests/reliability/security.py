@@ -22,9 +22,9 @@ output: {folder}/out
 max_length: 96
 template: plain
 split: {{validation: 0.1, test: 0.2}}
-sft: {{data: {folder}/demos.jsonl, train: {{epochs: 1, batch_size: 16, micro_batch_size: 8, save_every: 1}}}}
-reward: {{data: {folder}/pairs.jsonl, train: {{epochs: 1, batch_size: 16, micro_batch_size: 8, save_every: 1}}}}
-dpo: {{data: {folder}/pairs.jsonl, train: {{epochs: 1, batch_size: 16, micro_batch_size: 8, save_every: 1}}}}
+sft: {{data: {folder}/demos.jsonl, train: {{epochs: 1, batch_size: 16, micro_batch_size: 8, save_every: 1}}, trainer: {{report_to: tensorboard}}}}
+reward: {{data: {folder}/pairs.jsonl, train: {{epochs: 1, batch_size: 16, micro_batch_size: 8, save_every: 1}}, trainer: {{report_to: tensorboard}}}}
+dpo: {{data: {folder}/pairs.jsonl, train: {{epochs: 1, batch_size: 16, micro_batch_size: 8, save_every: 1}}, trainer: {{report_to: tensorboard}}}}
 ppo:
   prompts: {folder}/prompts.jsonl
   sampling: {{max_new_tokens: 8}}
@@ -68,8 +68,9 @@ def canaries_of_a_chain(folder: Path, seed: int, quick: bool) -> Measured:
     for stage in ("sft", "reward", "dpo", "ppo"):
         export(Registry(folder / "out" / "registry"), f"{stage}/tiny", folder / "out" / "export" / stage)  # with its model card
     files, leaks = canaries.found(folder / "out", printed=done.stdout + done.stderr)
-    kinds = "secrets and a prompt, as UTF-8, -16 and -32, base64, hex, reversed, packed; samples.jsonl may hold prompts"
-    return Measured(f"{len({leak.split(':')[0] for leak in leaks})} of {files}", not leaks, "; ".join(leaks)[:300] or kinds)
+    events = len(list(folder.glob("out/*/tensorboard/events.out.tfevents.*")))
+    kinds = f"secrets and a prompt, as UTF-8, -16 and -32, base64, hex, reversed, packed; samples.jsonl may hold prompts; TensorBoard's event files of {events} of 3 stages are among them"
+    return Measured(f"{len({leak.split(':')[0] for leak in leaks})} of {files}", not leaks and events == 3, "; ".join(leaks)[:300] or kinds)
 
 
 CASES = [

@@ -15,7 +15,7 @@ from typing import Any
 
 from configs.exit_codes import HANG
 from tests.forked import become_rank, forked, free_port
-from tests.launch import launched, told
+from tests.launch import launched, still, told
 from tests.reliability.case import Case, Measured
 
 STAGES = ("sft", "ppo")
@@ -70,6 +70,12 @@ def more_signals(folder: Path, seed: int, quick: bool) -> Measured:
     return verdict(trials(folder, seed, [("sft", way) for way in again[: 1 if quick else 2]]))
 
 
+def other_stages(folder: Path, seed: int, quick: bool) -> Measured:
+    """The reward model and DPO, SIGTERM with each skew."""
+    ways = [way for way in told.WAYS if way.number == signal.SIGTERM]
+    return verdict(trials(folder, seed, [(stage, way) for stage in ("reward", "dpo") for way in (ways[1:2] if quick else ways)]))
+
+
 def exchange_cost(folder: Path, seed: int, quick: bool) -> Measured:
     """Milliseconds of one exchange of the flag between two processes that have nothing to wait for."""
     prepare()
@@ -110,9 +116,28 @@ def stopped_rank(folder: Path, seed: int, quick: bool) -> Measured:
     )
 
 
+def standing_still(folder: Path, seed: int, quick: bool) -> Measured:
+    """Rank 1 of 2 sleeps for ever in each phase in turn, and in another run is stopped there."""
+    prepare()
+    bad, phases = [], list(still.STAGES)[2:3] if quick else list(still.STAGES)
+    for stage in {still.STAGES[phase] for phase in phases}:
+        told.workspace(folder / stage, stage)
+    for phase in phases:
+        started = [still.start(folder / still.STAGES[phase], phase, how) for how in still.LIMITS]
+        for run in started:
+            found = still.problems(run)
+            print(f"  {phase}, rank 1 {run.how}: {'ok' if not found else 'FAILED'}", *found, file=sys.stderr, flush=True)
+            bad += [f"{phase}, rank 1 {run.how}: {', '.join(found)[:300]}"] * bool(found)
+    count = len(phases) * len(still.LIMITS)
+    detail = f"{', '.join(phases)}: rank 1 of 2 sleeps there for ever, and is stopped there in another run; stacks of all that can still write them, the phase named"
+    return Measured(f"{count - len(bad)} of {count}", not bad, "; ".join([detail, *bad]))
+
+
 CASES = [
     Case("SIGTERM and SIGUSR1, skew 0, 0.2, 1 s, one rank only", "20 of 20 complete saves, exit code 85, resumed to the bit", signals_and_skews, "real processes"),
     Case("signals while saving, and Ctrl-C", "2 of 2 complete saves, exit codes 85 and 130, resumed to the bit", more_signals, "real processes"),
+    Case("SIGTERM to the reward model's and DPO's training, skew 0, 0.2, 1 s, one rank only", "10 of 10 complete saves, exit code 85, resumed to the bit", other_stages, "real processes"),
     Case("cost of agreeing to stop", "below 1 % of the time", exchange_cost, "real processes"),
-    Case("a stopped rank (SIGSTOP)", "ended within limit + 10 s, exit code 110, all stacks, nothing left", stopped_rank, "real processes"),
+    Case("a stopped rank (SIGSTOP) of a real `align sft`, in an update", "ended within limit + 10 s, exit code 110, all stacks, nothing left", stopped_rank, "real processes"),
+    Case("a rank that stands still in any other phase", "12 of 12 ended within limit + 10 s, exit code 110, all stacks", standing_still, "real processes, standing still by a hook"),
 ]

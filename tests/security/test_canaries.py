@@ -10,6 +10,7 @@ import pickle
 import pytest
 import torch
 from safetensors.torch import save_file
+from tensorboardX import SummaryWriter
 
 from tests.security.canaries import PROMPT, TOKENS, found
 
@@ -28,8 +29,10 @@ def test_every_hiding_place_is_looked_through(tmp_path, text):
     save_file({"x": torch.ones(1)}, tmp_path / "f.safetensors", metadata={"x": said})
     (tmp_path / "g.gz").write_bytes(gzip.compress(said.encode()))
     (tmp_path / "h.hex").write_text(said.encode().hex())
+    with SummaryWriter(logdir=str(tmp_path), filename_suffix="i") as events:
+        events.add_text("args", json.dumps({"x": said}))
     count, leaks = found(tmp_path, printed=said)
-    assert count == 10
+    assert count == 11
     assert {leak.split(":")[0].split("!")[0] for leak in leaks} == {path.name for path in tmp_path.iterdir()} | {"printed"}
 
 

@@ -30,6 +30,13 @@ def test_what_needs_nothing_passes(nothing_installed):
     assert extras.check_machine_packages({"distributed_type": "NO"}, "cpu.yaml") is None
 
 
+def test_either_writer_of_event_files_will_do(monkeypatch):
+    monkeypatch.setattr(extras, "find_spec", lambda package: package if package == "tensorboardX" else None)
+    extras.check_trainer_packages({"report_to": ["tensorboard"]})  # raises nothing
+    with pytest.raises(MissingExtra, match="wandb"):
+        extras.check_trainer_packages({"report_to": ["tensorboard", "wandb"]})
+
+
 def test_an_installed_package_passes():
     assert extras.find_spec("json") is not None
     extras.need("json", "anything", "nothing")  # raises nothing
