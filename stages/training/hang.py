@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 from configs.exit_codes import HANG
 from stages import processes
 from stages.training import siblings
+from stages.training.exit_later import exit_later
 from stages.training.watchdog import WANTED
 
 if TYPE_CHECKING:
@@ -35,7 +36,8 @@ def end(watch: Watch) -> NoReturn:
     """Write this process's stacks, wait for the others', say what was found, and leave with HANG; local processes that do not answer are killed."""
     with contextlib.suppress(OSError):
         (watch.folder / WANTED).touch()
-    faulthandler.dump_traceback_later(2 * watch.answer, exit=True)  # should what follows hang too, as on a filesystem that does not answer
+    # Should what follows hang too, as on a filesystem that does not answer.
+    faulthandler.dump_traceback_later(2 * watch.answer, exit=not exit_later(2 * watch.answer + 1, HANG))
     lines = [describe(watch)]
     with contextlib.suppress(OSError), stacks_file(watch, watch.rank).open("w") as stream:
         stream.write(f"{lines[0]}\n\n")

@@ -20,6 +20,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from configs.exit_codes import HANG
+from stages.training.exit_later import cancel, exit_later
+
 PHASES_THAT_MOVE_BYTES = ("load", "data", "save", "publish")
 MOVED = 1 << 20  # bytes in a look: fewer are logs
 BUSY = 300.0  # seconds that a filesystem under load may take for a heartbeat
@@ -111,10 +114,21 @@ class Watch:
         self.moved = bytes_moved()
         self.write_heartbeat()
         self.started = self.heartbeat(rank).stat().st_mtime  # as the filesystem's own clock has it, which all nodes share
+        self.keep_earlier_stacks()
         self.stacks: TextIO = (self.folder / f"rank-{rank}.stacks").open("w")
         faulthandler.register(signal.SIGUSR2, self.stacks, all_threads=True)  # for another process of this machine to ask for
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self.run, daemon=True, name="watchdog")
+
+    def keep_earlier_stacks(self) -> None:
+        """What a run before this one, which a timer ended, has left goes to OUTPUT/hang-rank-N.txt: a cluster may have started this one at once."""
+        earlier, kept = self.folder / f"rank-{self.rank}.stacks", self.output / f"hang-rank-{self.rank}.txt"
+        with contextlib.suppress(OSError):
+            text, times = earlier.read_text(), earlier.stat()
+            if text:
+                with kept.open("a") as stream:
+                    stream.write(f"\nended by the watchdog's timer:\n{text}")
+                os.utime(kept, ns=(times.st_atime_ns, times.st_mtime_ns))  # it is not of this run
 
     def run(self) -> None:
         """Look again and again, until the end."""
@@ -129,6 +143,7 @@ class Watch:
         self.ended.set()
         self.thread.join(self.every + 1)
         faulthandler.cancel_dump_traceback_later()
+        cancel()
         faulthandler.unregister(signal.SIGUSR2)
         self.stacks.close()
         with contextlib.suppress(OSError):
@@ -148,7 +163,9 @@ class Watch:
         if math.isfinite(left):  # this thread may never run again: a library may keep the interpreter's lock
             # Not sooner than in some minutes: past its limit, while another process still moves, a filesystem that is busy with a save holds up the lines below.
             soonest = max(self.every, min(self.limits[now.phase], BUSY))
-            faulthandler.dump_traceback_later(max(left, soonest) + 2 * self.answer, exit=True, file=self.stacks)
+            seconds = max(left, soonest) + 2 * self.answer
+            ends = exit_later(seconds + 1, HANG)
+            faulthandler.dump_traceback_later(seconds, exit=not ends, file=self.stacks)
         self.write_heartbeat()
         wanted = self.wanted()
         if not wanted and left <= 0:

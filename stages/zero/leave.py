@@ -15,6 +15,7 @@ import threading
 import traceback
 from typing import NoReturn
 
+from stages.training.exit_later import exit_later
 from stages.training.ranks import wait_for_everyone
 
 BOUND = 900.0  # seconds: rank 0 may still be removing terabytes of saves while the others wait for it
@@ -51,7 +52,7 @@ def end_within(seconds: float, code: int) -> None:
     timer = threading.Timer(seconds, gone)
     timer.daemon = True  # never waited for
     timer.start()
-    faulthandler.dump_traceback_later(seconds + SILENT, exit=True)  # where a library keeps the interpreter's lock, with exit code 1
+    faulthandler.dump_traceback_later(seconds + SILENT, exit=not exit_later(seconds + SILENT + 1, code))  # where a library keeps the interpreter's lock
 
 
 def exit_code(error: BaseException | None) -> int:

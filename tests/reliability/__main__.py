@@ -24,6 +24,7 @@ AREAS: tuple[str, ...] = (
     "collection",
     "security",
     "runs",
+    "saves",
     "signals",
     "numbers",
 )  # fmt: skip

@@ -26,10 +26,12 @@ from tests.stage import ppo_runs, runs
 STEPS = 8
 TRAIN = {"max_steps": STEPS, "save_every": 3, "eval_every": 4, "log_every": 2, "batch_size": 8}
 LORA = {"rank": 4, "alpha": 8, "dropout": 0.1}
+Deaths = list[tuple[str, int]]
+Damage = Callable[[Path], str]
 # In turn: in a step, in the save after step 6 (all files there, no list yet), once more there (renamed, not read back), in the last step.
-DEATHS: list[zero_mortal.Death] = [("step", 5), ("seal", 1), ("renamed", 1), ("step", 8)]
+DEATHS: Deaths = [("step", 5), ("seal", 1), ("renamed", 1), ("step", 8)]
 PPO_TRAIN = {"iterations": 5, "save_every": 2, "num_ppo_epochs": 2, "num_minibatches": 2, "micro_batch_size": 2}
-PPO_DEATHS = [("scoring", 4), ("seal", 1), ("renamed", 1)]
+PPO_DEATHS: Deaths = [("scoring", 4), ("seal", 1), ("renamed", 1)]
 MORTAL = {"kind": "python", "function": "tests.stage.ppo_runs:mortal"}
 LAYOUTS = [(1, 0), (2, 0), (1, 2), (2, 2), (1, 3), (2, 3)]  # processes, ZeRO stage
 
@@ -39,8 +41,8 @@ def layout_name(world: int, zero: int) -> str:
     return f"{world} process{'es' if world > 1 else ''}, {f'ZeRO-{zero}' if zero else 'DDP' if world > 1 else 'no launcher'}"
 
 
-def supervised(stage: str, world: int, zero: int, folder: Path, seed: int, quick: bool) -> Measured:
-    """One stage and layout, full or with adapters: every second layout has adapters."""
+def supervised(stage: str, world: int, zero: int, folder: Path, seed: int, quick: bool, deaths: Deaths = DEATHS, damage: Damage | None = None) -> Measured:
+    """One stage and layout, full or with adapters: every second layout has adapters. `damage(resume)` is called after each death, and tells what it did."""
     ready()
     runs.workspace(folder, rows=40, attention_dropout=0.1)
     adapters = (LAYOUTS.index((world, zero)) + ("sft", "reward", "dpo").index(stage)) % 2 == 1
@@ -49,14 +51,14 @@ def supervised(stage: str, world: int, zero: int, folder: Path, seed: int, quick
         runs.settings(folder, stage, train, name=label, output=str(folder / label), lora=LORA if adapters else None, seed=seed) for label in ("whole", "killed")
     ]
     run = partial(zero_mortal.run_in_processes, stage, world=world, zero_stage=zero)
-    found = killed_and_whole(lambda values, death=None: run(values, death=death), pair, DEATHS[1:2] if quick else DEATHS, folder / "said.txt")
+    found = killed_and_whole(lambda values, death=None: run(values, death=death), pair, deaths[1:2] if quick else deaths, folder / "said.txt", damage)
     lines = [(Path(values["output"]) / "metrics.jsonl").read_bytes() for values in pair]
     checkpoints = [Registry(folder / "registry").resolve(f"{stage}/{values['name']}") for values in pair]
     return verdict(found, lines, checkpoints, ("adapters" if adapters else "full training") + (", dropout 0.1" if stage == "sft" else ""))
 
 
-def ppo(world: int, zero: int, folder: Path, seed: int, quick: bool) -> Measured:
-    """PPO in one layout; with adapters on one backbone in every second one."""
+def ppo(world: int, zero: int, folder: Path, seed: int, quick: bool, deaths: Deaths = PPO_DEATHS, damage: Damage | None = None) -> Measured:
+    """PPO in one layout, as `supervised`; with adapters on one backbone in every second one."""
     ready()
     ppo_runs.workspace(folder)
     adapters = LAYOUTS.index((world, zero)) % 2 == 1
@@ -67,15 +69,15 @@ def ppo(world: int, zero: int, folder: Path, seed: int, quick: bool) -> Measured
         ppo_runs.settings(folder, label, PPO_TRAIN, seed=seed, adaptive_kl={"target": 1.0, "horizon": 100}, **mode) | {"name": "same"} for label in ("whole", "killed")
     ]
     run = partial(ppo_mortal.run_in_processes, world=world, zero_stage=zero)
-    found = killed_and_whole(lambda values, death=None: run(values, death=death), pair, PPO_DEATHS[1:2] if quick else PPO_DEATHS, folder / "said.txt")
+    found = killed_and_whole(lambda values, death=None: run(values, death=death), pair, deaths[1:2] if quick else deaths, folder / "said.txt", damage)
     lines = [json.dumps(ppo_runs.metrics(values)).encode() for values in pair]  # without what a clock measured
     return verdict(found, lines, Registry(folder / "registry").list("ppo", "same"), "adapters" if adapters else "full training")
 
 
-def killed_and_whole(run: Callable[..., list[int]], pair: list[dict[str, Any]], deaths: list[tuple[str, int]], said: Path) -> list[str]:
+def killed_and_whole(run: Callable[..., list[int]], pair: list[dict[str, Any]], deaths: Deaths, said: Path, damage: Damage | None = None) -> list[str]:
     """Run one config through, the other with a death after another and then to its end; what each death was, or raise where a run ended otherwise."""
     whole, killed = pair
-    with said.open("w") as stream, redirect_stdout(stream), redirect_stderr(stream):
+    with said.open("w", buffering=1) as stream, redirect_stdout(stream), redirect_stderr(stream):
         if any(run(whole)):
             raise RuntimeError(f"the run that nothing happens to failed: {said.read_text()[-400:]}")
         told = []
@@ -84,7 +86,7 @@ def killed_and_whole(run: Callable[..., list[int]], pair: list[dict[str, Any]], 
             if -signal.SIGKILL not in ended:
                 raise RuntimeError(f"no process was killed at {death}: {ended}: {said.read_text()[-400:]}")
             held = sorted(path.name.removeprefix("checkpoint-") for path in (Path(killed["output"]) / "resume").glob("checkpoint-*"))
-            told.append(f"{death[0]} {death[1]} (saves {', '.join(held) or 'none'})")
+            told.append(f"{death[0]} {death[1]} (saves {', '.join(held) or 'none'}{damage(Path(killed['output']) / 'resume') if damage else ''})")
         if any(run(killed)):
             raise RuntimeError(f"the last resume failed: {said.read_text()[-400:]}")
     return told
