@@ -28,7 +28,7 @@ def add_parser(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument("--machine", metavar="X", help="machine file: a name in configs/accelerate or a path (default: the config's)")
     parser.add_argument("--only", metavar="STAGE", choices=["sft", "reward", "dpo", "ppo"], help="just this stage")
     parser.add_argument("--fit", metavar="OUT.yaml", help="choose machine file, checkpointing and micro-batch that fit, at the same batch, and write them into OUT.yaml")
-    parser.add_argument("--measure", action="store_true", help="run two micro-steps of each stage here with its longest rows, and correct the plan by them")
+    parser.add_argument("--measure", action="store_true", help="run a few steps of each stage here, and correct memory and time by them")
     parser.add_argument("--scale", metavar="N,N,…", help="time on so many GPUs, such as 8,64,512")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     parser.set_defaults(handler=run)

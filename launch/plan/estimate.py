@@ -21,6 +21,9 @@ MARGIN = 0.06  # of a GPU's memory, for fragmentation of the caching allocator
 CONTEXT = 600 * 2**20  # bytes of a GPU: CUDA context, kernels and NCCL's buffers
 
 
+MOVING = ("activations", "logits", "kv cache")  # kinds that hang on what operations keep; the others follow from shapes
+
+
 @dataclass(frozen=True)
 class Estimate:
     """Bytes of one process by phase."""
@@ -40,6 +43,19 @@ class Estimate:
     def most(self, kind: str) -> int:
         """The most bytes of one kind in any phase."""
         return max(peak.parts.get(kind, 0) for peak in self.phases.values())
+
+    @property
+    def moving(self) -> int:
+        """Bytes of activations, logits and caches at the peak."""
+        return sum(self.peak.parts.get(kind, 0) for kind in MOVING)
+
+    def with_moving(self, factor: float) -> Estimate:
+        """With `factor` times the activations, logits and caches in every phase."""
+        phases = {}
+        for name, peak in self.phases.items():
+            parts = {kind: int(size * factor) if kind in MOVING else size for kind, size in peak.parts.items()}
+            phases[name] = Peak(sum(parts.values()), parts, peak.operation)
+        return Estimate(phases)
 
 
 def estimate(job: Job, cfg: Any, layout: Layout) -> Estimate:

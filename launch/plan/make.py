@@ -54,7 +54,7 @@ def plan_stage(work: Work, layout: Layout, *, knobs: bool = True) -> Planned:
 
 def knobs_of(planned: Planned) -> tuple[tuple[str, int], ...]:
     """What would lower the peak, and by how many bytes; the largest saving first."""
-    work, layout, now = planned.work, planned.layout, planned.estimate
+    work, layout, now = planned.work, planned.layout, planned.as_measured(planned.estimate)
     job, tries = work.job, {}
     if job.micro_batch > 1:
         tries[f"train.micro_batch_size={job.micro_batch // 2}"] = (replace(job, micro_batch=job.micro_batch // 2, accumulation=max(2, job.accumulation)), layout)
@@ -69,9 +69,9 @@ def knobs_of(planned: Planned) -> tuple[tuple[str, int], ...]:
         tries[f"sampling.generate_batch_size={job.generate_batch // 2}"] = (replace(job, generate_batch=job.generate_batch // 2), layout)
     if job.stage == "ppo" and job.gathers_once and layout.zero == 3 and now.where.startswith("rollout"):
         tries["engine.gather=layer"] = (replace(job, gathers_once=False), layout)
-    saved = {name: now.peak.total - estimate(changed, work.cfg, place).peak.total for name, (changed, place) in tries.items()}
+    saved = {name: now.peak.total - planned.as_measured(estimate(changed, work.cfg, place)).peak.total for name, (changed, place) in tries.items()}
     if not job.checkpointing and planned.other is not None:
-        saved["train.gradient_checkpointing=true"] = now.peak.total - planned.other.peak.total
+        saved["train.gradient_checkpointing=true"] = now.peak.total - planned.as_measured(planned.other).peak.total
     return tuple(sorted(((name, size) for name, size in saved.items() if size > 0), key=lambda pair: -pair[1]))
 
 
@@ -82,6 +82,7 @@ def largest(work: Work, layout: Layout, planned: Planned) -> int | None:
     job = work.job
     other = 1 if job.micro_batch > 1 else 2
     found = {job.micro_batch: planned.estimate, other: estimate(replace(job, micro_batch=other, accumulation=2), work.cfg, layout)}
+    found = {size: planned.as_measured(each) for size, each in found.items()}
     low, high = min(found), max(found)
 
     def needed(size: int) -> int:

@@ -113,13 +113,18 @@ def simulate(job: Job, cfg: PPOStage, running: Simulation, around: Callable[[Any
         scorer: Any = _Scorer(scoring, running)
         rollout = collect_rollout(module, reference, scorer, prompts, small, _Alone(job), engine=engine, iteration=0, tokens=tokens, clock=Clock())
         experience, _ = experience_of(rollout, small, kl_coef=0.1, mean=0.0, std=1.0)
-        running.hold("rollout", (job.rollout_rows - rows) * (4 * ROLLOUT_NUMBERS * job.completion_tokens + 9 * (job.prompt_tokens + job.completion_tokens)))
+        running.hold("rollout", kept_of_rollout(job, job.rollout_rows - rows))
         if job.checkpointing:
             module.train()
         stepped: Any = SimpleNamespace(step=step, zero_grad=lambda **_: None, param_groups=[])
         again = torch.arange(rows).repeat(micro_batches(job, running))
         with suppress(GoneBadError):  # what is simulated has no numbers
             update_policy(module, stepped, _Alone(job), experience.select(again), small, 0)
+
+
+def kept_of_rollout(job: Job, completions: int) -> int:
+    """Bytes that stay of so many completions for the update: numbers of each token, ids and masks."""
+    return completions * (4 * ROLLOUT_NUMBERS * job.completion_tokens + 9 * (job.prompt_tokens + job.completion_tokens))
 
 
 def _separate(job: Job, cfg: PPOStage, running: Allocations) -> tuple[Watched, Reference, list[Any]]:

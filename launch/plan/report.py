@@ -26,8 +26,10 @@ class Planned:
     knobs: tuple[tuple[str, int], ...] = ()  # override -> bytes that it saves at the peak
     largest_micro_batch: int | None = None
     other: Estimate | None = None  # with activations recomputed where the config keeps them, and the other way round
-    measured: int | None = None  # bytes, by running two micro-steps
+    measured: int | None = None  # bytes, by running a few steps
     measured_hours: float | None = None  # by the seconds they took
+    factor: float = 1.0  # measured activations, logits and caches over simulated ones
+    notes: tuple[str, ...] = ()
 
     @property
     def hours(self) -> float | None:
@@ -41,6 +43,10 @@ class Planned:
             return {}
         pair = (self.other, self.estimate) if self.work.job.checkpointing else (self.estimate, self.other)
         return dict(zip(("without", "with"), pair, strict=True))
+
+    def as_measured(self, found: Estimate) -> Estimate:
+        """An estimate of this stage in this or another way, corrected by what was measured in this one."""
+        return found if self.factor == 1.0 else found.with_moving(self.factor)
 
     @property
     def needed(self) -> int:

@@ -89,7 +89,7 @@ def assumed(plans: Sequence[Planned]) -> list[str]:
         if p.work.stage == "ppo" and (p.layout.zero == 3 or p.layout.fsdp) and not p.work.job.gathers_once:
             held = p.estimate.peak.parts.get("parameters", 0) * p.layout.split
             found.append(f"ppo: weights that are split are read layer by layer in rollouts; a rollout that holds all of the policy at once needs up to {gib(held)} more")
-    return found
+    return [*found, *(note for p in plans for note in p.notes)]
 
 
 def remarks(plans: Sequence[Planned], notes: Sequence[str]) -> list[str]:

@@ -93,7 +93,7 @@ def work_of(found: Any, case: str) -> tuple[float, float]:
 
 def run_stage(folder: Path, stage: str) -> tuple[list[float], int]:
     """(seconds of each micro-step or iteration, peak bytes) of the real stage; nothing is published."""
-    from launch.plan.measure import step_times
+    from launch.plan.clocks import step_times
     from stages import models
 
     run = importlib.import_module("stages.ppo.train" if stage == "ppo" else f"stages.{stage}").main
@@ -112,7 +112,7 @@ def run_peer(folder: Path) -> tuple[list[float], int]:
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    from launch.plan.measure import step_times
+    from launch.plan.clocks import step_times
 
     cfg = config(folder, "sft")
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
