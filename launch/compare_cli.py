@@ -6,6 +6,8 @@ import argparse
 import json
 import sys
 
+from launch.compare.techniques import TECHNIQUES
+
 STEPS = 12
 NOT_WITH = ("dry_run", "machine", "processes", "nodes", "continued", "data", "new_name", "merge", "plain_text", "rehearse", "registry", "find_lr", "lr_range")
 
@@ -13,7 +15,7 @@ NOT_WITH = ("dry_run", "machine", "processes", "nodes", "continued", "data", "ne
 def add_option(parser: argparse.ArgumentParser) -> None:
     """The options of a comparison."""
     parser.add_argument("--compare", action="store_true", help="train every technique for a few steps, print a table of what each costs, publish nothing; --config is optional")
-    parser.add_argument("--techniques", metavar="A,B", help="with --compare: only these, such as full,lora,ia3 (all: see its table)")
+    parser.add_argument("--techniques", metavar="A,B", help=f"with --compare: only these, such as full,lora,ia3; of {', '.join(TECHNIQUES)}")
     parser.add_argument("--steps", type=int, metavar="N", help=f"with --compare: optimizer steps of each (default: {STEPS})")
 
 
@@ -33,7 +35,6 @@ def run(args: argparse.Namespace) -> int:
     from configs.errors import UserError
     from launch.compare.run import compare
     from launch.compare.table import show
-    from launch.compare.techniques import TECHNIQUES
 
     if found := [f"--{name.replace('_', '-')}" for name in NOT_WITH if getattr(args, name)]:
         shown = ", ".join({"--continued": "--continue", "--new-name": "--as"}.get(option, option) for option in found)
