@@ -71,7 +71,8 @@ def below(rows: list[dict[str, Any]], steps: int) -> list[str]:
         f"memory: the most while it trains; of a GPU, what was allocated there, else torch's tensors. loss: {loss}, after {steps} steps. "
         "share: of all weights, the technique's own among them. published: bytes of its checkpoint.",
     ]
-    lines += ["not measured:"] if len(measured) < len(rows) else []
+    if len(measured) < len(rows):
+        lines = [*(lines if measured else []), "not measured:"]
     return [*lines, *(f"  {row['technique']}: {row['reason']}" for row in rows if "reason" in row)]
 
 
@@ -93,7 +94,7 @@ def show(rows: list[dict[str, Any]], steps: int, what: str, console: Console) ->
         console.width = max(console.width, natural(made))
         console.print(made)
         console.print()
-        console.width = room
+    console.width = room
     for line in lines:
         console.print(Text(line))
 

@@ -39,7 +39,7 @@ TECHNIQUES = {
     "pissa": Entry({**LORA, "init": "pissa"}, 2, "few steps; closer to full"),
     "pissa_fast": Entry({**LORA, "init": "pissa_fast"}, 2, "as pissa, for large layers"),
     "olora": Entry({**LORA, "init": "olora"}, 2, "as pissa, quicker to start"),
-    "lora+": Entry({**LORA, "learning_rate_ratio": 16}, 5, "LoRA that learns slowly"),
+    "lora+": Entry({**LORA, "learning_rate_ratio": 16}, 2, "LoRA that learns slowly"),
     "qlora": Entry({"method": "qlora", **RANK}, 10, "the base does not fit otherwise"),
     "ia3": Entry({"method": "ia3"}, 100, "tens of rows, very many adapters"),
     "prompt_tuning": Entry({"method": "prompt_tuning"}, 300, "many tasks, one large frozen model"),

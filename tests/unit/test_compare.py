@@ -192,6 +192,10 @@ def test_no_number_is_cut_at_any_width(width, terminal):
     assert terminal or "no GPU " * 40 in said + " "
 
 
+def test_where_nothing_was_measured_the_reason_alone_is_said():
+    assert printed([{"technique": "qlora", "reason": "no GPU " * 40}], 80, terminal=False) == "not measured:\n  qlora: " + "no GPU " * 40 + "\n"
+
+
 def test_numbers_are_short_where_room_is():
     assert [size(count) for count in (2048, 3 * 2**20, 2**31)] == ["2 KiB", "3.0 MiB", "2.0 GiB"]
     assert [short(count) for count in (640, 78_336, 999_600, 1_235_000, 7_615_616_512)] == ["640", "78.3k", "1M", "1.24M", "7.62B"]
