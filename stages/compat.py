@@ -1,8 +1,8 @@
-"""The few TRL and transformers symbols that are importable but not promised, each with a test that fails when they change."""
+"""The few TRL, transformers and sacrebleu symbols that are importable but not promised, each with a test that fails when they change."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -108,3 +108,13 @@ def head_may_be_adapted() -> Iterator[None]:
 
     with mock.patch.object(sft_trainer, "BaseTunerLayer", ()):  # isinstance(head, ()) is false
         yield
+
+
+def corpus_sums(name: str, completions: Sequence[str], references: Sequence[str]) -> tuple[Any, Callable[[Any], float]]:
+    """What sacrebleu sums up over rows for `bleu` or `chrf`, [N, S] float64, and the score that such sums [S] come to, 0 to 100."""
+    import numpy as np
+    from sacrebleu.metrics import BLEU, CHRF
+
+    metric = {"bleu": BLEU, "chrf": CHRF}[name]()
+    rows = np.array(metric._extract_corpus_statistics(list(completions), [list(references)]), dtype=np.float64)
+    return rows, lambda sums: float(metric._compute_score_from_stats(sums.tolist()).score)

@@ -56,7 +56,7 @@ def main(cfg: SFTStage, instead: Callable[[Any], None] | None = None) -> None:
     general = rehearsal.load(cfg, tokens, limit)
     facts = text.data_facts(loaded, splits, {"train": too_long, "validation": too_long_v}, general.facts)
     text.report_rows(facts, loaded.report.warnings)
-    compared = report.prepare(cfg, tokens, splits, limit)
+    compared = report.prepare(cfg, tokens, splits, limit, soft.room(model))
     data.prove_loss_mask(tokens.formatter, train)
     covered, every = (sum(len(row["input_ids"]) if key is None else sum(row[key]) for row in train) for key in ("completion_mask", None))
     ranks.say(f"the loss covers {covered} of {every} tokens (align data show prints which; texts stay out of logs)")
@@ -77,10 +77,10 @@ def main(cfg: SFTStage, instead: Callable[[Any], None] | None = None) -> None:
     )  # fmt: skip
     if instead is not None:
         return instead(trainer)
-    report.measure_before(compared, trainer)
+    report.measure_before(compared, trainer, cfg, tokens)
     resume.train(trainer, cfg, resume.identity(cfg, data=facts["parts"], tokenizer=tokens.key, parents=[publish.digest(parent)]))
     found = outcome.outcome(trainer, further, [labelled(row) for row in test], measures.tokens, cfg, parts=facts["parts"], parents=[publish.digest(parent)])
-    info = {"data": facts, **found.info, "stage_info": watching.outcome(trainer), **report.finish(compared, trainer, cfg)}
+    info = {"data": facts, **found.info, "stage_info": watching.outcome(trainer), **report.finish(compared, trainer, cfg, tokens)}
     publish.publish(trainer, cfg, STAGE, tokens, origin=under, parents=[parent], eval_set=None, evaluations=found.evaluations, info=info)
     resume.forget(build.output_folder(cfg, STAGE) / "resume")
 

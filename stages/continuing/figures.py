@@ -17,7 +17,7 @@ from stages.evaluation.statistics import widening
 Array = npt.NDArray[np.float64]
 RESAMPLES = 10_000
 HELD = 2_000_000  # draws held at once
-BETTER, WORSE, NEITHER, UNKNOWN = "better", "worse", "no difference beyond noise", "one prompt tells nothing"
+BETTER, WORSE, NEITHER, UNKNOWN = "better", "worse", "no difference beyond noise", "no interval: one {unit} only"
 
 
 class Sums(NamedTuple):
@@ -75,19 +75,21 @@ def paired(before: Array, after: Array, tokens: Array, *, seed: int, resamples: 
     return Compared(was, was_se, now, now_se, difference, float(low), float(high))
 
 
-def verdict(loss: Compared) -> str:
-    """What a difference of losses says: lower is better, if its interval leaves 0 out."""
-    if loss.low is None or loss.high is None:
-        return UNKNOWN
-    return BETTER if loss.high < 0 else WORSE if loss.low > 0 else NEITHER
+def verdict(low: float | None, high: float | None, *, unit: str = "prompt", higher: bool = False) -> str:
+    """What an interval of a difference says, if it leaves 0 out; `higher`: more is better."""
+    if low is None or high is None:
+        return UNKNOWN.format(unit=unit)
+    if low <= 0 <= high:
+        return NEITHER
+    return BETTER if (low > 0) is higher else WORSE
 
 
-def compare(before: Sums, after: Sums, groups: Sequence[int], *, seed: int) -> dict[str, object]:
-    """Loss and token accuracy before and after, and the verdict, as JSON. Both are of the same rows; `groups` [N] are their prompts."""
+def compare(before: Sums, after: Sums, groups: Sequence[int], *, seed: int, unit: str = "prompt") -> dict[str, object]:
+    """Loss and token accuracy before and after, and the verdict, as JSON. Both are of the same rows; `groups` [N] are their prompts (or texts: `unit`)."""
     assert np.array_equal(before.tokens, after.tokens), "before and after are of the same rows"
     tokens = by_group(before.tokens, groups)
     loss, accuracy = (paired(by_group(was, groups), by_group(now, groups), tokens, seed=seed) for was, now in ((before.loss, after.loss), (before.correct, after.correct)))
     return {
-        "rows": len(groups), "prompts": len(tokens), "tokens": int(tokens.sum()), "loss": loss._asdict(), "token_accuracy": accuracy._asdict(),
-        "perplexity": {"before": float(np.exp(loss.before)), "after": float(np.exp(loss.after))}, "verdict": verdict(loss),
+        "rows": len(groups), f"{unit}s": len(tokens), "tokens": int(tokens.sum()), "loss": loss._asdict(), "token_accuracy": accuracy._asdict(),
+        "perplexity": {"before": float(np.exp(loss.before)), "after": float(np.exp(loss.after))}, "verdict": verdict(loss.low, loss.high, unit=unit),
     }  # fmt: skip

@@ -70,19 +70,20 @@ def text_windows(tokenizer: Any, path: Path, width: int, max_tokens: int = TEXT_
     return contexts, scored
 
 
-def text_rows(tokenizer: Any, path: Path, positions: int, max_tokens: int = TEXT_TOKENS) -> list[dict[str, list[int]]]:
-    """The same windows as rows, {"input_ids", "completion_mask"}: for a measure of rows. `positions`: tokens that the model reads.
+def text_rows(tokenizer: Any, path: Path, positions: int, max_tokens: int = TEXT_TOKENS) -> tuple[list[dict[str, list[int]]], list[int]]:
+    """The same windows as rows, {"input_ids", "completion_mask"}, and the number of the document that each is of: windows of one are not independent.
 
-    Raises UserError as `text_perplexity` does.
+    For a measure of rows. `positions`: tokens that the model reads. Raises UserError as `text_perplexity` does.
     """
     width = min(WINDOW, positions)
-    rows = []
-    for ids in _documents(tokenizer, path, max_tokens):
+    rows, documents = [], []
+    for number, ids in enumerate(_documents(tokenizer, path, max_tokens)):
         for w in windows(len(ids), width, width // 2):
             rows.append({"input_ids": ids[w.start : w.end], "completion_mask": [0] * (w.scored - w.start) + [1] * (w.end - w.scored)})
+            documents.append(number)
     if not rows:
         raise UserError(f"plain_text {path}: holds fewer than two tokens; perplexity needs a text")
-    return rows
+    return rows, documents
 
 
 def _documents(tokenizer: Any, path: Path, max_tokens: int) -> list[list[int]]:

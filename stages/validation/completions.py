@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -51,6 +51,8 @@ def whole_weights(trainer: Any) -> Iterator[None]:
         yield
         return
     engine = trainer.model_wrapped
-    engine.empty_partition_cache()
-    with whole(parameters), without_engine_hooks(engine), torch.no_grad():
+    trained = hasattr(engine, "empty_partition_cache")  # before the first step there is no engine yet
+    if trained:
+        engine.empty_partition_cache()
+    with whole(parameters), without_engine_hooks(engine) if trained else nullcontext(), torch.no_grad():
         yield

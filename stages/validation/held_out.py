@@ -16,6 +16,7 @@ from blake3 import blake3
 from configs.errors import UserError
 from configs.extras import need
 from configs.schema import SFTStage
+from configs.schema.common import Source
 from configs.schema.validation import MEASURED, PREFIX, WITHOUT_COMPLETIONS, Validation
 from rewards.python import source_digest
 from stages import soft
@@ -57,12 +58,8 @@ def prepare(cfg: SFTStage, tokens: ModelTokens, splits: Splits[Demonstration], m
     positions = soft.room(model)
 
     def part(rows: Sequence[Demonstration]) -> Part:
-        questions: list[Question] = []
-        if asked.generate is not None:
-            room = (positions or limit + asked.generate.max_new_tokens) - asked.generate.max_new_tokens
-            questions = drawn(rows, tokens.formatter, count=asked.generate.rows, seed=cfg.seed, room=room)
-        questions = with_columns(questions, cfg.data) if asked.own else questions
-        return Part(questions, choices(tokens.formatter, rows, labels, limit, strict=asked.labels is not None) if labels else [])
+        asks = choices(tokens.formatter, rows, labels, limit, strict=asked.labels is not None) if labels else []
+        return Part(questions_of(cfg, tokens, rows, limit, positions), asks)
 
     validation, test = once_per_node("tokenising what is asked", lambda: (part(splits.validation), part(splits.test if asked.test else [])))
     if asked.generate is not None and not validation.questions:
@@ -71,6 +68,17 @@ def prepare(cfg: SFTStage, tokens: ModelTokens, splits: Splits[Demonstration], m
     held_out.try_out()
     held_out.announce()
     return held_out
+
+
+def questions_of(cfg: SFTStage, tokens: ModelTokens, rows: Sequence[Demonstration], limit: int, positions: int | None, sources: Sequence[Source] | None = None) -> list[Question]:
+    """The rows that are completed: `evaluation.generate.rows` of them, none where it is off. `positions`: tokens that the model reads (None: any number);
+    `sources`: where the rows are of (None: cfg.data)."""
+    settings = cfg.evaluation.generate
+    if settings is None:
+        return []
+    room = (positions or limit + settings.max_new_tokens) - settings.max_new_tokens
+    found = drawn(rows, tokens.formatter, count=settings.rows, seed=cfg.seed, room=room)
+    return with_columns(found, cfg.data if sources is None else sources) if cfg.evaluation.own else found
 
 
 class HeldOut:

@@ -100,6 +100,48 @@ def test_whole_weights_are_trained_on_as_a_new_version_and_compared(place, capsy
     assert "apple" not in json.dumps(record), "no text in a manifest"
 
 
+def test_the_config_s_metrics_are_compared_on_the_rows_that_the_run_s_evaluations_complete(place, capsys):
+    """ROUGE, chrF, exact match, labels and a function of one's own, before and after, on new and old rows; what new rows come to is what the run itself evaluates."""
+    own = '{kind: python, function: "tests.stage.test_continue:shortness"}'
+    evaluation = f"evaluation={{metrics: [exact_match, rouge, chrf, bleu, accuracy, {own}], labels: [apple please, it is 0 now, 'it is 1 now, friend'], generate: {{rows: 3, max_new_tokens: 8}}}}"
+    write_rows(place / "few.jsonl", [{"prompt": f"tell me of {index}", "completion": ["it is 0 now", "it is 1 now, friend", "apple please"][index % 3]} for index in range(60)])
+    made, _ = train_on("--continue", "sft/whole@1", "--data", "few.jsonl", "--as", "compared", *MORE, evaluation)
+    sets = {found["name"]: found["metrics"] for found in made.info("continued")["sets"]}
+    names = {"exact_match", "rouge1", "rouge2", "rougeL", "chrf", "bleu", "accuracy", "macro_f1", "shortness"}
+    assert set(sets["new data"]) == names
+    assert set(sets["data of sft/whole@1"]) == names, "some of its completions are among the labels"
+    published = made.info("metrics")
+    for name in names:
+        assert sets["new data"][name]["after"] == pytest.approx(published[f"evaluation/{name}"], abs=1e-9), name
+    rouge = sets["data of sft/whole@1"]["rougeL"]
+    assert (rouge["rows"], rouge["low"] <= rouge["difference"] <= rouge["high"]) == (3, True)
+    assert sets["new data"]["shortness"]["low"] is None, "a function is called on all rows at once"
+    shown = capsys.readouterr().out
+    assert re.search(r"new data \(n=3\) +rougeL +[\d.e-]+ +[\d.e-]+ +[+-][\d.e-]+ \[", shown)
+
+
+def test_rows_without_what_metrics_need_are_named_and_the_rest_is_compared(place):
+    """The old rows say none of the labels, and a function of one's own fails on them: the run goes on without these figures."""
+    own = '{kind: python, function: "tests.stage.test_continue:wants_friends"}'
+    evaluation = f"evaluation={{metrics: [rouge, accuracy, {own}], generate: {{rows: 3, max_new_tokens: 8}}}}"
+    made, _ = train_on("--continue", "sft/whole@1", "--data", "new.jsonl", "--as", "partly", *MORE, evaluation)
+    record = made.info("continued")
+    sets = {found["name"]: found["metrics"] for found in record["sets"]}
+    assert set(sets["new data"]) == {"accuracy", "macro_f1", "rouge1", "rouge2", "rougeL", "wants_friends"}
+    assert "wants_friends" not in sets["data of sft/whole@1"]
+    assert "rougeL" in sets["data of sft/whole@1"]
+    assert any("data of sft/whole@1: not measured by functions of yours: " in note for note in record["notes"])
+
+
+def shortness(prompts, completions, references):
+    return -sum(map(len, completions)) / len(completions)
+
+
+def wants_friends(prompts, completions, references):
+    assert all("friend" in reference for reference in references)
+    return 1.0
+
+
 def test_an_adapter_is_trained_on_as_the_same_adapter_over_the_same_base(place):
     first = Registry("registry").resolve("sft/lora@1")
     everything = ["train.batch_size=51", "train.micro_batch_size=17", "train.log_every=1"]  # all training rows in each step
