@@ -180,9 +180,10 @@ class StageConfig(Strict):
     processes: PositiveInt | None = Field(default=None, description="Number of processes; null is the machine file's.")
     attn_implementation: str | None = Field(default=None, description="Attention kernel as transformers names it: sdpa, eager, flash_attention_2.")
     watchdog: Watchdog = Field(default_factory=Watchdog, description="When a run that hangs is ended, with the stacks of its processes in OUTPUT/hang-rank-N.txt.")
-    keep_resume: bool = Field(
-        default=False,
-        description="Keep the run's newest resumable save in the registry when it publishes (several times the size of the model); align registry resume writes it out again.",
+    keep_resume: bool | None = Field(
+        default=None,
+        description="Keep the run's newest resumable save in the registry when it publishes (several times the size of the model); align registry resume writes it out again, and gc "
+        "drops it first. Null: SFT that publishes its best state (evaluation.metric, early stopping) keeps its last so; nothing else does.",
     )
     allow_changed: list[str] = Field(
         default_factory=list,

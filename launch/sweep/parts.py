@@ -92,7 +92,8 @@ def excerpt(chain: Any, steps: frozenset[str], folder: Path, moved: frozenset[st
         made = [(stage_of(step), section.name) for step, section in sections(chain).items()]
         data = _replaced(data, {f"{stage}/{name}": f"{stage}/{rename}{name.removeprefix(chain.name)}" for stage, name in made})
     for stage in present:
-        data[stage] |= {"output": f"{folder}/{stage}", "registry": data["registry"]} | ({"name": rename} if rename is not None else {})
+        kept = bool(data[stage]["keep_resume"])  # nobody goes on from a trial's last state, unless the config says so
+        data[stage] |= {"output": f"{folder}/{stage}", "registry": data["registry"], "keep_resume": kept} | ({"name": rename} if rename is not None else {})
     if rename is not None:
         data["name"] = rename
     return Chain.model_validate_json(json.dumps(data), strict=True)

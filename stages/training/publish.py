@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from configs.errors import UserError
 from configs.schema import StageConfig, TRLStage
@@ -18,6 +18,7 @@ from stages.tokens import ModelTokens
 from stages.training import saves, stop, watchdog
 from stages.training.ranks import from_rank_0, say, world_size
 from stages.training.ready import output_folder
+from stages.training.stopping import rule_of
 from stages.tuning import published
 from stages.zero import gather
 
@@ -99,7 +100,7 @@ def publish_checkpoint(
         one = [{"eval_set": eval_set, "metrics": info["metrics"]}] if eval_set and info.get("metrics") else []
         for result in one if evaluations is None else evaluations:
             registry.add_evaluation(checkpoint, result)
-        if cfg.keep_resume:
+        if keeps_resume(cfg, stage):
             keep_resume(registry, checkpoint, output_folder(cfg, stage) / "resume")
         return checkpoint.ref, checkpoint.id
 
@@ -107,6 +108,13 @@ def publish_checkpoint(
     agree.check_published(cfg.registry, ref, checkpoint_id)
     say(f"published {ref} ({checkpoint_id}) in {cfg.registry}")
     return str(ref)
+
+
+def keeps_resume(cfg: StageConfig, stage: str) -> bool:
+    """Whether a run's newest save is kept: as `keep_resume` says, else where an SFT run publishes its best state, which a run can't go on from as its last."""
+    if cfg.keep_resume is not None or stage != "sft":
+        return bool(cfg.keep_resume)
+    return rule_of(cast(TRLStage, cfg)) is not None
 
 
 def keep_resume(registry: Registry, checkpoint: Checkpoint, folder: Path) -> None:

@@ -141,6 +141,19 @@ def test_early_stopping_publishes_the_best_state(place, launched):
     assert checkpoint.info("metrics")["loss"] == pytest.approx(min(losses), rel=1e-6)
 
 
+def test_training_on_compares_the_same_before_and_after(place, launched):
+    """Before there is an engine, the weights are gathered for completions and for labels too."""
+    launched(3)
+    one, two = (results(place, "on", label)[1].info("continued")["sets"] for label in ("one", "zero3"))
+    assert [found["name"].partition("@")[0].replace("-one", "-zero3") for found in one] == [found["name"].partition("@")[0] for found in two]
+    for mine, theirs in zip(one, two, strict=True):
+        for when in ("before", "after"):
+            assert theirs["loss"][when] == pytest.approx(mine["loss"][when], rel=TOLERANCE)
+            for name in ("written", "accuracy"):
+                assert theirs["metrics"][name][when] == pytest.approx(mine["metrics"][name][when], rel=TOLERANCE), name
+            assert mine["metrics"]["written"][when] != -1.0, "something was written"
+
+
 def test_an_engine_without_a_compiler_trains_over_gloo(place, tmp_path):
     """Nothing on the PATH, and nothing compiled before."""
     from tests.stage.runs import settings

@@ -73,6 +73,7 @@ def extras(folder: Path, label: str) -> dict[str, tuple[str, dict[str, Any]]]:
         "sgd": case("sgd", "sft", {"learning_rate": 0.5}, trainer={"optim": "sgd"}),
         "ipo": case("ipo", "dpo", loss_type="ipo"),
         "bf16": case("bf16", "reward", {"precision": "bf16"}),
+        "on": case("on", "sft", init_from=f"sft/full-{label}", evaluation=EVALUATED, continued={"old": [{"of": f"sft/full-{label}@1", "data": str(folder / "sft.jsonl")}]}),
         "bf16-lora": case("bf16-lora", "reward", {"precision": "bf16"}, lora=LORA),
     }
 

@@ -201,3 +201,25 @@ def test_a_run_that_stopped_early_and_was_killed_does_not_train_on(place, monkey
 def test_the_inputs_key_is_recorded(place, monkeypatch):
     monkeypatch.setenv("ALIGN_INPUTS_KEY", "abc")
     assert run("sft", settings(place, "sft", {"max_steps": 1}, name="key")).info("inputs_key") == "abc"
+
+
+def test_a_run_that_stopped_early_publishes_its_best_state_and_keeps_its_last_to_go_on_from(tmp_path, capsys):
+    """Patience 1, and no evaluation improves by 100 nats: stopped at step 2. Written out again, with patience 3 it is the run that had it from the beginning."""
+    from stages.registry import resumable
+
+    def early(patience, **changes):
+        evaluation = {"early_stopping": {"patience": patience, "min_improvement": 100.0}}
+        return settings(workspace(tmp_path) if not (tmp_path / "base").exists() else tmp_path, "sft", {"max_steps": 9, "eval_every": 1, "schedule": "constant"}, evaluation=evaluation, **changes)
+
+    first = run("sft", early(1, name="early"))
+    registry = Registry(tmp_path / "registry")
+    assert "kept checkpoint-2" in capsys.readouterr().out
+    resumable.restore(registry, first.ref, tmp_path / "again")
+    found = run("sft", early(3, name="early", output=str(tmp_path / "again"), allow_changed=["evaluation"]))
+    assert "continuing from checkpoint-2" in capsys.readouterr().out
+    whole = run("sft", early(3, name="whole", output=str(tmp_path / "whole"), keep_resume=False))
+    assert all(torch.equal(tensor, weights(whole)[name]) for name, tensor in weights(found).items())
+    assert not all(torch.equal(tensor, weights(first)[name]) for name, tensor in weights(found).items())
+    assert [item.ref for item in resumable.kept(registry)] == ["sft/early@1", "sft/early@2"], "not where keep_resume is false"
+    plain = run("sft", settings(tmp_path, "sft", {"max_steps": 1}, name="plain"))
+    assert plain.ref not in [item.ref for item in resumable.kept(registry)], "nor where the last state is the published one"
