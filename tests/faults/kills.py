@@ -99,15 +99,11 @@ class Death:
     left: list[str]
 
 
-def deaths(scenario: Scenario, folder: Path, every: int = 1, reads: bool = True) -> Iterator[Death]:
-    """Kill at every (`every`-th) call, and once more in the middle of each write, always beginning with the same registry.
-
-    reads: also before an open that only reads; what it leaves is what a kill at the next change leaves.
-    """
+def deaths(scenario: Scenario, folder: Path, every: int = 1) -> Iterator[Death]:
+    """Kill at every (`every`-th) call, reads too, and once more in the middle of each write, always beginning with the same registry."""
     seen = calls(scenario, folder / "whole")
     promises = prepared(scenario, folder)
-    chosen = [(at, call) for at, call in enumerate(seen, 1) if reads or call.name != "read"]
-    for at, call in chosen[::every]:
+    for at, call in list(enumerate(seen, 1))[::every]:
         for torn in (False, True) if writes(call) else (False,):
             top = copied(folder)
             root = top / "registry"

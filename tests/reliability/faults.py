@@ -51,11 +51,11 @@ def kill_everywhere(folder: Path, seed: int, quick: bool) -> Measured:
     for scenario in (*SCENARIOS, IMPORT):
         with memory(folder) as place:
             every = 1 if not quick else 20 if scenario is IMPORT else 5
-            found = list(kills.deaths(scenario, place, every, reads=scenario is not IMPORT))
+            found = list(kills.deaths(scenario, place, every))
         tried, left = tried + len(found), left + sum(bool(death.left) for death in found)
         bad += [f"{death.scenario}, killed at {death.call}: {death.problems[0]}" for death in found if death.problems]
         where.append(f"{scenario.name} {len(found)}")
-    return _of(bad, tried, "kills did harm", f"kills per operation: {', '.join(where)}; {left} left drafts, all of which gc removed; writes also torn after one byte; of import only at calls that change something.")
+    return _of(bad, tried, "kills did harm", f"kills per operation: {', '.join(where)}; {left} left drafts, all of which gc removed; writes also torn after one byte.")
 
 
 @_isolated
@@ -75,10 +75,10 @@ def kill_at_random(folder: Path, seed: int, quick: bool) -> Measured:
 @_isolated
 def cut_power(folder: Path, seed: int, quick: bool) -> Measured:
     def one(scenario: Scenario) -> cuts.Verdict:
-        return cuts.cut_everywhere(scenario, folder, seed, 8 if quick or scenario is IMPORT else 64)
+        return cuts.cut_everywhere(scenario, folder, seed, 8 if quick else 64)
 
     verdict = _together(SCENARIOS if quick else (*SCENARIOS, IMPORT), one)
-    detail = f"{verdict.points} moments in open, publish, alias, gc and import; of each all disks that the model allows, or a seeded sample where there are more than 64 (import: 8)."
+    detail = f"{verdict.points} moments in open, publish, alias, gc and import; of each all disks that the model allows, or a seeded sample where there are more than 64."
     return _of(verdict.problems, verdict.disks, "disks broke a promise", detail)
 
 
@@ -113,10 +113,10 @@ def fail_storage(folder: Path, seed: int, quick: bool) -> Measured:
     bad, tried, told = [], 0, 0
     for scenario in SCENARIOS if quick else (*SCENARIOS, IMPORT):
         with memory(folder) as place:
-            found = list(storage_faults.faults(scenario, place, 7 if quick else 4 if scenario is IMPORT else 1))
+            found = list(storage_faults.faults(scenario, place, 7 if quick else 1))
         tried, told = tried + len(found), told + sum(bool(fault.told) for fault in found)
         bad += [f"{fault.what}: {fault.problems[0]}" for fault in found if fault.problems]
-    return _of(bad, tried, "faults did harm", f"ENOSPC once and from there on, EIO, short writes, at each call that changes something (of import at every fourth); {told} were told as a UserError, the others passed without harm.")
+    return _of(bad, tried, "faults did harm", f"ENOSPC once and from there on, EIO, short writes, at each call that changes something; {told} were told as a UserError, the others passed without harm.")
 
 
 @_isolated

@@ -64,7 +64,8 @@ def as_markdown(results: Results, count: int, lines: Sequence[str]) -> str:
     table = [columns, tuple("---" for _ in columns), *rows]
     body = ["| " + " | ".join(_cell(item) for item in row) + " |" for row in table]
     note = (
-        "\"Real processes\": the operating system kills, stops or fills up a process that runs as it does in use. \"In-process shim\": the file "
+        "\"Real processes\": the operating system kills or stops a process that runs as it does in use, or its disk, a real file system, is full; \"at chosen points\" "
+        "and \"by a hook\": a function of that process was replaced, so that this happens at a given moment. \"In-process shim\": the file "
         "system calls of Python in that process are counted and made to fail or to kill it; writes made by compiled code "
         "(safetensors, the C library) are outside of such a shim, so files are written through Python there."
     )
