@@ -28,7 +28,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--as", dest="new_name", metavar="NAME", help="publish as sft/NAME (default: a new version of the same name)")
     group.add_argument("--merge", action="store_true", help="merge an adapter into its base first, and train a new one (default: train the same adapter on)")
     group.add_argument("--plain-text", metavar="FILE", help="a text file whose perplexity is measured before and after")
-    group.add_argument("--rehearse", type=float, metavar="SHARE", help="mix the old training data in, this share of every step's rows, such as 0.2 (train.rehearsal)")
+    group.add_argument("--rehearse", type=float, metavar="SHARE", help="mix the old training data in, this share of every step's rows, such as 0.2 (train.rehearsal; its weight is 0.3 unless train.rehearsal.weight says otherwise)")
     group.add_argument("--registry", metavar="DIR", help="where NAME is (default: the registry of --config FILE, or runs/registry)")
 
 
@@ -79,7 +79,8 @@ def resolve(args: argparse.Namespace) -> Any:
         raise UserError("--continue needs the new data: --data FILE, or `data:` in --config FILE")
     data["continued"] = {"old": _old(parent), "plain_text": args.plain_text, "adapter": "merged" if args.merge else "same"} | (given.get("continued") or {})
     if args.rehearse is not None:
-        data["train"] = {**(data.get("train") or {}), "rehearsal": _rehearsal(args, data["continued"]["old"])}
+        asked = (given.get("train") or {}).get("rehearsal") or {}
+        data["train"] = {**(data.get("train") or {}), "rehearsal": {**asked, **_rehearsal(args, data["continued"]["old"])}}
     cfg = _checked(data, overrides, args, lines)
     cfg = cfg.model_copy(update={"continued": _as_asked(cfg, parent, args)})
     return _as_published(cfg, parent) if cfg.continued.adapter == "same" else cfg

@@ -64,10 +64,10 @@ def main(cfg: SFTStage, instead: Callable[[Any], None] | None = None) -> None:
     rows, collator = packed(model, train, limit, tokens.pad_id) if cfg.packing else ([labelled(row) for row in train], None)
     every_row = general.after(rows, packed=cfg.packing)
     steps = planned(cfg, len(rows), every_row, general.share)
-    chunked = SFTTrainer if general.rows else trainer_class(SFTTrainer, model, cfg.train, train[0]["input_ids"])  # rehearsal weighs single tokens
+    chunked = trainer_class(SFTTrainer, model, cfg.train, train[0]["input_ids"])
     further = held_out.prepare(cfg, tokens, splits, model, limit=limit, eval_every=steps.eval_every)
     trainer = build.build(
-        STAGE, rehearsal.mixing(chunked, general), SFTConfig, measures.tokens, cfg=cfg, plan=steps, train=build.in_order(every_row, steps, cfg.seed),
+        STAGE, rehearsal.mixing(chunked, general, cfg.train.label_smoothing), SFTConfig, measures.tokens, cfg=cfg, plan=steps, train=build.in_order(every_row, steps, cfg.seed),
         validation=build.as_dataset([labelled(row) for row in validation]) if validation else None,
         # The rows are tokenised and labelled: TRL must not prepare, truncate or pack them again.
         arguments={"max_length": None, "packing": False, "padding_free": cfg.packing and collator is None, "dataset_kwargs": {"skip_prepare_dataset": True}, "remove_unused_columns": False},

@@ -49,7 +49,7 @@ class SFTTrain(Train):
     rehearsal: Rehearsal | None = Field(default=None, description="Mix general text into every optimizer step against forgetting; null trains on `data` alone.")
     loss_chunk: PositiveInt | Literal["auto"] | None = Field(
         default="auto", description="Tokens whose logits are alive at once, in the loss and its gradient; auto: as suits the vocabulary and the device; null: TRL's own loss, "
-        "which train.rehearsal and models with a loss for their experts have whatever this says."
+        "which models with a loss for their experts have whatever this says."
     )
     group_by_length: bool = Field(default=False, description="Let an optimizer step have rows of like length: less padding, and steps that are less random.")
 

@@ -6,14 +6,14 @@ import functools
 import math
 import types
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from stages.attention import computed_anywhere
 from stages.loss.head import logits_cap, logits_scale, output_logits, plain, text_config
-from stages.loss.sums import TokenSums, linear_sums, module_sums, rows_of_chunk, whole_sums
+from stages.loss.sums import TokenSums, Weighting, linear_sums, module_sums, rows_of_chunk, whole_sums
 from stages.zero import gather
 
 LARGE = 300.0  # the largest logit once hidden states are made larger: a cap or a scale that is missed shows there, whatever the logits are
@@ -22,9 +22,9 @@ SHOWN_TOKENS = 32
 
 
 def add_token_sums(model: Any, chunk: int | None) -> None:
-    """Let `model(..., labels=labels, token_sums=True[, label_smoothing=s])` return TokenSums of the labels [B, T] that are not -100.
+    """Let `model(..., labels=labels, token_sums=True[, label_smoothing=s][, token_weights=w, marks=m])` return TokenSums of the labels [B, T] that are not -100.
 
-    Each label is predicted by the position before it. Only hidden states of positions that count reach the output head, `chunk` tokens
+    w [B, T] float: what a label's loss is multiplied by; m [B, T] bool: labels that have sums of their own as well. Each label is predicted by the position before it. Only hidden states of positions that count reach the output head, `chunk` tokens
     at a time (None: as many as suit the vocabulary). Under PEFT, DDP or DeepSpeed the wrapped model takes the same arguments.
     """
     model.forward = types.MethodType(_forward(model.forward, type(model), functools.partial(_sums, chunk)), model)
@@ -34,40 +34,55 @@ def add_whole_sums(model: Any) -> None:
     """The same for a model whose logits are not what its head makes of its trunk's hidden states: from its own logits, all of them."""
     own = model.forward
 
-    def sums(model: Any, args: Any, kwargs: Any, labels: Tensor, smoothing: float) -> TokenSums:
+    def sums(model: Any, args: Any, kwargs: Any, asked: Asked) -> TokenSums:
         logits = own(*args, **kwargs).logits[:, :-1]
-        counted = labels[:, 1:] != -100
-        return whole_sums(logits[counted], labels[:, 1:][counted], smoothing)
+        return whole_sums(logits[asked.counted], asked.ids, asked.smoothing, asked.weighting)
 
     model.forward = types.MethodType(_forward(own, type(model), sums), model)
+
+
+class Asked(NamedTuple):
+    """What sums are of, at the positions before the labels."""
+
+    counted: Tensor  # [B, T - 1] bool
+    ids: Tensor  # [N]: labels that count
+    smoothing: float
+    weighting: Weighting | None
+
+
+def _asked(labels: Tensor, smoothing: float, weights: Tensor | None, marks: Tensor | None) -> Asked:
+    counted = labels[:, 1:] != -100
+    weighting = None if weights is None or marks is None else Weighting(weights[:, 1:][counted], marks[:, 1:][counted])
+    return Asked(counted, labels[:, 1:][counted], smoothing, weighting)
 
 
 def _forward(own: Any, kind: Any, sums: Any) -> Any:
     """A forward method: `own`, unless it is asked for sums. Its signature stays, which generation checks its arguments against."""
 
     @functools.wraps(kind.forward)
-    def forward(self: Any, *args: Any, token_sums: bool = False, label_smoothing: float = 0.0, **kwargs: Any) -> Any:
+    def forward(
+        self: Any, *args: Any, token_sums: bool = False, label_smoothing: float = 0.0, token_weights: Tensor | None = None, marks: Tensor | None = None, **kwargs: Any
+    ) -> Any:
         if not token_sums:
             return own(*args, **kwargs)
         labels = kwargs.pop("labels")
         kwargs["use_cache"] = False  # which some attention kernels take for a reason to look across rows in one sequence
-        return sums(self, args, kwargs, labels, label_smoothing)
+        return sums(self, args, kwargs, _asked(labels, label_smoothing, token_weights, marks))
 
     return forward
 
 
-def _sums(chunk: int | None, model: Any, args: Any, kwargs: Any, labels: Tensor, smoothing: float) -> TokenSums:
-    states = model.base_model(*args, **kwargs).last_hidden_state
-    counted = labels[:, 1:] != -100
-    states, ids = states[:, :-1][counted], labels[:, 1:][counted]
+def _sums(chunk: int | None, model: Any, args: Any, kwargs: Any, asked: Asked) -> TokenSums:
+    states = model.base_model(*args, **kwargs).last_hidden_state[:, :-1][asked.counted]
+    ids, smoothing, weighting = asked.ids, asked.smoothing, asked.weighting
     head = model.get_output_embeddings()
     linear = plain(head)
     if linear is not None:
         with gather.whole(linear.parameters()):
-            return linear_sums(states, ids, linear, scale=logits_scale(model), cap=logits_cap(model), rows=chunk, smoothing=smoothing)
+            return linear_sums(states, ids, linear, scale=logits_scale(model), cap=logits_cap(model), rows=chunk, smoothing=smoothing, weighting=weighting)
     trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
     rows = chunk or rows_of_chunk(text_config(model).vocab_size, states.device)
-    return module_sums(states, ids, functools.partial(output_logits, model), trained, rows=rows, smoothing=smoothing)
+    return module_sums(states, ids, functools.partial(output_logits, model), trained, rows=rows, smoothing=smoothing, weighting=weighting)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Sums of the loss over tokens, chunk by chunk: no [tokens, vocabulary] tensor lives, neither forward nor backward.
+"""Sums of the loss over tokens, each with a weight, chunk by chunk: no [tokens, vocabulary] tensor lives, neither forward nor backward.
 
 A chunk's logits give its loss and, while they are at hand, the gradients of the loss for its hidden states and for the head. What is kept
 is [N, d] and, where the head is trained, one [V, d]; the backward pass multiplies both by the one number that comes down to a sum. That
@@ -25,10 +25,18 @@ SMALL_VOCABULARY = 2**14
 class TokenSums(NamedTuple):
     """Sums over the tokens that count, each [] in float64 on their device."""
 
-    loss: Tensor  # nats, with a gradient
+    loss: Tensor  # nats, each token's times its weight, with a gradient
     correct: Tensor  # tokens with the highest logit; of equal ones the first has it
     entropy: Tensor  # nats, of the next-token distributions
     counted: Tensor  # tokens
+    apart: Tensor | None = None  # [2, 4]: the same four without weights and gradient, of tokens that are not marked and of those that are; None: no marks
+
+
+class Weighting(NamedTuple):
+    """What each of N tokens' loss is multiplied by, and which of them have sums of their own."""
+
+    weights: Tensor  # [N] float
+    marks: Tensor  # [N] bool
 
 
 class Read(NamedTuple):
@@ -65,38 +73,54 @@ def rows_of_chunk(vocabulary: int, device: torch.device) -> int:
 
 
 def linear_sums(
-    states: Tensor, ids: Tensor, head: nn.Linear, *, scale: float = 1.0, cap: float | None = None, rows: int | None = None, smoothing: float = 0.0
-) -> TokenSums:
+    states: Tensor, ids: Tensor, head: nn.Linear, *, scale: float = 1.0, cap: float | None = None, rows: int | None = None, smoothing: float = 0.0,
+    weighting: Weighting | None = None,
+) -> TokenSums:  # fmt: skip
     """Sums for `ids` [N] that hidden states [N, d] should predict, under cap * tanh(scale * head(states) / cap).
 
     The product with the head is in its dtype (under autocast in that of autocast), everything after it in float32 or float64. `rows`:
-    tokens of a chunk. Gradients go to the states and to what of the head is trained.
+    tokens of a chunk. Gradients go to the states and to what of the head is trained. `weighting`: None is a weight of 1 for all.
     """
     rows = rows or rows_of_chunk(head.weight.shape[0], states.device)
-    return _with_count(_LinearSums.apply(states, head.weight, head.bias, ids, scale, cap, rows, smoothing, torch.is_grad_enabled()), ids)
+    loss, each = _LinearSums.apply(states, head.weight, head.bias, ids, scale, cap, rows, smoothing, _weights(weighting), torch.is_grad_enabled())
+    return _summed(loss, each, weighting)
 
 
 def module_sums(
-    states: Tensor, ids: Tensor, logits_of: Callable[[Tensor], Tensor], trained: list[Tensor], *, rows: int, smoothing: float = 0.0
-) -> TokenSums:
+    states: Tensor, ids: Tensor, logits_of: Callable[[Tensor], Tensor], trained: list[Tensor], *, rows: int, smoothing: float = 0.0,
+    weighting: Weighting | None = None,
+) -> TokenSums:  # fmt: skip
     """The same under any head: `logits_of` gives logits [n, V] of states [n, d], and `trained` are the parameters in it that are trained."""
-    return _with_count(_ModuleSums.apply(states, ids, logits_of, rows, smoothing, torch.is_grad_enabled(), *trained), ids)
+    loss, each = _ModuleSums.apply(states, ids, logits_of, rows, smoothing, _weights(weighting), torch.is_grad_enabled(), *trained)
+    return _summed(loss, each, weighting)
 
 
-def whole_sums(logits: Tensor, ids: Tensor, smoothing: float = 0.0) -> TokenSums:
+def whole_sums(logits: Tensor, ids: Tensor, smoothing: float = 0.0, weighting: Weighting | None = None) -> TokenSums:
     """The same from logits [N, V] that are there, by autograd."""
     logits = _precise(logits)
     losses = F.cross_entropy(logits, ids, reduction="none", label_smoothing=smoothing)
     with torch.no_grad():
         chosen = torch.log_softmax(logits, dim=1)
-        entropy = -(chosen.exp() * chosen).sum()
-        correct = (logits.argmax(dim=1) == ids).sum()
-    kind = _totals(logits).dtype
-    return _with_count((losses.to(kind).sum(), correct.to(kind), entropy.to(kind)), ids)
+        each = _each(logits, len(ids))
+        for place, value in enumerate((losses, logits.argmax(dim=1) == ids, -(chosen.exp() * chosen).sum(dim=1))):
+            each[place] = value
+    losses = losses.to(each.dtype)
+    return _summed((losses if weighting is None else losses * weighting.weights).sum(), each, weighting)
 
 
-def _with_count(found: tuple[Tensor, Tensor, Tensor], ids: Tensor) -> TokenSums:
-    return TokenSums(*found, found[0].new_full((), len(ids)))
+def _weights(weighting: Weighting | None) -> Tensor | None:
+    return None if weighting is None else weighting.weights
+
+
+def _summed(loss: Tensor, each: Tensor, weighting: Weighting | None) -> TokenSums:
+    """`each`: [3, N], what every token has, as in Read."""
+    counted = loss.new_full((), each.shape[1])
+    if weighting is None:
+        return TokenSums(loss, each[1].sum(), each[2].sum(), counted)
+    kinds = torch.stack([~weighting.marks, weighting.marks], dim=1).to(each.dtype)  # [N, 2]
+    with torch.no_grad():
+        apart = (torch.cat([each, torch.ones_like(each[:1])]) @ kinds).t()
+    return TokenSums(loss, each[1].sum(), each[2].sum(), counted, apart)
 
 
 def _precise(logits: Tensor) -> Tensor:
@@ -104,20 +128,20 @@ def _precise(logits: Tensor) -> Tensor:
     return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
 
 
-def _totals(states: Tensor) -> Tensor:
-    """Zeros [3] that sums are added to, in float64 where the device has it."""
-    return torch.zeros(3, dtype=torch.float32 if states.device.type == "mps" else torch.float64, device=states.device)
+def _each(states: Tensor, count: int) -> Tensor:
+    """Room for what `count` tokens have, [3, count], in float64 where the device has it: sums of many are not rounded."""
+    return torch.empty(3, count, dtype=torch.float32 if states.device.type == "mps" else torch.float64, device=states.device)
 
 
-def _add(totals: Tensor, found: Read, real: int) -> None:
+def _keep(each: Tensor, found: Read) -> None:
+    """Write down what a chunk's tokens have; padding after them is left out."""
     for place, value in enumerate((found.loss, found.correct, found.entropy)):
-        totals[place] += value[:real].to(totals.dtype).sum()
+        each[place] = value[: each.shape[1]]
 
 
-def _outputs(ctx: Any, totals: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    loss, correct, entropy = (total.clone() for total in totals)
-    ctx.mark_non_differentiable(correct, entropy)
-    return loss, correct, entropy
+def _outputs(ctx: Any, each: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    ctx.mark_non_differentiable(each)
+    return (each[0] if weights is None else each[0] * weights).sum(), each
 
 
 def _like(gradient: Tensor | None, tensor: Tensor | None) -> Tensor | None:
@@ -125,20 +149,21 @@ def _like(gradient: Tensor | None, tensor: Tensor | None) -> Tensor | None:
 
 
 class _LinearSums(torch.autograd.Function):
-    """(loss, correct, entropy) under a linear head."""
+    """(weighted loss [], what each token has [3, N]) under a linear head."""
 
     @staticmethod
     def forward(
-        ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, scale: float, cap: float | None, rows: int, smoothing: float, learns: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Sums and gradients, chunk by chunk."""
+        ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, scale: float, cap: float | None, rows: int, smoothing: float,
+        weights: Tensor | None, learns: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """What each token has, and gradients, chunk by chunk."""
         device = states.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         used, shift = weight.to(dtype), bias.to(dtype) if bias is not None else None
         wanted = [learns and needed for needed in ctx.needs_input_grad[:3]]
         to_states = torch.empty_like(states) if wanted[0] else None
         to_weight, to_bias = (torch.zeros_like(t, dtype=_accumulated(t.dtype)) if t is not None and want else None for t, want in zip((weight, bias), wanted[1:], strict=True))
-        totals = _totals(states)
+        each = _each(states, len(ids))
         with torch.autocast(device, enabled=False):
             for start in range(0, len(ids), rows):
                 span = slice(start, min(start + rows, len(ids)))
@@ -148,20 +173,22 @@ class _LinearSums(torch.autograd.Function):
                 logits = logits.mul_(scale) if scale != 1.0 else logits
                 logits = logits.div_(cap).tanh_().mul_(cap) if cap is not None else logits
                 found = read(logits, chosen, smoothing)
-                _add(totals, found, real)
+                _keep(each[:, span], found)
                 if any(wanted):
                     gradient = _through(found.gradient, logits, scale, cap, real)
+                    if weights is not None:
+                        gradient[:real].mul_(weights[span].unsqueeze(1))
                     _spread(gradient, part, used, None if to_states is None else to_states[span], to_weight, to_bias)
                 del logits, found
         ctx.gradients = (to_states, _like(to_weight, weight), _like(to_bias, bias))
-        return _outputs(ctx, totals)
+        return _outputs(ctx, each, weights)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         """The gradients that are there, times the one of the sum."""
         gradients, ctx.gradients = ctx.gradients, None
-        return *(None if found is None else found.mul_(grad) for found in gradients), None, None, None, None, None, None
+        return *(None if found is None else found.mul_(grad) for found in gradients), None, None, None, None, None, None, None
 
 
 def _padded(states: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,23 +229,27 @@ def _accumulated(dtype: torch.dtype) -> torch.dtype:
 
 
 class _ModuleSums(torch.autograd.Function):
-    """(loss, correct, entropy) under any head, whose gradients autograd finds, a chunk at a time."""
+    """The same under any head, whose gradients autograd finds, a chunk at a time."""
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, ids: Tensor, logits_of: Callable[[Tensor], Tensor], rows: int, smoothing: float, learns: bool, *trained: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Sums and gradients, chunk by chunk."""
+    def forward(
+        ctx: Any, states: Tensor, ids: Tensor, logits_of: Callable[[Tensor], Tensor], rows: int, smoothing: float, weights: Tensor | None, learns: bool, *trained: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What each token has, and gradients, chunk by chunk."""
         learns = learns and any(ctx.needs_input_grad)
         to_states = torch.empty_like(states) if learns else None
         to_trained = [torch.zeros_like(t, dtype=_accumulated(t.dtype)) if learns else None for t in trained]
-        totals = _totals(states)
+        each = _each(states, len(ids))
         for start in range(0, len(ids), rows):
             span = slice(start, start + rows)
             with torch.set_grad_enabled(learns):
                 part = states[span].detach().requires_grad_(learns)
                 logits = _precise(logits_of(part))
             found = read(logits.detach(), ids[span], smoothing)
-            _add(totals, found, len(part))
+            _keep(each[:, span], found)
             if to_states is not None:
+                if weights is not None:
+                    found.gradient.mul_(weights[span].unsqueeze(1))
                 first, *others = torch.autograd.grad(logits, [part, *trained], found.gradient, allow_unused=True)
                 to_states[span] = first
                 for total, gradient in zip(to_trained, others, strict=True):
@@ -226,11 +257,11 @@ class _ModuleSums(torch.autograd.Function):
                         total += gradient
             del logits, found
         ctx.gradients = (to_states, *(_like(total, t) for total, t in zip(to_trained, trained, strict=True)))
-        return _outputs(ctx, totals)
+        return _outputs(ctx, each, weights)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         """The gradients that are there, times the one of the sum."""
         (to_states, *to_trained), ctx.gradients = ctx.gradients, None
-        return to_states.mul_(grad), None, None, None, None, None, *(None if found is None else found.mul_(grad) for found in to_trained)
+        return to_states.mul_(grad), None, None, None, None, None, None, *(None if found is None else found.mul_(grad) for found in to_trained)

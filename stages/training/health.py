@@ -49,8 +49,8 @@ def is_evaluation(line: Metrics) -> bool:
 
 
 def loss_of(line: Metrics) -> float:
-    """The training loss, nats per token: the task's where general text is mixed in."""
-    return line.get("task_loss", line["loss"])
+    """The training loss, nats per token: the task's where general text is mixed in (stages/training/rehearsal.py)."""
+    return line["loss"]
 
 
 def trained_between(history: History, after: float, until: float) -> float | None:

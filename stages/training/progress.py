@@ -19,7 +19,7 @@ from stages.training.saves import write_durably
 NAMES = {
     "loss": "loss", "mean_token_accuracy": "token_accuracy", "token_accuracy": "token_accuracy", "entropy": "entropy", "accuracy": "accuracy", "margin": "margin",
     "mean_reward": "score", "rewards/accuracies": "accuracy", "rewards/margins": "margin",
-    "logps/chosen": "chosen_logprobs", "logps/rejected": "rejected_logprobs", "task_loss": "task_loss", "rehearsal_loss": "rehearsal_loss",
+    "logps/chosen": "chosen_logprobs", "logps/rejected": "rejected_logprobs", "rehearsal_loss": "rehearsal_loss", "objective": "objective",
 }  # fmt: skip
 
 WATCHED = ("forgetting/", "data/")  # lines of their own, of a run that is watched (stages/training/watching.py)
@@ -102,9 +102,10 @@ class Progress(TrainerCallback):
         rate = (state.global_step - self.last_step) * self.plan.batch_size / max(now - self.last, 1e-9)
         mean = (now - self.began) / max(state.global_step - self.first_step, 1)
         self.last, self.last_step = now, state.global_step
+        general = f"  rehearsal_loss {metrics[key]:.4g}" if (key := f"{self.stage}/rehearsal_loss") in metrics else ""
         evaluated = "" if self.eval_loss is None else f"  eval_loss {self.eval_loss:.4g}"
         return (
-            f"{self.stage} {state.global_step}/{state.max_steps}  loss {metrics[f'{self.stage}/loss']:.4g}  "
+            f"{self.stage} {state.global_step}/{state.max_steps}  loss {metrics[f'{self.stage}/loss']:.4g}{general}  "
             f"lr {metrics.get('learning_rate', 0.0):.1e}{evaluated}  {rate:.1f} rows/s  "
             f"{duration(mean * (state.max_steps - state.global_step))} left"
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -18,12 +19,16 @@ from configs.schema import SFTStage, Source
 from stages import data
 from stages.data.files import read_records, suffix_of
 from stages.evaluation.likelihood import SEPARATOR
+from stages.loss.sums import TokenSums
+from stages.loss.trainer import usual
 from stages.nodes.once import once_per_node
 from stages.tokens import ModelTokens
 from stages.training.labels import IGNORED, labelled
 from stages.training.ranks import say
 
 GENERAL = "general"  # the column of a row, and the [B, T] mask of a batch: True where a token is of a general row
+TASK, REHEARSAL = "task_loss", "rehearsal_loss"  # nats per token of an optimizer step
+OF_TASK = ("mean_token_accuracy", "entropy")  # TRL's names of what is counted over the task's tokens
 SHORTEST = 8  # tokens: what is left of a document beyond whole rows is a row of its own from here on
 
 Rows = list[dict[str, Any]]
@@ -40,9 +45,9 @@ class General(NamedTuple):
     def after(self, task: Rows, *, packed: bool = False) -> Rows:
         """All rows of a run: the task's, then these, each marked as what it is; the task's alone, unmarked, where there are none of these.
 
-        `packed`: the task's rows are sequences of several rows, whose lengths they say; each of these is a sequence of its own.
+        `packed`: the task's rows are sequences of several rows, whose lengths they say; each of these is a sequence of its own. The first token of a row never counts.
         """
-        own = [row | {"seq_lengths": [len(row["input_ids"])]} for row in self.rows] if packed else self.rows
+        own = [row | {"labels": [IGNORED, *row["labels"][1:]]} | ({"seq_lengths": [len(row["input_ids"])]} if packed else {}) for row in self.rows]
         return [row | {GENERAL: False} for row in task] + [row | {GENERAL: True} for row in own] if own else task
 
 
@@ -55,8 +60,6 @@ def load(cfg: SFTStage, tokens: ModelTokens, limit: int) -> General:
     wanted = cfg.train.rehearsal
     if wanted is None:
         return General([], 0.0, 0.0, {})
-    if cfg.train.label_smoothing:
-        raise UserError("train.rehearsal gives general rows a weight of their own, which train.label_smoothing does not know: leave out one of them")
     rows = once_per_node("reading train.rehearsal.data", lambda: _read(cfg, tokens, limit), node_0_first=True)
     if not rows:
         raise UserError("train.rehearsal.data holds no row that can be trained on; give more text, or raise max_length")
@@ -148,51 +151,73 @@ def token_weights(general: torch.Tensor, counts: torch.Tensor, weight: float) ->
 
 
 class Weighing:
-    """A model whose log-probs come out weighted, as seen by a trainer's `compute_loss`; `sums` [2] keeps the unweighted losses of both kinds."""
+    """A model as a trainer's `compute_loss` sees it: losses come out weighted, and what is counted for metrics is the task's.
+
+    `sums` [2, 4]: loss in nats, tokens with the highest probability, entropy, tokens, of the task's tokens and of the general ones, without weights.
+    """
 
     def __init__(self, model: Any, general: torch.Tensor, labels: torch.Tensor, counts: torch.Tensor, weight: float) -> None:
-        self.model = model
-        self.general, self.counted = general[:, 1:], labels[:, 1:] != IGNORED
-        self.weights = token_weights(self.general, counts, weight)
-        self.sums = torch.zeros(2, dtype=torch.float64, device=labels.device)
+        self.model, self.general, self.labels = model, general, labels
+        self.weights = token_weights(general, counts, weight)
+        self.sums = torch.zeros(2, 4, dtype=torch.float64, device=labels.device)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.summed(*args, **kwargs) if kwargs.get("token_sums") else self.fused(*args, **kwargs)
+
+    def summed(self, *args: Any, **kwargs: Any) -> TokenSums:
+        """Sums of the loss in chunks (stages/loss)."""
+        found = self.model(*args, token_weights=self.weights, marks=self.general, **kwargs)
+        self.sums = found.apart
+        return TokenSums(found.loss, *found.apart[0, 1:])
+
+    def fused(self, *args: Any, **kwargs: Any) -> Any:
+        """Outputs of TRL's own loss, [B, T - 1] log-probs among them."""
         outputs = self.model(*args, **kwargs)
-        before = outputs.log_probs.shape[1] - self.weights.shape[1]  # positions of a soft prompt, which count nothing
-        own = outputs.log_probs.detach()[:, before:].double()
-        self.sums = torch.stack([-(own * (self.counted & kind)).sum() for kind in (~self.general, self.general)])
-        outputs.log_probs = outputs.log_probs * F.pad(self.weights, (before, 0), value=1.0)
+        general, counted = self.general[:, 1:], self.labels[:, 1:] != IGNORED
+        of_each = (-outputs.log_probs.detach(), outputs.is_top1, outputs.entropy.detach(), counted)
+        self.sums = torch.stack([torch.stack([value.double()[counted & kind].sum() for value in of_each]) for kind in (~general, general)])
+        outputs.log_probs = outputs.log_probs * self.weights[:, 1:]
         return outputs
 
 
-def mixing(trainer_class: Any, general: General) -> Any:
-    """A subclass of TRL's SFTTrainer whose loss weighs general rows apart, and which logs both losses: `task_loss` and `rehearsal_loss`.
+def chunked(trainer: Any) -> bool:
+    """Whether a trainer computes its loss in chunks (stages/loss/trainer.py); says why not where train.loss_chunk asks for it."""
+    if not getattr(trainer, "token_sums", False):
+        return False
+    if not usual(trainer):
+        why = "the model has a loss for its experts" if trainer.aux_loss_enabled else "rows are split over processes"
+        say(f"rehearsal: {why}, so the loss is TRL's own and not computed in chunks, which takes memory")
+    return bool(usual(trainer))
 
-    The class itself where nothing is mixed in.
+
+def mixing(trainer_class: Any, general: General, smoothing: float = 0.0) -> Any:
+    """A subclass of TRL's SFTTrainer whose loss weighs general rows apart. It logs the task's loss as `loss`, theirs as `rehearsal_loss`, and as `objective`
+    what is optimised, loss + weight * rehearsal_loss; token accuracy and entropy are the task's. The class itself where nothing is mixed in.
+
+    `smoothing`: of labels, which the loss in chunks does by itself.
     """
     if not general.rows:
         return trainer_class
 
     class Mixing(trainer_class):
         counts: torch.Tensor  # [2]: task and general tokens of this optimizer step, over all ranks
-        sums: torch.Tensor | None = None  # [2]: their losses so far in this optimizer step, of this rank
+        sums: torch.Tensor | None = None  # [2, 4]: as in Weighing, so far in this optimizer step, of this rank
 
         data_collator: Any
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             self.data_collator = Marked(self.data_collator)
+            self.in_chunks = chunked(self)
+            if smoothing and not self.in_chunks:
+                raise UserError("train.rehearsal with train.label_smoothing needs the loss in chunks (train.loss_chunk: auto; not for a mixture of experts); leave out one of them")
 
         def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
             batches, items = super().get_batch_samples(*args, **kwargs)
-            found = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-            for batch in batches:
-                marks, counted = batch[GENERAL][:, 1:].to(found.device), batch["labels"][:, 1:].to(found.device) != IGNORED
-                found += torch.stack([(counted & kind).sum() for kind in (~marks, marks)])
-            self.counts = self.accelerator.reduce(found, "sum")
+            self.counts = self.accelerator.reduce(sum((counted(batch) for batch in batches), torch.zeros(2, dtype=torch.float64)).to(self.args.device), "sum")
             return batches, items
 
         def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -201,12 +226,40 @@ def mixing(trainer_class: Any, general: General) -> Any:
                 return super().compute_loss(model, inputs, *args, **kwargs)
             seen = Weighing(model, marks, inputs["labels"], self.counts, general.weight)
             loss = super().compute_loss(seen, inputs, *args, **kwargs)
+            if not self.in_chunks:
+                for name in OF_TASK:
+                    self._metrics["train"][name].pop()  # of this micro-batch, task or not
             self.sums = seen.sums if self.sums is None else self.sums + seen.sums
             if self.accelerator.sync_gradients:
-                means = (self.accelerator.reduce(self.sums, "sum") / self.counts.clamp(min=1)).tolist()
+                keep(self._metrics["train"], self.accelerator.reduce(self.sums, "sum").tolist(), self.in_chunks)
                 self.sums = None
-                for name, value in zip(("task_loss", "rehearsal_loss"), means, strict=True):
-                    self._metrics["train"][name].append(value)
             return loss
 
+        def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+            super().log(as_shown(logs, self._metrics["train"]), *args, **kwargs)
+
     return Mixing
+
+
+def counted(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """How many of a batch's tokens the loss covers: [2], of the task and of general rows, on the CPU."""
+    marks, covered = batch[GENERAL][:, 1:], batch["labels"][:, 1:] != IGNORED
+    return torch.stack([(covered & kind).sum() for kind in (~marks, marks)]).double().cpu()
+
+
+def keep(metrics: dict[str, list[float]], sums: Sequence[Sequence[float]], in_chunks: bool) -> None:
+    """Add what an optimizer step was like to what the next log tells; `sums` as in Weighing, of all ranks. The loss in chunks keeps accuracy and entropy by itself."""
+    (task, *others, tokens), (rehearsal, _, _, theirs) = sums
+    found = {TASK: task / max(tokens, 1), REHEARSAL: rehearsal / max(theirs, 1)}
+    if not in_chunks:
+        found |= {name: value / max(tokens, 1) for name, value in zip(OF_TASK, others, strict=True)}
+    for name, value in found.items():
+        metrics[name].append(value)
+
+
+def as_shown(logs: dict[str, float], metrics: dict[str, list[float]]) -> dict[str, float]:
+    """A training log with the task's loss as its loss, which is what validation losses compare with; any other log as it is."""
+    if "loss" in logs:
+        task, rehearsal = (fmean(metrics.pop(name)) for name in (TASK, REHEARSAL))
+        logs.update({"objective": logs["loss"], "loss": task, REHEARSAL: rehearsal})
+    return logs

@@ -56,7 +56,7 @@ def test_two_processes_equal_one(place, stage):
         values = settings(place, stage, train, name=f"p{processes}", output=str(place / f"out-{stage}"), **more)
         done = run_apart(stage, values, place / f"{stage}.json", processes)
         assert done.returncode == 0, done.stderr
-        found[processes] = {key: metrics(place, stage, key) for key in ("loss", "eval_loss", "task_loss", "rehearsal_loss")}
+        found[processes] = {key: metrics(place, stage, key) for key in ("loss", "eval_loss", "objective", "rehearsal_loss", "token_accuracy")}
         found[processes] |= {key: [line[key] for line in lines_of(place, stage) if key in line] for key in FORGETTING + FOUND}
         assert done.stdout.count("published") == 1
     assert len(found[1]["loss"]) == 12

@@ -268,10 +268,18 @@ def test_two_jobs_at_once_work_in_folders_of_their_own_and_give_two_versions(pla
 
 def test_old_data_is_rehearsed_without_what_was_held_out(place):
     made, cfg = train_on("--continue", "sft/whole@1", "--data", "new.jsonl", "--as", "rehearsed", "--rehearse", "0.25", *MORE)
-    assert ([source.path for source in cfg.train.rehearsal.data], cfg.train.rehearsal.share) == ([str(place / "sft.jsonl")], 0.25)
+    assert ([source.path for source in cfg.train.rehearsal.data], cfg.train.rehearsal.share, cfg.train.rehearsal.weight) == ([str(place / "sft.jsonl")], 0.25, 0.3)
     rows = Registry("registry").resolve("sft/whole@1").info("data")["rows"]
     assert made.info("data")["rehearsal"]["rows"] == rows["train"] < 60
     assert made.info("data")["rows"]["train"] == 51
+
+
+def test_the_weight_of_what_is_rehearsed_is_that_of_the_file_or_the_command_line(place):
+    (place / "weight.yaml").write_text("train: {rehearsal: {data: other.txt, weight: 0.6}}\n")
+    words = ("--continue", "sft/whole@1", "--data", "new.jsonl", "--rehearse", "0.25", "--config", "weight.yaml")
+    for more, weight in (((), 0.6), (("train.rehearsal.weight=0.9",), 0.9)):
+        found = continuing.resolve(asked(*words, *more)).train.rehearsal
+        assert ([source.path for source in found.data], found.share, found.weight) == ([str(place / "sft.jsonl")], 0.25, weight)
 
 
 def test_keys_of_a_file_and_of_the_command_line_win(place):

@@ -160,30 +160,35 @@ def mixed(place, name, train=None, **changes):
 def test_cutting_the_batch_differently_changes_nothing_and_the_loss_is_both_means(place):
     cuts = [mixed(place, f"mix{size}", {"micro_batch_size": size}) for size in (8, 2)]
     for line, other in zip(*cuts, strict=True):
-        assert line["sft/loss"] == pytest.approx(line["sft/task_loss"] + 0.5 * line["sft/rehearsal_loss"], rel=1e-5)
-        for key in ("sft/loss", "sft/task_loss", "sft/rehearsal_loss"):
+        assert line["sft/objective"] == pytest.approx(line["sft/loss"] + 0.5 * line["sft/rehearsal_loss"], rel=1e-5)
+        for key in ("sft/objective", "sft/loss", "sft/rehearsal_loss", "sft/token_accuracy", "sft/entropy"):
             assert other[key] == pytest.approx(line[key], rel=1e-5)
     data = Registry(place / "registry").resolve("sft/mix8").info("data")
     assert data["rehearsal"]["fingerprint"] == data["parts"]["rehearsal"]
 
 
-def test_the_first_task_loss_is_that_of_the_same_rows_alone(place):
-    """6 of 8 rows per step are the task's: a run without rehearsal and a batch of 6 begins with the same rows."""
+def test_the_first_task_loss_is_that_of_the_same_rows_alone(place, capsys):
+    """6 of 8 rows per step are the task's: a run without rehearsal and a batch of 6 begins with the same rows. It is what the line shows as the loss."""
     alone = settings(place, "sft", {"max_steps": 1, "batch_size": 6, "micro_batch_size": 2}, name="alone", output=str(place / "out-alone"))
     run("sft", alone)
     first = next(line for line in lines_of(place, "alone") if "sft/loss" in line)
-    assert mixed(place, "mixed", {"max_steps": 1, "micro_batch_size": 4})[0]["sft/task_loss"] == pytest.approx(first["sft/loss"], rel=1e-5)
+    capsys.readouterr()
+    for chunk in ("auto", None):
+        line = mixed(place, f"mixed-{chunk}".lower(), {"max_steps": 1, "micro_batch_size": 4, "loss_chunk": chunk})[0]
+        for key in ("sft/loss", "sft/token_accuracy", "sft/entropy"):
+            assert line[key] == pytest.approx(first[key], rel=1e-5), "the task's, whatever the general text is like"
+        assert f"sft 1/1  loss {first['sft/loss']:.4g}  rehearsal_loss {line['sft/rehearsal_loss']:.4g}  lr" in capsys.readouterr().out
 
 
 def test_packed_rows_and_adapters_rehearse_too(place):
     packed = mixed(place, "packed", {"batch_size": 4, "micro_batch_size": 2, "max_steps": 2}, packing=True, lora={"rank": 2})
-    assert all(line["sft/loss"] == pytest.approx(line["sft/task_loss"] + 0.5 * line["sft/rehearsal_loss"], rel=1e-5) for line in packed)
+    assert all(line["sft/objective"] == pytest.approx(line["sft/loss"] + 0.5 * line["sft/rehearsal_loss"], rel=1e-5) for line in packed)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train": {"label_smoothing": 0.1}}, "train.label_smoothing does not know: leave out one of them"),
+        ({"train": {"label_smoothing": 0.1, "loss_chunk": None}}, "train.rehearsal with train.label_smoothing needs the loss in chunks"),
         ({"health": {"plain_text": "no-such.txt"}}, "plain_text no-such.txt: cannot be read"),
     ],
 )

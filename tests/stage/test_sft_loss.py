@@ -7,14 +7,16 @@ import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from configs.errors import UserError
 from stages.loss.model import add_token_sums
-from stages.training import packing, resume
+from stages.training import packing, rehearsal, resume
 from tests.stage.runs import metrics, run, run_until, settings, weights, workspace
 from tests.stage.test_sft import encoded
-from tests.unit.test_loss import tiny
+from tests.tiny import tiny_model
+from tests.unit.test_loss import Largest, tiny
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +100,7 @@ def test_label_smoothing_is_the_one_that_is_added_to_trls_loss(place, monkeypatc
     assert_same(gradients_of(place, monkeypatch, train=train | {"loss_chunk": 5}, name="smooth"), gradients_of(place, monkeypatch, train=train | {"loss_chunk": None}, name="smooth-trl"))
 
 
-def test_label_smoothing_of_a_mixture_of_experts(tmp_path):
+def test_label_smoothing_of_a_mixture_of_experts(tmp_path, capsys):
     """Its loss has a part for the balance of experts and so is TRL's, whatever loss_chunk says: smoothing is added to it."""
     from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
@@ -108,11 +110,70 @@ def test_label_smoothing_of_a_mixture_of_experts(tmp_path):
     config = Qwen2MoeConfig(**sizes, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, vocab_size=259, pad_token_id=256, eos_token_id=258, initializer_range=0.3)
     Qwen2MoeForCausalLM(config).save_pretrained(place / "base")
     found = {}
-    for name, train in {"auto": {"label_smoothing": 0.3}, "null": {"label_smoothing": 0.3, "loss_chunk": None}, "plain": {}}.items():
+    rehearsed = {"rehearsal": {"data": str(place / "sft.jsonl")}}
+    for name, train in {"auto": {"label_smoothing": 0.3}, "null": {"label_smoothing": 0.3, "loss_chunk": None}, "plain": {}, "rehearsed": rehearsed}.items():
         run("sft", settings(place, "sft", {"max_steps": 1} | train, name=name))
         found[name] = metrics(place, "sft", "loss")[0]
+    assert "rehearsal: the model has a loss for its experts, so the loss is TRL's own and not computed in chunks" in capsys.readouterr().out
     assert found["auto"] == pytest.approx(found["null"], rel=1e-6)
     assert abs(found["auto"] - found["plain"]) > 1e-3
+
+
+# -- rehearsal
+
+
+def with_rehearsal(place, monkeypatch, name, train, **changes):
+    """(objective of the first optimizer step, gradients), and the micro-batches that it was made of."""
+    (place / "general.txt").write_text("the cat sat on the mat and the dog ran to the door\n" * 12)
+    batches, collate = [], rehearsal.Marked.__call__
+
+    def watched(self, rows):
+        batches.append(collate(self, rows))
+        return dict(batches[-1])
+
+    train = {"max_steps": 1, "max_grad_norm": 1e9, "rehearsal": {"data": str(place / "general.txt"), "share": 0.3, "tokens": 24, "weight": 0.7}} | train
+    with monkeypatch.context() as patch:
+        patch.setattr(rehearsal.Marked, "__call__", watched)
+        _, gradients = gradients_of(place, monkeypatch, train=train, name=name, **changes)
+    return (metrics(place, "sft", "objective")[0], gradients), [batch for batch in batches if "general" in batch]
+
+
+@pytest.mark.parametrize(
+    ("train", "changes"),
+    [
+        ({"loss_chunk": 7, "micro_batch_size": 2}, {}), ({"loss_chunk": 7, "micro_batch_size": 8, "label_smoothing": 0.1}, {}), ({"loss_chunk": None, "micro_batch_size": 4}, {}),
+        ({"micro_batch_size": 2, "label_smoothing": 0.2}, {"packing": True}),
+    ],
+)  # fmt: skip
+def test_rehearsal_is_the_tasks_mean_and_its_weight_times_the_general_rows_from_whole_logits(place, monkeypatch, train, changes):
+    """In chunks and as TRL computes it, cut in one to four micro-batches, padded and packed, labels smoothed."""
+    found, batches = with_rehearsal(place, monkeypatch, "rehearsed", train, **changes)
+    model = AutoModelForCausalLM.from_pretrained(place / "base")
+    losses = {False: [], True: []}
+    for batch in batches:
+        inputs = {key: value for key, value in batch.items() if key not in ("labels", "general")}
+        logits, labels = model(**inputs, use_cache=False).logits[:, :-1].transpose(1, 2), batch["labels"][:, 1:]
+        each = F.cross_entropy(logits.double(), labels, reduction="none", label_smoothing=train.get("label_smoothing", 0.0))
+        for kind in losses:
+            losses[kind].append(each[(labels != -100) & (batch["general"][:, 1:] == kind)])
+    wanted = torch.cat(losses[False]).mean() + 0.7 * torch.cat(losses[True]).mean()
+    wanted.backward()
+    assert_same(found, (wanted.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+
+
+def test_rehearsal_holds_no_logits_of_a_batch(place, monkeypatch):
+    """4,000 words, 8 wide, some 300 tokens under the loss: in chunks of 7 tokens nothing has the size of the logits of 20; TRL's loss has a tile of all tokens."""
+    tiny_model(place / "wide", hidden=8, layers=1, vocabulary=4000)
+    largest, train = [], resume.train
+
+    def measured(trainer, *arguments):
+        with Largest() as seen:
+            train(trainer, *arguments)
+        largest.append(seen.elements)
+
+    monkeypatch.setattr(resume, "train", measured)
+    with_rehearsal(place, monkeypatch, "wide", {"loss_chunk": 7, "micro_batch_size": 8}, init_from=str(place / "wide"))
+    assert largest[0] < 20 * 4000
 
 
 # -- packing

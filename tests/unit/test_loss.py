@@ -53,9 +53,43 @@ def test_sums_and_gradients_are_those_of_whole_logits(rows, bias, scale, cap, sm
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     other = sums.module_sums(states, ids, logits_of, list(head.parameters()), rows=rows, smoothing=smoothing)
-    torch.testing.assert_close(torch.stack(other).detach(), torch.stack(found).detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(torch.stack(other[:4]).detach(), torch.stack(found[:4]).detach(), rtol=1e-12, atol=0)
     for mine, theirs in zip(torch.autograd.grad(other.loss * 0.3, parameters), wanted, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-13)
+
+
+def weighting(dtype=torch.float64):
+    """A weight for each of N tokens, one of them 0, and a mark on every third."""
+    weights = torch.rand(N, dtype=dtype, generator=torch.Generator().manual_seed(3)) * 4
+    weights[7] = 0
+    return sums.Weighting(weights, torch.arange(N) % 3 == 0)
+
+
+@pytest.mark.parametrize("way", ["linear", "module", "whole"])
+@pytest.mark.parametrize(("rows", "cap", "smoothing"), [(1, None, 0.0), (5, 2.0, 0.1), (100, None, 0.3)])
+def test_weighted_tokens_have_the_loss_and_gradients_of_whole_logits_and_sums_apart_without_weights(way, rows, cap, smoothing):
+    states, head, ids = draws(torch.float64, True)
+    parameters, asked = [states, *head.parameters()], weighting()
+
+    def logits_of(part):
+        return head(part) if cap is None else cap * torch.tanh(head(part) / cap)
+
+    losses = F.cross_entropy(logits_of(states), ids, reduction="none", label_smoothing=smoothing)
+    wanted = torch.autograd.grad((losses * asked.weights).sum() * 0.3, parameters)
+    if way == "linear":
+        found = sums.linear_sums(states, ids, head, cap=cap, rows=rows, smoothing=smoothing, weighting=asked)
+    elif way == "module":
+        found = sums.module_sums(states, ids, logits_of, list(head.parameters()), rows=rows, smoothing=smoothing, weighting=asked)
+    else:
+        found = sums.whole_sums(logits_of(states), ids, smoothing, asked)
+    assert found.loss.item() == pytest.approx((losses * asked.weights).sum().item(), rel=1e-12)
+    for mine, theirs in zip(torch.autograd.grad(found.loss * 0.3, parameters), wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-13)
+    assert not found.apart.requires_grad
+    for kind, part in zip((~asked.marks, asked.marks), found.apart, strict=True):
+        _, correct, entropy = by_hand(states[kind], head.weight, head.bias, ids[kind], 1.0, cap, smoothing)
+        assert part.tolist() == pytest.approx([losses[kind].sum().item(), correct.item(), entropy.item(), kind.sum().item()], rel=1e-12)
+    assert torch.stack(found[1:4]).tolist() == pytest.approx(found.apart[:, 1:].sum(0).tolist()), "all of them, marked or not"
 
 
 def test_two_tokens_by_hand():
@@ -97,7 +131,8 @@ def test_in_bf16_the_head_is_bf16_and_the_softmax_is_not(autocast):
 def test_no_token_counts():
     states, head, ids = draws(torch.float32, True)
     found = sums.linear_sums(states[:0], ids[:0], head)
-    assert torch.stack(found).tolist() == [0, 0, 0, 0]
+    assert torch.stack(found[:4]).tolist() == [0, 0, 0, 0]
+    assert found.apart is None
     assert all(g.eq(0).all() for g in torch.autograd.grad(found.loss, [states, head.weight]))
 
 
@@ -116,11 +151,13 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("as_module", [False, True])
-def test_no_tensor_is_larger_than_a_chunk_of_logits_or_the_head(frozen, as_module):
+@pytest.mark.parametrize("weighted", [False, True])
+def test_no_tensor_is_larger_than_a_chunk_of_logits_or_the_head(frozen, as_module, weighted):
     states, head = torch.randn(200, 8, requires_grad=True), nn.Linear(8, 300, bias=False).requires_grad_(not frozen)
     ids, trained = torch.randint(300, (200,)), [] if frozen else [head.weight]
+    how = sums.Weighting(torch.rand(200), torch.rand(200) < 0.5) if weighted else None
     with Largest() as seen:
-        found = sums.module_sums(states, ids, head, trained, rows=10) if as_module else sums.linear_sums(states, ids, head, rows=10)
+        found = sums.module_sums(states, ids, head, trained, rows=10, weighting=how) if as_module else sums.linear_sums(states, ids, head, rows=10, weighting=how)
         found.loss.backward()
     assert seen.elements <= max(16 * 300, 200 * 8)  # 10 rows, or 16 where oneDNN wants them
     with Largest() as seen:

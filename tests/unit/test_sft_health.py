@@ -87,9 +87,10 @@ def test_overfitting_needs_a_gap():
 
 
 def test_the_task_is_what_overfits_where_general_text_is_mixed_in():
-    lines = evaluated([2.0, 2.1, 2.2, 2.3], trained=(5.0, 5.1, 5.2, 5.3))
-    for line, loss in zip([line for line in lines if "loss" in line], (2.0, 1.5, 1.0, 0.5), strict=True):
-        line["task_loss"] = loss
+    """What is optimised rises, of which the task's loss is a part."""
+    lines = evaluated([2.0, 2.1, 2.2, 2.3])
+    for line, objective in zip([line for line in lines if "loss" in line], (5.0, 5.1, 5.2, 5.3), strict=True):
+        line["objective"] = objective
     assert names(lines) == ["overfitting"]
 
 
