@@ -39,8 +39,9 @@ class RolloutEngine(Strict):
     )  # fmt: skip
     old_logprobs: Literal["auto", "sampler", "forward"] = Field(
         default="auto",
-        description="Log-probs that the update starts from. sampler: the engine's, checked against the first training forward of every iteration; forward: one more forward pass "
-        "over each rollout; auto: the sampler's with kind native in fp32, where both are one arithmetic, else forward.",
+        description="Log-probs that the update starts from. sampler: the engine's, where they are those of a training forward in every iteration, else that one's "
+        "(compared over the rows of its first optimizer step, drawn anew each time, with kind native in fp32; over the whole rollout with the others); forward: one more "
+        "forward pass over each rollout; auto: the sampler's with kind native in fp32, where both are one arithmetic, else forward.",
     )  # fmt: skip
     static_cache: bool = Field(default=False, description="generate: a key-value cache of fixed size instead of one that grows.")
     gather: Literal["rollout", "layer"] = Field(

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from configs.schema.common import PositiveInt, Sources, Split, Strict
 from configs.schema.ppo import Sampling
-from configs.schema.scorers import ScorerSpec
+from configs.schema.scorers import Scorers
 
 
 class EvalSettings(Strict):
@@ -17,7 +17,7 @@ class EvalSettings(Strict):
 
     prompts: Sources = Field(description="Prompts to complete.")
     subset: Literal["test", "validation", "all"] = Field(default="test", description="Which part of the split is used.")
-    scorers: list[ScorerSpec] = Field(min_length=1, description="What scores a completion; never the one a policy was trained on, if you can help it.")
+    scorers: Scorers = Field(description="What scores a completion; never the one a policy was trained on, if you can help it.")
     max_prompts: PositiveInt | None = Field(default=None, description="Use the first so many prompts of the subset.")
     samples_per_prompt: PositiveInt = Field(default=1, description="Completions per prompt.")
     sampling: Sampling = Field(default_factory=Sampling, description="How completions are sampled.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from configs.schema.common import Fraction, PositiveInt, Sources, Strict
-from configs.schema.scorers import ScorerSpec
+from configs.schema.scorers import Scorers
 
 
 class Evaluation(Strict):
@@ -19,8 +19,8 @@ class Evaluation(Strict):
     )
     max_prompts: PositiveInt | None = Field(default=64, description="Use the first so many prompts.")
     samples_per_prompt: PositiveInt = Field(default=4, description="Completions per prompt.")
-    scorers: list[ScorerSpec] | None = Field(
-        default=None, min_length=1,
+    scorers: Scorers | None = Field(
+        default=None,
         description="Held-out scorers, which PPO does not train on: a second reward model or a function. Null scores with the training scorers alone.",
     )  # fmt: skip
     metric: str = Field(

@@ -12,7 +12,7 @@ from configs.schema.engines import EngineChoice, RolloutEngine
 from configs.schema.guard import Guard
 from configs.schema.health import Health
 from configs.schema.monitoring import Evaluation, Stopping
-from configs.schema.scorers import ScorerSpec
+from configs.schema.scorers import Scorers
 
 
 class AdaptiveKL(Strict):
@@ -71,7 +71,7 @@ class PPOStage(StageConfig):
     )
     prompts: Sources = Field(description="Prompts that completions are sampled for.")
     reference: str | None = Field(default=None, description="Frozen model of the KL penalty; null is init_from.")
-    scorers: list[ScorerSpec] = Field(min_length=1, description="What scores a completion; several are summed by weight. In a chain with a `reward` section: its model.")
+    scorers: Scorers = Field(description="What scores a completion; several are summed by weight. In a chain with a `reward` section: its model.")
     lora: Lora | None = Field(default=None, description="Adapters on one shared backbone; null is full training.")
     quantization: Literal["nf4"] | None = Field(
         default=None, description="nf4: the shared backbone in 4 bits under its adapters (QLoRA; NVIDIA GPU, extra `quantization`); null keeps its weights as they are."
@@ -156,6 +156,8 @@ class PPOStage(StageConfig):
             raise ValueError(f"train.rollout_batch_size {self.train.rollout_batch_size} is not a multiple of train.num_minibatches {self.train.num_minibatches}")
         if self.train.warmup_iterations >= self.train.iterations:
             raise ValueError(f"train.warmup_iterations {self.train.warmup_iterations} must be below train.iterations {self.train.iterations}, or no iteration has the peak learning rate")
+        if self.train.value_warmup_iterations >= self.train.iterations:
+            raise ValueError(f"train.value_warmup_iterations {self.train.value_warmup_iterations} must be below train.iterations {self.train.iterations}, or the policy learns in none of them")
         return self
 
     def _refuse_variants(self, lora: Lora) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from configs.schema.common import Strict
 
@@ -92,6 +92,16 @@ class PythonScorer(_Weighted):
 ScorerSpec = Annotated[
     ModelScorer | EnsembleScorer | LengthScorer | RepetitionScorer | RegexScorer | KeywordScorer | PythonScorer, Field(discriminator="kind")
 ]
+
+
+def _some_weight(scorers: Sequence[Any]) -> Sequence[Any]:
+    """Refuse scorers that add up to nothing."""
+    if not any(scorer.weight for scorer in scorers):
+        raise ValueError(f"the weight of {'the scorer is' if len(scorers) == 1 else f'each of the {len(scorers)} scorers is'} 0, so every completion would score 0; give at least one another weight")
+    return scorers
+
+
+Scorers = Annotated[list[ScorerSpec], Field(min_length=1), AfterValidator(_some_weight)]
 
 
 def reward_models(scorers: Sequence[Any]) -> list[str]:

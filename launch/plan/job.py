@@ -35,6 +35,8 @@ class Job:
     own_reference: bool = True  # DPO and PPO: a reference that is a model of its own
     reward_models: tuple[Any, ...] = ()  # PPO: configs of the reward models that are models of their own
     reward_adapters: tuple[Lora, ...] = ()  # PPO: reward models that are adapters on the shared backbone; the value adapter starts as a copy of the first
+    heldout_models: tuple[Any, ...] = ()  # PPO: the same of the scorers that evaluations alone use
+    heldout_adapters: tuple[Lora, ...] = ()
     offload_frozen: bool = False
     quantized: bool = False  # PPO: the shared backbone in 4 bits
     ema: bool = False
@@ -64,7 +66,8 @@ class Job:
 
     def with_layers(self, layers: int) -> Job:
         """The same job with models of `layers` layers."""
-        return replace(self, config=shortened(self.config, layers), reward_models=tuple(shortened(c, layers) for c in self.reward_models))
+        rewards, heldout = (tuple(shortened(c, layers) for c in found) for found in (self.reward_models, self.heldout_models))
+        return replace(self, config=shortened(self.config, layers), reward_models=rewards, heldout_models=heldout)
 
 
 def shortened(config: Any, layers: int) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,27 +76,29 @@ def _ppo(cfg: Any, layout: Layout, sources: Sources, chain: Any, tokens: Any, li
     rows = rows_of("ppo", cfg, tokens, limit - new)
     share = train.rollout_batch_size // layout.processes
     per_step = share // train.num_minibatches
-    reward_adapters, reward_models = _reward_models(cfg, sources, chain)
+    reward_adapters, reward_models = _reward_models(cfg, cfg.scorers, sources, chain)
+    heldout = _reward_models(cfg, (cfg.evaluation.scorers if cfg.evaluation is not None else None) or [], sources, chain)
     job = Job(
         "ppo", micro_batch=min(train.micro_batch_size, per_step), accumulation=math.ceil(per_step / train.micro_batch_size),
         row_tokens=rows.longest + new, prompt_tokens=rows.longest, completion_tokens=new,
         generate_batch=min(cfg.sampling.generate_batch_size, share), rollout_rows=train.rollout_batch_size, evaluates=cfg.evaluation is not None,
         value_function="adapter" if cfg.lora else ("head" if cfg.value_function == "head" else "copy"),
         own_reference=cfg.lora is None or (cfg.reference is not None and cfg.reference != cfg.init_from), reward_models=reward_models,
-        reward_adapters=reward_adapters, offload_frozen=cfg.offload_frozen, quantized=cfg.quantization is not None, ema=cfg.ema_decay is not None,
+        reward_adapters=tuple(reward_adapters.values()), heldout_models=heldout[1],
+        heldout_adapters=tuple(lora for name, lora in heldout[0].items() if name not in reward_adapters), offload_frozen=cfg.offload_frozen, quantized=cfg.quantization is not None, ema=cfg.ema_decay is not None,
         gathers_once=getattr(cfg.engine, "gather", "layer") != "layer", **shared,
     )  # fmt: skip
     return Work("ppo", cfg, job, rows, train.iterations, train.rollout_batch_size * (rows.mean + new))
 
 
-def _reward_models(cfg: Any, sources: Sources, chain: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """(shapes of the reward adapters that share the backbone, configs of reward models that are models of their own).
+def _reward_models(cfg: Any, scorers: Sequence[Any], sources: Sources, chain: Any) -> tuple[dict[str, Lora], tuple[Any, ...]]:
+    """(shapes of the reward adapters that share the backbone, by name; configs of reward models that are models of their own).
 
     An adapter shares it that was trained on the weights which the policy starts from; one on others is merged into a base of its own.
     """
     own: list[Any] = []
-    shared: list[Any] = []
-    for name in reward_model_names(cfg.scorers):
+    shared: dict[str, Lora] = {}
+    for name in reward_model_names(scorers):
         step = made_by(chain, name) if getattr(chain, "reward", None) is not None else None
         if step is not None:
             section = sections(chain)[step]
@@ -105,10 +108,10 @@ def _reward_models(cfg: Any, sources: Sources, chain: Any) -> tuple[tuple[Any, .
             lora, start = sources.adapter(name, cfg.registry), name
             fits = lora is not None and sources.lies_on(name, cfg.init_from, cfg.registry)
         if cfg.lora is not None and lora is not None and fits:
-            shared.append(lora)
+            shared[name] = lora
         else:
             own.append(sources.config(start, cfg.registry))
-    return tuple(shared), tuple(own)
+    return shared, tuple(own)
 
 
 def planned_lora(stage: str, cfg: Any, sources: Sources) -> Lora | None:

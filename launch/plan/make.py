@@ -63,7 +63,7 @@ def knobs_of(planned: Planned) -> tuple[tuple[str, int], ...]:
     if layout.zero and not layout.offload_optimizer:
         name = "zero3_offload" if layout.zero == 3 else "zero2_offload"
         tries[f"machine={name}"] = (job, replace(layout, machine=name, offload_optimizer=True, offload_parameters=layout.zero == 3))
-    if job.stage == "ppo" and not job.offload_frozen and (job.own_reference or job.reward_models) and layout.device.gpu and layout.zero < 3:
+    if job.stage == "ppo" and not job.offload_frozen and (job.own_reference or job.reward_models or job.heldout_models) and layout.device.gpu and layout.zero < 3:
         tries["offload_frozen=true"] = (replace(job, offload_frozen=True), layout)
     if job.stage == "ppo" and job.generate_batch > 1 and now.where.startswith("rollout"):
         tries[f"sampling.generate_batch_size={job.generate_batch // 2}"] = (replace(job, generate_batch=job.generate_batch // 2), layout)

@@ -145,8 +145,8 @@ def _one_backbone(job: Job, cfg: PPOStage, running: Allocations) -> tuple[Watche
 
     assert job.lora is not None
     peft_model = blueprint.adapted(blueprint.policy(job), job, "CAUSAL_LM", name=POLICY)
-    rewards = {f"{REWARD}_{number}" if number else REWARD: lora for number, lora in enumerate(job.reward_adapters)}
-    for name, lora in {VALUE: next(iter(rewards.values()), job.lora), **rewards}.items():
+    rewards = {f"{REWARD}_{number}" if number else REWARD: lora for number, lora in enumerate(job.reward_adapters + job.heldout_adapters)}
+    for name, lora in {VALUE: next(iter(job.reward_adapters), job.lora), **rewards}.items():
         peft_model.add_adapter(name, lora_config(lora, "CAUSAL_LM"))
     backbone = peft_model.get_base_model()
     if job.bf16:
@@ -181,7 +181,7 @@ def _head(model: Any) -> nn.Linear:
 def _reward_models(job: Job, running: Allocations) -> list[Any]:
     """(model, head, context of its use) of each reward model of its own."""
     found = []
-    for config in job.reward_models:
+    for config in job.reward_models + job.heldout_models:
         frozen = Frozen(job, running, blueprint.scorer(job, config=config), "reward model")
         found.append((frozen.model, None, frozen.used))
     return found

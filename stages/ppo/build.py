@@ -96,7 +96,7 @@ def build_models(cfg: PPOStage, origin: models.Origin, tokens: ModelTokens, devi
     refuse_other_tokens(tokens, reference_origin, cfg)
     parents = [origin.parent("init_from"), reference_origin.parent("reference")]
     built = (_one_backbone if cfg.lora else _separate)(cfg, origin, reference_origin, policy, tokens, place, parents)
-    built.origin, built.heldout_scorer = origin, _heldout_scorer(cfg, place, parents)
+    built.origin = origin
     if place.computes_plainly(cfg):
         use_onednn(built.trained, built.reference.model)
     if not place.splits:
@@ -104,11 +104,14 @@ def build_models(cfg: PPOStage, origin: models.Origin, tokens: ModelTokens, devi
     return built
 
 
-def _heldout_scorer(cfg: PPOStage, place: Place, parents: list[Parent]) -> WeightedSum | None:
-    """The scorers that only evaluations use; a reward model among them is a model of its own."""
-    if cfg.evaluation is None or cfg.evaluation.scorers is None:
-        return None
-    return build_scorers(cfg.evaluation.scorers, _loader(cfg, parents, lambda o: _frozen_scorer(o, cfg, place), role="heldout_scorer"))
+def _heldout_scorer(cfg: PPOStage, parents: list[Parent], load: Callable[[models.Origin], RewardModelScorer]) -> WeightedSum | None:
+    """The scorers that only evaluations use, their reward models as `load` gives them."""
+    heldout = _heldout(cfg)
+    return build_scorers(heldout, _loader(cfg, parents, load, role="heldout_scorer")) if heldout else None
+
+
+def _heldout(cfg: PPOStage) -> list[Any]:
+    return (cfg.evaluation.scorers if cfg.evaluation is not None else None) or []
 
 
 def check_reproducible(trained: PolicyAndValue, cfg: PPOStage, device: torch.device) -> None:
@@ -132,11 +135,12 @@ def _separate(
     width = policy.get_input_embeddings().weight.shape[1]
     split(policy, place.zero)
     reference = _frozen_reference(cfg, reference_origin, tokens, place)
-    scorer = build_scorers(cfg.scorers, _loader(cfg, parents, lambda o: _frozen_scorer(o, cfg, place)))
+    load = partial(_frozen_scorer, cfg=cfg, place=place)
+    scorer = build_scorers(cfg.scorers, _loader(cfg, parents, load))
     trunk, head = (None, _fresh_head(width, cfg, zero=True)) if cfg.value_function == "head" else _value_copy(cfg, origin, parents, tokens)
     _checkpoint_layers(cfg, policy, trunk)
     module = place.put(PolicyAndValue(policy, trunk, head, temperature=cfg.sampling.temperature))
-    return PPOModels(module, reference, scorer, policy, None, parents)
+    return PPOModels(module, reference, scorer, policy, None, parents, _heldout_scorer(cfg, parents, load))
 
 
 def _checkpoint_layers(cfg: PPOStage, *trunks: Any) -> None:
@@ -261,7 +265,7 @@ class AdapterScorer(RewardModelScorer):
 def _one_backbone(
     cfg: PPOStage, origin: models.Origin, reference_origin: models.Origin, policy: Any, tokens: ModelTokens, place: Place, parents: list[Parent]
 ) -> PPOModels:
-    """Adapters: policy, value function and (where it was trained on the same base) reward model on one copy of the weights."""
+    """Adapters: policy, value function and (where they were trained on the same base) reward models, held-out ones too, on one copy of the weights."""
     from peft import get_peft_model
 
     assert cfg.lora is not None
@@ -270,7 +274,8 @@ def _one_backbone(
         quantized.quantize(policy, place.device, _compute_dtype(cfg) or torch.float32)
     torch.manual_seed(cfg.seed)
     peft_model = get_peft_model(policy, lora_config(cfg.lora, "CAUSAL_LM"), adapter_name=POLICY)
-    value_head, adapters = _add_adapters(peft_model, cfg, [o for o in _reward_origins(cfg) if _is_on(o, origin, tokens)])
+    rewards, heldout_rewards = ([o for o in _reward_origins(cfg, scorers) if _is_on(o, origin, tokens)] for scorers in (cfg.scorers, _heldout(cfg)))
+    value_head, adapters = _add_adapters(peft_model, cfg, rewards, heldout_rewards)
     backbone = peft_model.get_base_model()
     store_linear_weights(backbone, models.weights_dtype(cfg.train.precision, frozen=True))
     if not place.splits:
@@ -292,12 +297,12 @@ def _one_backbone(
             autocast=_compute_dtype(cfg), widen=partial(widened, model=backbone),
         )  # fmt: skip
 
-    scorer = build_scorers(cfg.scorers, _loader(cfg, parents, load))
+    scorer, heldout = build_scorers(cfg.scorers, _loader(cfg, parents, load)), _heldout_scorer(cfg, parents, load)
     if reference_origin.identity == origin.identity:
         reference = Reference(backbone, temperature=cfg.sampling.temperature, switch=switch)
     else:
         reference = _frozen_reference(cfg, reference_origin, tokens, place)
-    return PPOModels(trained, reference, scorer, peft_model, origin, parents)
+    return PPOModels(trained, reference, scorer, peft_model, origin, parents, heldout)
 
 
 class RewardAdapter(NamedTuple):
@@ -307,19 +312,21 @@ class RewardAdapter(NamedTuple):
     head: nn.Linear
 
 
-def _add_adapters(peft_model: Any, cfg: PPOStage, rewards: list[models.Origin]) -> tuple[nn.Linear, dict[str, RewardAdapter]]:
-    """Put the value adapter and those of `rewards` on the backbone: the value head, and the reward adapters by their model's identity.
+def _add_adapters(
+    peft_model: Any, cfg: PPOStage, rewards: list[models.Origin], heldout: list[models.Origin]
+) -> tuple[nn.Linear, dict[str, RewardAdapter]]:  # fmt: skip
+    """Put the value adapter and those of `rewards` and `heldout` on the backbone: the value head, and the reward adapters by their model's identity.
 
-    The value adapter starts as the first of them.
+    The value adapter starts as the first of `rewards`; what evaluations hold out takes no part in training.
     """
     assert cfg.lora is not None
-    in_place = {o.identity: o for o in rewards}
-    if not in_place:
+    if rewards:
+        value_head = _value_head(cfg, rewards[0], add_reward_adapter(peft_model, rewards[0], VALUE))
+    else:
         peft_model.add_adapter(VALUE, lora_config(cfg.lora, "CAUSAL_LM"))
-        return _fresh_head(peft_model.get_base_model().get_input_embeddings().weight.shape[1], cfg, zero=True), {}
-    first = next(iter(in_place.values()))
-    value_head = _value_head(cfg, first, add_reward_adapter(peft_model, first, VALUE))
-    names = [REWARD, *(f"{REWARD}_{number}" for number in range(2, len(in_place) + 1))]
+        value_head = _fresh_head(peft_model.get_base_model().get_input_embeddings().weight.shape[1], cfg, zero=True)
+    in_place = {o.identity: o for o in [*rewards, *heldout]}
+    names = [f"{REWARD}_{number}" if number > 1 else REWARD for number in range(1, len(in_place) + 1)]
     placed = zip(names, in_place.items(), strict=True)
     return value_head, {identity: RewardAdapter(name, add_reward_adapter(peft_model, origin, name)) for name, (identity, origin) in placed}
 
@@ -332,13 +339,11 @@ def find_reference(cfg: PPOStage, origin: models.Origin) -> models.Origin:
 def find_all(cfg: PPOStage, origin: models.Origin) -> list[models.Origin]:
     """Every model that a run starts from, `origin` first."""
     value = [_reward_origin(cfg, cfg.value_init)] if cfg.value_init else []
-    heldout = (cfg.evaluation.scorers if cfg.evaluation else None) or []
-    heldout_origins = [_reward_origin(cfg, name) for name in reward_models(heldout)]
-    return [origin, find_reference(cfg, origin), *_reward_origins(cfg), *value, *heldout_origins]
+    return [origin, find_reference(cfg, origin), *_reward_origins(cfg, cfg.scorers), *value, *_reward_origins(cfg, _heldout(cfg))]
 
 
-def _reward_origins(cfg: PPOStage) -> list[models.Origin]:
-    return [_reward_origin(cfg, name) for name in reward_models(cfg.scorers)]
+def _reward_origins(cfg: PPOStage, scorers: Sequence[Any]) -> list[models.Origin]:
+    return [_reward_origin(cfg, name) for name in reward_models(scorers)]
 
 
 def _reward_origin(cfg: PPOStage, asked: str) -> models.Origin:

@@ -98,10 +98,21 @@ def _parts(scores: Scores, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def starts_from_sampler(cfg: PPOStage) -> bool:
-    """Whether the sampler's log-probs are the old ones: an update's first forward pass shows whether they are those of a training forward."""
-    if cfg.engine.old_logprobs == "auto":
-        return cfg.engine.kind == "native" and not uses_bf16(cfg.train.precision)
-    return cfg.engine.old_logprobs == "sampler"
+    """Whether the sampler's log-probs are the old ones, if they are those of a training forward."""
+    return _one_arithmetic(cfg) if cfg.engine.old_logprobs == "auto" else cfg.engine.old_logprobs == "sampler"
+
+
+def compares_all(cfg: PPOStage) -> bool:
+    """Whether that is seen from a forward pass over the whole rollout, before the update: nothing but this comparison guards against what another engine does.
+
+    An update's own first forward pass compares what its first step is of, for nothing: the whole rollout where there is one minibatch. Where sampler and
+    update are one code in one arithmetic the rows of a first minibatch, drawn anew in every iteration, are sample enough.
+    """
+    return starts_from_sampler(cfg) and cfg.train.num_minibatches > 1 and not _one_arithmetic(cfg)
+
+
+def _one_arithmetic(cfg: PPOStage) -> bool:
+    return cfg.engine.kind == "native" and not uses_bf16(cfg.train.precision)
 
 
 def recomputed(rollout: Rollout, module: PolicyAndValue, cfg: PPOStage, accelerator: Any) -> Rollout:
@@ -110,6 +121,7 @@ def recomputed(rollout: Rollout, module: PolicyAndValue, cfg: PPOStage, accelera
     old = torch.zeros((share, rollout.tokens.mask.shape[1]), device=accelerator.device)
     for rows in torch.arange(share).split(cfg.train.micro_batch_size):
         part = cut(rollout.tokens, rows + accelerator.process_index * share)
+        watchdog.beat()
         with torch.no_grad(), accelerator.autocast():
             old[rows, : part.mask.shape[1]] = module.logprobs(part).logprobs
     return replace(rollout, old_logprobs=accelerator.gather(old))

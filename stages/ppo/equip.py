@@ -56,10 +56,11 @@ def equip(cfg: PPOStage, accelerator: Any, built: PPOModels, folder: Path, save_
 
 
 def _share_backbone(built: PPOModels, trained: ShardedPolicyAndValue) -> None:
-    """Call what shares the trained backbone through the engine that holds it: the reference with adapters off, a reward adapter."""
+    """Call what shares the trained backbone through the engine that holds it: the reference with adapters off, reward adapters, an ensemble's too."""
     engine = trained.engines["policy"]
     if built.reference.switch is not None:
         built.reference = ShardedReference(trained.policy, engine, temperature=trained.temperature, switch=built.reference.switch)
-    for part in built.scorer.parts.values():
-        if isinstance(part.scorer, AdapterScorer):
-            part.scorer.model = TrunkCalls(engine, trained.policy)
+    for scorers in filter(None, (built.scorer, built.heldout_scorer)):
+        for _, scorer in scorers.single():
+            if isinstance(scorer, AdapterScorer):
+                scorer.model = TrunkCalls(engine, trained.policy)

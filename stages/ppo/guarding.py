@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +29,16 @@ class Undo:
         self.cfg, self.store, self.average = cfg, store, average
         self.guard = Guard(cfg.guard, SIGNALS, device)
         self.fallen: int | None = None  # the save that the run has gone back to
+        self.fell_at = 0  # the iterations done then: a save up to there holds nothing that was learned since
         if saved is not None:
             self.guard.load(saved["guard"])
             self.fallen = saved["fallen"]
+            self.fell_at = saved.get("fell_at", self.fallen or 0)
 
     def record(self) -> dict[str, Any]:
         """What a save has to hold of it."""
         self.guard.read()
-        return {"guard": self.guard.state(), "fallen": self.fallen}
+        return {"guard": self.guard.state(), "fallen": self.fallen, "fell_at": self.fell_at}
 
     def save(self, position: Position) -> bool:
         """Write a resumable save, whether it was due or somebody asked for it; never one of weights that are not finite. Whether that worked."""
@@ -79,7 +80,7 @@ class Undo:
         save = from_rank_0("looking for a healthy save", lambda: healthy_save(self.store.folder))
         kept = f"the last healthy save is {save}" if save else "there is no healthy save yet"
         remedy = f"Lower train.learning_rate{' or use train.precision: fp32' if models.uses_bf16(self.cfg.train.precision) else ''}, and run again"
-        if save is not None and self.fallen is not None and saves.number_of(save) <= self.fallen:
+        if save is not None and self.fallen is not None and saves.number_of(save) <= self.fell_at:
             raise UserError(f"iteration {iteration + 1}: {why}, again after the run had gone back to the save of iteration {self.fallen}; {kept}. {remedy}")
         if save is None or iteration + 1 >= self.cfg.train.iterations or not self.cfg.guard.enabled:
             raise UserError(f"iteration {iteration + 1}: {why}; {kept}. {remedy}")
@@ -87,7 +88,7 @@ class Undo:
         saves.retire_newer(save)
         if self.average is not None and (tensors := state.load_extra(save, "ema")) is not None:
             self.average.load(tensors)
-        self.fallen = saves.number_of(save)
+        self.fallen, self.fell_at = saves.number_of(save), iteration + 1
         self.guard.forget_streak()
         say(f"warning: iteration {iteration + 1}: {why}. Back to the weights and the optimizer of {save.name}; the prompts since then are not learned from again")
         return {"train/skipped_steps": self.guard.skipped, "train/back_to_iteration": self.fallen}
@@ -96,8 +97,6 @@ class Undo:
 def healthy_save(folder: Path) -> Path | None:
     """The newest save that verifies and whose last optimizer step was taken."""
     for save in saves.saves(folder):
-        if saves.problem(save) is None:
-            guard = json.loads((save / "state.json").read_text(encoding="utf-8")).get("guard")
-            if not guard or not guard["guard"]["streak"]:
-                return save
+        if saves.problem(save) is None and state.is_healthy(save):
+            return save
     return None

@@ -8,7 +8,7 @@ from configs.schema import PPOStage
 from stages.health import findings as shared
 from stages.health.findings import PREFIX, Check, Finding, History, counts, stop
 
-__all__ = ["CHECKS", "PREFIX", "counts", "examine", "findings", "stop"]
+__all__ = ["CHECKS", "PREFIX", "Finding", "counts", "examine", "findings", "stop"]
 
 HELDOUT = "evaluation/heldout_score"  # where it stands there was an evaluation
 TREND = 4  # iterations pooled where one alone is too noisy

@@ -21,6 +21,8 @@ from stages.training.lines import Appended
 from stages.training.progress import duration
 from stages.training.saves import write_durably
 
+COMPARED = "rollout/sampler_compared"  # tokens whose log-prob by the sampler was compared with a training forward's
+
 
 def metrics_of(
     rollout: Rollout, experience: Experience, rewards: Tensor, cfg: PPOStage, *, kl_coef: float, clock: Clock, scorers: Sequence[str]
@@ -47,12 +49,22 @@ def metrics_of(
         "rollout/eos_rate": float(rollout.finished.float().mean()) if cfg.sampling.stop_at_eos else 0.0,
         "rollout/short_completions": float((lengths <= 1).float().mean()),
         **sampler_metrics(rollout, cfg),
-        "rollout/tokens_per_second": tokens / max(clock.rollout, 1e-9),
         "rollout/samples_per_second": count / seconds,
+        **speeds(count, tokens, clock),
         "time/rollout": clock.rollout,
         "time/scoring": clock.scoring,
         "time/update": clock.update,
     }
+
+
+def speeds(count: int, tokens: float, clock: Clock) -> dict[str, float]:
+    """Completions and their tokens per second of each part of an iteration, as if the iteration were that part alone: 1 / speed adds up over the parts.
+
+    The update goes over them num_ppo_epochs times within its seconds. `rollout/samples_per_second` is of the whole iteration.
+    """
+    parts = {"rollout": clock.rollout, "scoring": clock.scoring, "update": clock.update}
+    whole = {f"{part}/tokens_per_second": tokens / max(spent, 1e-9) for part, spent in parts.items()}
+    return whole | {f"{part}/completions_per_second": count / max(spent, 1e-9) for part, spent in parts.items()}
 
 
 def sampler_metrics(rollout: Rollout, cfg: PPOStage) -> dict[str, float]:
@@ -60,14 +72,25 @@ def sampler_metrics(rollout: Rollout, cfg: PPOStage) -> dict[str, float]:
     cap = cfg.engine.importance_cap if cfg.engine.importance_cap is not None else float("inf")
     gap = maths.sampler_gap(rollout.old_logprobs, rollout.sampler_logprobs, rollout.tokens.mask, cap=cap)
     return {
-        "rollout/sampler_gap": gap.largest, "rollout/sampler_gap_mean": gap.mean, "rollout/sampler_kl": gap.kl,
+        "rollout/sampler_gap": gap.largest, "rollout/sampler_gap_mean": gap.mean, "rollout/sampler_kl": gap.kl, COMPARED: float(rollout.tokens.mask.sum()),
         "rollout/importance_weight": gap.weight, "rollout/importance_truncated": gap.truncated,
     }  # fmt: skip
 
 
+def gap_to(forward: Rollout, cfg: PPOStage) -> dict[str, float]:
+    """The gap alone, to a forward pass over the rollout; the weights are of what the update starts from."""
+    return {key: value for key, value in sampler_metrics(forward, cfg).items() if "importance" not in key}
+
+
 def sampler_gap_of(updates: dict[str, float]) -> dict[str, float]:
-    """The same gap where the sampler's log-probs are the old ones: to the update's forward pass over the first minibatch, before its first step."""
-    return {"rollout/sampler_gap": updates["policy/first_gap"], "rollout/sampler_gap_mean": updates["policy/first_gap_mean"], "rollout/sampler_kl": updates["policy/first_approx_kl"]}
+    """The same gap where the sampler's log-probs are the old ones: to the update's forward pass over the first minibatch, before its first step.
+
+    A sample of the rollout, of `rollout/sampler_compared` tokens: its rows are drawn anew in every iteration.
+    """
+    return {
+        "rollout/sampler_gap": updates["policy/first_gap"], "rollout/sampler_gap_mean": updates["policy/first_gap_mean"],
+        "rollout/sampler_kl": updates["policy/first_approx_kl"], COMPARED: updates["policy/first_gap_tokens"],
+    }  # fmt: skip
 
 
 def part_means(rollout: Rollout, scorers: Sequence[str]) -> dict[str, float]:
@@ -92,8 +115,8 @@ def line(iteration: int, cfg: PPOStage, metrics: dict[str, float], seconds_left:
         f"ppo {iteration + 1}/{cfg.train.iterations}  score {m['objective/score']:+.3f}±{m['objective/score_se']:.3f}  "
         f"kl {m['objective/kl']:.2f} (k3 {m['objective/kl_k3']:.2f})  length {m['rollout/length']:.1f}  eos {m['rollout/eos_rate']:.0%}  "
         f"clip {m['policy/clip_fraction']:.0%}  ev {m['value/explained_variance']:+.2f}  {m['rollout/samples_per_second']:.1f} samples/s "
-        f"({m['rollout/tokens_per_second']:.0f} tokens/s; {m['time/rollout']:.1f}+{m['time/scoring']:.1f}+{m['time/update']:.1f} s "
-        f"rollout+scoring+update)  {duration(seconds_left)} left"
+        f"(rollout, scoring, update: {m['time/rollout']:.1f}, {m['time/scoring']:.1f}, {m['time/update']:.1f} s; {m['rollout/tokens_per_second']:.0f}, "
+        f"{m['scoring/tokens_per_second']:.0f}, {m['update/tokens_per_second']:.0f} tokens/s)  {duration(seconds_left)} left"
     )
 
 

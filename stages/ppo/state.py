@@ -92,6 +92,12 @@ def read_best(folder: Path, iteration: int) -> tuple[dict[str, torch.Tensor] | N
     return (load_file(kept / "weights.safetensors"), None) if why is None else (None, why)
 
 
+def is_healthy(folder: Path) -> bool:
+    """Whether the last optimizer step before a save was taken. Raises OSError, ValueError: its state can't be read."""
+    guard = json.loads((folder / "state.json").read_text(encoding="utf-8")).get("guard")
+    return not guard or not guard["guard"]["streak"]
+
+
 def kept_bests(monitor: dict[str, Any] | None) -> tuple[int, ...]:
     """The iterations whose policies may be published by a run that goes on from a save with this monitor's state."""
     return monitoring.State.from_json(monitor).kept(KEPT) if monitor else ()

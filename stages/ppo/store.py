@@ -7,6 +7,7 @@ same methods where ZeRO splits the optimizer, and the weights.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,21 @@ class Store:
         name = f"checkpoint-{position.iteration}"
         if name == self.saved and not self.stepped:  # asked for twice
             return True
-        why = saves.store(self.folder, name, self.writer(position, extra), self.depends_on)
+        why = saves.store(self.folder, name, self.writer(position, extra), self.depends_on, keep=self._to_go_back_to(position))
         if why is None:
             self.saved, self.stepped = name, False
             from_rank_0("removing best policies", lambda: state.forget_bests(self.folder, state.kept_bests(position.monitor)))
         return self.warnings.outcome(f"the save after iteration {position.iteration}", why, self.saved)
+
+    def _to_go_back_to(self, position: Position) -> list[str]:
+        """The newest healthy save, which must outlive newer ones that are not, as this one is (rank 0): the guard goes back to it."""
+        if rank() or not position.guard or not position.guard["guard"]["streak"]:
+            return []
+        for save in saves.saves(self.folder):
+            with suppress(OSError, ValueError, KeyError, TypeError):
+                if state.is_healthy(save):
+                    return [save.name]
+        return []
 
     def writer(self, position: Position, extra: Mapping[str, Mapping[str, Tensor]]) -> Callable[[Path], Failure | None]:
         """What writes this process's part of a save into a folder."""

@@ -19,7 +19,15 @@ from stages.guard.verdict import GoneBadError, Guard
 from stages.ppo import health, maths, quantized, report, state
 from stages.ppo.allocator import keep_freed_memory
 from stages.ppo.build import PPOModels, build_models, find_all
-from stages.ppo.collect import Clock, PromptSet, collect_rollout, experience_of, recomputed, starts_from_sampler
+from stages.ppo.collect import (
+    Clock,
+    PromptSet,
+    collect_rollout,
+    compares_all,
+    experience_of,
+    recomputed,
+    starts_from_sampler,
+)
 from stages.ppo.ema import PolicyAverage
 from stages.ppo.engines.build import build_engine, check_engine
 from stages.ppo.engines.protocol import Engine
@@ -129,21 +137,15 @@ def train(
         try:
             metrics, kl_coef = run_iteration(cfg, accelerator, built, engine, optimizer, prompts, tokens, iteration, position.kl_coef, mix, undo.guard, collected)
             undo.check(iteration, saved_next=due or last)
+            metrics["train/skipped_steps"] = undo.guard.skipped
         except GoneBadError as error:
             with watchdog.during("load"):
-                line = undo.go_back(str(error), iteration)
-            logs.add(iteration + 1, line)
+                metrics, kl_coef = undo.go_back(str(error), iteration), position.kl_coef
             engine.sync()
-            position = position._replace(iteration=iteration + 1, guard=undo.record())
-            told.end(position.iteration, partial(undo.save, position), due=False)
-            continue
         left = (time.monotonic() - began) / (iteration + 1 - first) * (cfg.train.iterations - iteration - 1)
         evaluated, text = watch.look(iteration + 1)
         position = state.Position(iteration + 1, kl_coef, watch.record(), undo.record())
-        metrics["train/skipped_steps"] = undo.guard.skipped
-        metrics, started = health.examine(metrics | evaluated, logs.iterations, cfg) if accelerator.is_main_process else (metrics, [])
-        logs.add(iteration + 1, metrics)
-        say("\n".join([report.line(iteration, cfg, metrics, left), *filter(None, [text]), *(f"warning: {finding}" for finding in started)]))
+        started = _log(cfg, logs, iteration, metrics, evaluated, text, left)
         save = partial(undo.save, position)
         if cfg.health.action == "stop":
             health.stop(from_rank_0("health checks", partial(list, started)), save)
@@ -151,6 +153,19 @@ def train(
     told.finish()
     outcome = watch.conclude(position.iteration)
     return outcome, logs.of(outcome.iteration)
+
+
+def _log(cfg: PPOStage, logs: report.Logs, iteration: int, metrics: dict[str, float], evaluated: dict[str, float], text: str, left: float) -> list[health.Finding]:
+    """Write and say what an iteration (from 0) came to; on rank 0 the health checks that begin to fail in it. One that was called off has no line, nor are its metrics examined."""
+    took, started = "objective/score" in metrics, list[health.Finding]()
+    lines = [report.line(iteration, cfg, metrics, left)] if took else []
+    metrics = metrics | evaluated
+    if took and logs.metrics is not None:
+        metrics, started = health.examine(metrics, logs.iterations, cfg)
+    logs.add(iteration + 1, metrics)
+    if lines := [*lines, *filter(None, [text]), *(f"warning: {finding}" for finding in started)]:
+        say("\n".join(lines))
+    return started
 
 
 def run_iteration(
@@ -164,15 +179,20 @@ def run_iteration(
         clock=clock,
     )  # fmt: skip
     collected()
+    started, gap, unsure = time.monotonic(), dict[str, float](), starts_from_sampler(cfg)
+    if compares_all(cfg):
+        forward, unsure = recomputed(rollout, built.trained, cfg, accelerator), False
+        gap = report.gap_to(forward, cfg)
+        rollout = rollout if gap["rollout/sampler_gap"] <= MAX_GAP else forward
+        clock.scoring += time.monotonic() - started
     watchdog.phase("update")
     experience, rewards = experience_of(rollout, cfg, kl_coef=kl_coef, mean=scorer.mean, std=scorer.std)
     started = time.monotonic()
     if cfg.train.gradient_checkpointing:
         built.trained.train()
-    gap: dict[str, float] = {}
     try:
-        updates = update_policy(built.trained, optimizer, accelerator, experience, cfg, iteration, mix, max_gap=MAX_GAP if starts_from_sampler(cfg) else math.inf, guard=guard)
-        gap = report.sampler_gap_of(updates) if starts_from_sampler(cfg) else {}
+        updates = update_policy(built.trained, optimizer, accelerator, experience, cfg, iteration, mix, max_gap=MAX_GAP if unsure else math.inf, guard=guard)
+        gap = report.sampler_gap_of(updates) if unsure else gap
     except SamplerDiffersError:
         rollout = recomputed(rollout, built.trained, cfg, accelerator)
         experience, rewards = experience_of(rollout, cfg, kl_coef=kl_coef, mean=scorer.mean, std=scorer.std)

@@ -130,7 +130,8 @@ def _means(every: Sequence[dict[str, float]], iteration: int) -> dict[str, float
     means = {key: sum(step[key] for step in steps) / len(steps) for key in steps[0] if not key.startswith("policy/gap")}
     return means | {"policy/max_ratio": max(step["policy/max_ratio"] for step in steps), "policy/first_ratio": steps[0]["policy/max_ratio"],
                     "policy/first_approx_kl": steps[0]["policy/approx_kl"], "policy/first_clip_fraction": steps[0]["policy/clip_fraction"],
-                    "policy/first_gap": steps[0]["policy/gap"], "policy/first_gap_mean": steps[0]["policy/gap_mean"], SKIPPED: len(every) - len(steps)}  # fmt: skip
+                    "policy/first_gap": steps[0]["policy/gap"], "policy/first_gap_mean": steps[0]["policy/gap_mean"],
+                    "policy/first_gap_tokens": steps[0]["policy/gap_tokens"], SKIPPED: len(every) - len(steps)}  # fmt: skip
 
 
 def largest(value: Tensor, accelerator: Any) -> Tensor:
@@ -190,6 +191,7 @@ def _step_metrics(totals: Totals, experience: Experience, rows: Tensor, accelera
         "policy/max_ratio": largest(totals.max_ratio, accelerator),
         "policy/gap": largest(totals.gap, accelerator),
         "policy/gap_mean": gap_sum / tokens,
+        "policy/gap_tokens": tokens,
         "value/loss": value_loss / value_tokens,
         "value/clip_fraction": value_clipped / value_tokens,
     }

@@ -19,6 +19,7 @@ from stages.zero.leave import leave
 from tests.stage.ppo_runs import LORA, run_alone, settings
 
 ADAPTER = {"kind": "model", "checkpoint": "reward/adapter"}
+ENSEMBLE = {"kind": "ensemble", "checkpoints": ["reward/adapter", "reward/adapter-2"]}
 WHOLE = {"kind": "model", "checkpoint": "reward/whole"}
 # Two micro-batches per optimizer step on each of two processes, four on one; the first iteration trains the value function alone.
 TRAIN = {"iterations": 3, "rollout_batch_size": 8, "micro_batch_size": 1, "num_ppo_epochs": 2, "num_minibatches": 2, "learning_rate": 3e-4, "value_warmup_iterations": 1,
@@ -31,7 +32,7 @@ def cases(folder: Path, label: str) -> dict[str, dict[str, Any]]:
     mix = {"ptx": {"data": str(folder / "demonstrations.jsonl"), "coef": 0.7, "ratio": 0.75}}
     kinds = {
         "full": {"scorers": [WHOLE], **mix},
-        "lora": {"lora": LORA, "scorers": [ADAPTER], **watched},
+        "lora": {"lora": LORA, "scorers": [ADAPTER], "evaluation": watched["evaluation"] | {"scorers": [ENSEMBLE]}},
         "head": {"value_function": "head"},
         "layer": {"engine": {"gather": "layer"}, **watched},
     }

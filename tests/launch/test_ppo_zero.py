@@ -30,6 +30,7 @@ def place(tmp_path_factory):
     folder = workspace(tmp_path_factory.mktemp("zero"))
     publish_reward(folder, "whole")
     publish_reward(folder, "adapter", lora=True)
+    publish_reward(folder, "adapter-2", lora=True, seed=9, mean=-1.0, std=0.5)
     work(folder, "one", [])
     return folder
 

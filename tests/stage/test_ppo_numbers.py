@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from configs.errors import UserError
 from stages.guard import verdict
 from stages.ppo import train, update
 from stages.registry import Registry
+from stages.training import saves as kept
 from stages.training.saves import problem, saves
-from tests.stage.ppo_runs import LORA, run, settings, weights, workspace
+from tests.stage.ppo_runs import LORA, metrics, run, settings, weights, workspace
 
 
 @pytest.fixture(scope="module")
@@ -90,14 +92,17 @@ def test_an_iteration_gone_bad_is_undone(place, monkeypatch, capsys, kind):
 
 @pytest.mark.parametrize("last", [False, True])
 def test_an_iteration_of_spikes_alone_is_passed_over(place, monkeypatch, capsys, last):
-    """Both steps of iteration 4 (or 6, the last), fewer than max_skipped_in_row: the weights are as they were, and nothing is gone back to."""
+    """Both steps of iteration 4 (or 6, the last), fewer than max_skipped_in_row: the weights are as they were, nothing is gone back to, and what is due is evaluated."""
     monkeypatch.setattr(verdict, "JUDGED_AFTER", 4)
     number = 6 if last else 4
     steps = Steps(monkeypatch, "huge", {2 * number - 2, 2 * number - 1})
-    values = case(place, f"passed-over-{number}", {"save_every": 50})
+    evaluation = {"every": 3 if last else 2, "prompts": str(place / "held_out.jsonl"), "samples_per_prompt": 1}
+    values = case(place, f"passed-over-{number}", {"save_every": 50}, evaluation=evaluation)
     checkpoint = run(values)
     assert steps.unchanged() == [i // 2 + 1 == number for i in range(11)]
-    assert lines_of(values)[number - 1] == {"iteration": number, "train/skipped_steps": 2}
+    assert [line["iteration"] for line in lines_of(values) if "evaluation/score" in line] == ([0, 3, 6] if last else [0, 2, 4, 6])
+    found = {key: value for key, value in lines_of(values)[number].items() if not key.startswith("evaluation/")}
+    assert found == {"iteration": number, "train/skipped_steps": 2}
     assert "nothing is learned from it" in capsys.readouterr().out
     assert all(torch.isfinite(tensor).all() for tensor in weights(checkpoint).values())
 
@@ -105,10 +110,38 @@ def test_an_iteration_of_spikes_alone_is_passed_over(place, monkeypatch, capsys,
 def test_the_second_time_in_a_row_the_run_stops_with_its_last_healthy_save(place, monkeypatch):
     Steps(monkeypatch, "gradient", {6, 7, 8, 9})
     values = case(place, "twice")
-    with pytest.raises(UserError, match=r"iteration 5: no optimizer step.*again after the run had gone back to the save of iteration 3; the last healthy save is \S+checkpoint-3\."):
+    with pytest.raises(UserError, match=r"iteration 5: no optimizer step.*again after the run had gone back to the save of iteration 3; the last healthy save is \S+checkpoint-4\."):
         run(values)
-    assert next(save.name for save in saves(Path(values["output"]) / "resume") if problem(save) is None) == "checkpoint-3"
+    newest, before = (load_file(save / "weights.safetensors") for save in saves(Path(values["output"]) / "resume") if problem(save) is None)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in newest.items()), "the save after iteration 4 holds what iteration 3 had learned"
     assert not Registry(place / "registry").list("ppo", "twice")
+
+
+def test_an_iteration_called_off_is_saved_and_evaluated_where_that_is_due_and_pushes_no_healthy_save_out(place, monkeypatch):
+    """Spikes alone in iterations 3 and 4, gradients that are NaN in 5: each is saved, the save of 2 outlives two newer ones and is gone back to. Cut after
+    iteration 5, the run goes on from what that had made of it."""
+    monkeypatch.setattr(verdict, "JUDGED_AFTER", 4)
+    evaluation = {"every": 5, "prompts": str(place / "held_out.jsonl"), "samples_per_prompt": 1}
+    whole, cut = (case(place, name, evaluation=evaluation) for name in ("called-off", "called-off-cut"))
+    rate, made, seal = train.set_learning_rate, [], kept.seal
+
+    def faulty(values, *, dies):
+        with monkeypatch.context() as patch:
+            Steps(patch, "gradient", {8, 9})
+            Steps(patch, "huge", {4, 5, 6, 7})
+            patch.setattr(kept, "seal", lambda folder, *rest: (made.append(folder.name), seal(folder, *rest)))
+            patch.setattr(train, "set_learning_rate", lambda optimizer, cfg, iteration: 1 / 0 if iteration == 5 and dies else rate(optimizer, cfg, iteration))
+            return run(values)
+
+    expected = faulty(whole, dies=False)
+    assert [name for name in made if "checkpoint" in name] == [f".staging-checkpoint-{number}" for number in range(1, 6)]
+    assert [line.get("train/back_to_iteration") for line in lines_of(whole)] == [None, None, None, None, None, 2, None]
+    assert [line["iteration"] for line in lines_of(whole) if "evaluation/score" in line] == [0, 5, 6]
+    with pytest.raises(ZeroDivisionError):
+        faulty(cut, dies=True)
+    found = run(cut)
+    assert metrics(whole) == metrics(cut)
+    assert all(torch.equal(tensor, weights(found)[name]) for name, tensor in weights(expected).items())
 
 
 def test_weights_that_are_not_finite_are_neither_saved_nor_kept_as_the_best(place, monkeypatch):
@@ -147,10 +180,9 @@ def test_a_run_resumed_after_a_skip_ends_as_the_uninterrupted_one(place, monkeyp
         with pytest.raises(ZeroDivisionError):
             run(broken)
     found = run(broken)
-    clocks = ("time/", "rollout/tokens_per_second", "rollout/samples_per_second")
-    lines = [[{k: v for k, v in line.items() if not k.startswith(clocks)} for line in lines_of(values)] for values in (whole, broken)]
-    assert lines[0] == lines[1]
-    assert lines[0][-1]["train/skipped_steps"] == 1
+    lines = metrics(whole)
+    assert lines == metrics(broken)
+    assert lines[-1]["train/skipped_steps"] == 1
     assert all(torch.equal(tensor, weights(found)[name]) for name, tensor in weights(expected).items())
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partialmethod
+
 import pytest
 import torch
 
+from configs.schema import PPOStage
 from stages.ppo.collect import recomputed, starts_from_sampler
+from stages.ppo.engines.generate import GenerateEngine
 from stages.ppo.engines.native import NativeEngine
 from stages.ppo.modules import PolicyAndValue
+from stages.ppo.update import minibatches
 from tests.stage.ppo_runs import (
     LORA,
     assembled,
@@ -72,10 +77,35 @@ def test_both_ways_lead_to_the_same_run(place):
         lines.append(metrics(values))
     for one, two in zip(*lines, strict=True):
         assert one.keys() == two.keys()
-        for key in one:
+        assert one["rollout/sampler_compared"] < two["rollout/sampler_compared"] == 8 * two["rollout/length"], "the first of two minibatches, every token"
+        for key in one.keys() - {"rollout/sampler_compared"}:
             assert one[key] == pytest.approx(two[key], abs=2e-3 if "ratio" in key else 2e-4), key
         assert 0 <= one["rollout/sampler_gap"] < 1e-5, "compared with the update's own forward pass"
         assert one["policy/first_ratio"] == pytest.approx(1, abs=1e-5)
+
+
+def test_of_another_engine_every_token_is_compared_and_of_the_native_one_a_sample(place, monkeypatch):
+    """The rows that are in the second minibatch of the first pass are off. A native engine's are compared in the first one: 4 of 8 rows."""
+    values = settings(place, "partly", {"iterations": 1})
+    cfg = PPOStage.model_validate(values)
+    first, second = (set(rows.tolist()) for rows in minibatches(8, 2, seed=cfg.seed, iteration=0, epoch=0))
+    lengths = []
+
+    def off(inner, *arguments, **keywords):
+        samples = inner(*arguments, **keywords)
+        lengths[:] = [len(s.completion_ids) for s in samples]
+        return [s._replace(logprobs=[x + 0.01 for x in s.logprobs]) if row in second else s for row, s in enumerate(samples)]
+
+    for kind, engine in (("native", NativeEngine), ("generate", GenerateEngine)):
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "sample", partialmethod(lambda self, *a, inner, **k: off(inner, self, *a, **k), inner=engine.sample))
+            run(values | {"name": kind, "output": str(place / f"partly-{kind}"), "engine": {"kind": kind, "old_logprobs": "sampler"}})
+        (line,) = metrics(values | {"output": str(place / f"partly-{kind}")})
+        everything, sampled = sum(lengths), sum(lengths[row] for row in first)
+        assert line["rollout/sampler_compared"] == (sampled if kind == "native" else everything)
+        assert line["rollout/sampler_gap"] == pytest.approx(0 if kind == "native" else 0.01, abs=1e-4)
+        assert line["policy/first_ratio"] == pytest.approx(1, abs=1e-4)
+        assert line["objective/kl"] == pytest.approx(0.01 * (everything - sampled) / 8 if kind == "native" else 0, abs=1e-4), "the forward's are the old ones"
 
 
 @pytest.mark.parametrize(("by", "taken"), [(5e-4, True), (0.01, False)])

@@ -209,3 +209,37 @@ def test_one_backbone_holds_every_adapter_of_a_reward_ensemble(place):
     run(values)
     lines = metrics(values)
     assert all(line["objective/score_spread"] > 0.01 for line in lines if "objective/score" in line)
+
+
+def held_out(place, *scorers):
+    return {"evaluation": {"prompts": str(place / "held_out.jsonl"), "scorers": list(scorers), "samples_per_prompt": 1}}
+
+
+def test_one_backbone_holds_the_reward_adapters_that_evaluations_hold_out(place):
+    """Alone and in an ensemble, one of which is trained on too: one copy of the weights, the scores of the models loaded alone, and nothing of them in what is trained."""
+    publish_reward(place, "other", lora=True, seed=11, mean=-1.0, std=0.5)
+    other, ensemble = {"kind": "model", "checkpoint": "reward/other"}, {"kind": "ensemble", "checkpoints": ["reward/adapter", "reward/other"]}
+    *_, plain, _ = assembled(settings(place, lora=LORA, scorers=[ADAPTER]))
+    *_, built, _ = assembled(settings(place, lora=LORA, scorers=[ADAPTER], **held_out(place, other, ensemble)))
+    members = [scorer for _, scorer in built.heldout_scorer.single()]
+    assert [member.adapter for member in members] == [f"{REWARD}_2", REWARD, f"{REWARD}_2"]
+    assert len({p.data_ptr() for m in (built.trained, *(m.model for m in members)) for p in m.parameters() if p.shape == (259, 32)}) == 1
+    prompts, completions = [[5, 6, 7], [8]], [[9, 10], [11, 12, 13]]
+    alone = [reward_scorer(f"reward/{name}", place / "registry").score_ids(prompts, completions) for name in ("other", "adapter", "other")]
+    assert (alone[0] - alone[1]).abs().min() > 0.05
+    for member, expected in zip(members, alone, strict=True):
+        torch.testing.assert_close(member.score_ids(prompts, completions), expected, atol=1e-5, rtol=0)
+    ours, theirs = ({n: p for n, p in m.trained.named_parameters() if p.requires_grad} for m in (built, plain))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(p, theirs[n]) for n, p in ours.items())
+    assert [parent.role for parent in built.parents] == ["init_from", "reference", "scorer", *["heldout_scorer"] * 3]
+
+
+def test_one_backbone_a_value_function_does_not_start_as_a_reward_adapter_that_is_held_out(place):
+    *_, plain, _ = assembled(settings(place, lora=LORA))
+    *_, built, _ = assembled(settings(place, lora=LORA, **held_out(place, ADAPTER)))
+    assert isinstance(built.heldout_scorer.single()[0][1], AdapterScorer)
+    theirs = dict(plain.trained.named_parameters())
+    trained = {n: p for n, p in built.trained.named_parameters() if p.requires_grad}
+    assert built.trained.value_head.weight.eq(0).all()
+    assert all(torch.equal(p, theirs[n]) for n, p in trained.items())

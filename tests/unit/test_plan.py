@@ -153,6 +153,25 @@ def test_reward_adapters_on_one_base_are_planned_on_one_base(tmp_path):
     assert (len(work.job.reward_adapters), len(work.job.reward_models)) == (0, 3)  # on other weights than PPO starts from
 
 
+def test_what_evaluations_hold_out_is_planned_too(tmp_path):
+    """Adapters on the one base, an adapter that PPO trains on too once; whole models as models of their own; the value adapter starts as none of them."""
+    reward = "reward={data: none.jsonl, lora: {rank: 6}, ensemble: {members: 3}}"
+    names = ["reward/tiny", "reward/tiny-2", "reward/tiny-3"]
+    trained_on = f"ppo.scorers=[{{kind: model, checkpoint: {names[0]}}}]"
+    heldout = f"ppo.evaluation.scorers=[{{kind: ensemble, checkpoints: [{', '.join(names)}]}}]"
+    config, place = load(chain(tmp_path), "chain", [reward, trained_on, heldout]), layout()
+    job = work_of("ppo", config.ppo, place, Sources(base=config.base), config).job
+    assert [[lora.rank for lora in adapters] for adapters in (job.reward_adapters, job.heldout_adapters)] == [[6], [6, 6]]
+    assert job.reward_models == job.heldout_models == ()
+    alone, with_them = (simulated(replace(job, heldout_adapters=job.heldout_adapters[:n]), config.ppo, place)["update policy"] for n in (0, 2))
+    adapter = sum(4 * 6 * (i + o) for i, o in linear_layers(job.config))  # rank 6, float32
+    assert with_them.parts["parameters"] - alone.parts["parameters"] == 2 * adapter
+    whole = load(chain_file(tmp_path), "chain", ["reward={data: none.jsonl, ensemble: {members: 3}}", trained_on, heldout])
+    job = work_of("ppo", whole.ppo, place, Sources(base=whole.base), whole).job
+    assert (len(job.reward_models), len(job.heldout_models), job.reward_adapters, job.heldout_adapters) == (1, 3, (), ())
+    assert len(job.with_layers(1).heldout_models) == 3
+
+
 def linear_layers(config) -> list[tuple[int, int]]:
     """(inputs, outputs) of every layer that gets an adapter."""
     from torch import nn

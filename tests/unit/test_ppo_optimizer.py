@@ -56,6 +56,24 @@ def test_row_16_a_warm_up_that_never_ends_is_refused():
         load_text("name: a\ninit_from: b\nprompts: p\nscorers: [{kind: length, target: 5}]\ntrain: {iterations: 5, warmup_iterations: 5}\n", "ppo")
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("scorers: [{kind: length, target: 5}]\ntrain: {iterations: 5, value_warmup_iterations: 5}", r"value_warmup_iterations 5 must be below train.iterations 5, or the policy learns in none"),
+        ("scorers: [{kind: length, target: 5, weight: 0}]", r"the weight of the scorer is 0, so every completion would score 0"),
+        ("scorers: [{kind: length, target: 5, weight: 0}, {kind: length, target: 6, weight: 0}]", r"the weight of each of the 2 scorers is 0"),
+        ("scorers: [{kind: length, target: 5}]\nevaluation: {scorers: [{kind: length, target: 5, weight: 0.0}]}", r"the weight of the scorer is 0"),
+    ],
+)
+def test_a_run_that_could_learn_nothing_is_refused(text, message):
+    with pytest.raises(UserError, match=message):
+        load_text(f"name: a\ninit_from: b\nprompts: p\n{text}\n", "ppo")
+
+
+def test_a_scorer_of_weight_0_beside_another_is_only_measured():
+    load_text("name: a\ninit_from: b\nprompts: p\nscorers: [{kind: length, target: 5, weight: 0}, {kind: length, target: 6}]\n", "ppo")
+
+
 def test_row_16_adams_betas_are_the_configs():
     optimizer = optimizer_of(config(train={"adam_beta1": 0.8, "adam_beta2": 0.95}), SimpleNamespace(trained=module_of()))
     assert all(group["betas"] == (0.8, 0.95) for group in optimizer.param_groups)

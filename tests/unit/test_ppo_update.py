@@ -285,6 +285,13 @@ def test_trap_5_metrics_leave_padding_out():
     assert m["value/explained_variance"] == pytest.approx(1.0)
 
 
+def test_speeds_of_the_parts_of_an_iteration_add_up():
+    """8 completions of 40 tokens in 2 + 1 + 5 s: 20, 40 and 8 tokens/s; 1/20 + 1/40 + 1/8 = 8/40."""
+    found = report.speeds(8, 40.0, Clock(2.0, 1.0, 5.0))
+    assert {part: found[f"{part}/tokens_per_second"] for part in ("rollout", "scoring", "update")} == {"rollout": 20, "scoring": 40, "update": 8}
+    assert {part: found[f"{part}/completions_per_second"] for part in ("rollout", "scoring", "update")} == {"rollout": 4, "scoring": 8, "update": 1.6}
+
+
 def test_trap_14_a_kill_while_old_lines_are_dropped_loses_no_metrics(tmp_path, monkeypatch):
     """A resumed run drops the lines it will do again; until the shorter file is whole, the longer one stays."""
     from pathlib import Path
