@@ -24,7 +24,7 @@ from stages.registry.finite import read_header
 if TYPE_CHECKING:
     from stages.models import Origin
 
-CHUNK = 2**24  # numbers compared together: what this takes of memory beside the tensors themselves
+CHUNK = 2**22  # numbers compared together: what this takes of memory beside the tensors themselves
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
