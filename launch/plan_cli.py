@@ -13,6 +13,8 @@ from typing import Any
 
 from configs.errors import UserError
 
+PLANNED = ("sft", "reward", "dpo", "ppo", "chain")
+
 
 def add_parser(verbs: argparse._SubParsersAction) -> None:
     """Add the verb `plan`."""
@@ -23,7 +25,8 @@ def add_parser(verbs: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("config", metavar="CHAIN.yaml", help="a chain file, or the config of one stage")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a key of the file, such as sft.train.micro_batch_size=2")
-    parser.add_argument("--gpus", metavar="NxDEVICE", help="GPUs of one node, such as 8x80GB or 4xH100 (default: those of this machine, else 1xCPU)")
+    parser.add_argument("--kind", choices=PLANNED, help="what the config is, where its keys and its name do not tell")
+    parser.add_argument("--gpus", metavar="NxDEVICE", help="GPUs of one node, such as 8x80GB or 4xH100, or 2xCPU (default: those of this machine, else a CPU for each of the config's processes)")
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="number of nodes (default: 1)")
     parser.add_argument("--machine", metavar="X", help="machine file: a name in configs/accelerate or a path (default: the config's)")
     parser.add_argument("--only", metavar="STAGE", choices=["sft", "reward", "dpo", "ppo"], help="just this stage")
@@ -39,7 +42,6 @@ def run(args: argparse.Namespace) -> int:
     from configs.load import load
     from launch.config_cli import guess_kind
 
-    gpus, device = devices(args.gpus)
     counts = _counts(args.scale)
     if args.fit and args.machine:
         raise UserError("--fit chooses the machine file; leave --machine out")
@@ -47,8 +49,9 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--fit: {args.fit} exists; give a name that is free")
     if args.nodes < 1:
         raise UserError(f"--nodes: found {args.nodes}; expected 1 or more")
-    kind = guess_kind(args.config)
+    kind = args.kind or guess_kind(args.config)
     config = load(args.config, kind, args.overrides)
+    gpus, device = devices(args.gpus, getattr(config, "processes", None))
     with quiet():
         plans, notes = _plans(args, config, kind, gpus, device)
         if args.measure:
@@ -114,16 +117,21 @@ def _scaled(plans: list[Any], counts: list[int]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def devices(spec: str | None) -> tuple[int, Any]:
-    """(GPUs of one node, the device): what was asked for, else what this machine has."""
+def devices(spec: str | None, processes: int | None = None) -> tuple[int, Any]:
+    """(GPUs of one node, the device): what was asked for, else what this machine has; without a GPU a CPU for each of `processes`.
+
+    A CPU's memory is each process's share of this machine's, or of its container's.
+    """
+    from dataclasses import replace
+
     from configs.machines import count_gpus
+    from launch.doctor.processors import usable_memory
     from launch.machine_choice import gpu_memory
     from launch.plan.gpus import parse_gpus
 
-    if spec is not None:
-        return parse_gpus(spec)
-    memory = gpu_memory()
-    return parse_gpus(f"{count_gpus()}x{round(memory / 2**30)}GB") if memory else parse_gpus("1xcpu")
+    memory = gpu_memory() if spec is None else 0
+    count, device = parse_gpus(spec or (f"{count_gpus()}x{round(memory / 2**30)}GB" if memory else f"{processes or 1}xcpu"))
+    return count, device if device.gpu else replace(device, memory=usable_memory() // count)
 
 
 @contextmanager

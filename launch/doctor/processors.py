@@ -37,6 +37,14 @@ def cgroup_limits(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("
     return min(cores, default=None), min(memory, default=None)
 
 
+def usable_memory() -> int:
+    """Bytes of main memory that this machine has, or that our cgroup may take of it."""
+    import psutil
+
+    total = int(psutil.virtual_memory().total)
+    return min(total, cgroup_limits()[1] or total)
+
+
 def _upwards(base: Path, path: str) -> list[Path]:
     """The folder of a cgroup and of those above it. In a container the path may be the host's and the folder the root's."""
     parts = [part for part in path.split("/") if part not in ("", "..")]

@@ -19,6 +19,7 @@ from launch.plan.spread import GATHERED, gathered, spread
 FEW = 4  # layers that are simulated as they are
 MARGIN = 0.06  # of a GPU's memory, for fragmentation of the caching allocator
 CONTEXT = 600 * 2**20  # bytes of a GPU: CUDA context, kernels and NCCL's buffers
+LIBRARIES = 2**30  # bytes of main memory that a process on a CPU takes beside its tensors: about 0.7 GiB of imports, and what Arrow and malloc keep
 
 
 MOVING = ("activations", "logits", "kv cache")  # kinds that hang on what operations keep; the others follow from shapes

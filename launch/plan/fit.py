@@ -12,8 +12,8 @@ from typing import Any
 
 from configs.errors import UserError
 from launch.plan.gpus import Device
-from launch.plan.jobs import work_of
-from launch.plan.make import STAGES, both_ways, layout_for, plan_stage, stages_of
+from launch.plan.jobs import prompt_in_front, work_of
+from launch.plan.make import STAGES, both_ways, layout_for, plan_stage, refused_at, stages_of
 from launch.plan.report import GIB, Planned
 from launch.plan.sources import Sources
 
@@ -43,25 +43,30 @@ def _fit_stage(stage: str, cfg: Any, chain: Any, sources: Sources, gpus: int, de
     share = _share(stage, cfg, processes)
     names = (GPU_ORDER if device.gpu else CPU_ORDER) if processes > 1 else (("gpu",) if device.gpu else ("cpu",))
     best: Planned | None = None
+    refusals = []
     for name in names:
         layout = layout_for(cfg, name, gpus, device, nodes)
+        if problem := refused_at(cfg, layout, prompt_in_front(cfg, chain)):
+            refusals.append(f"{name}: {problem}")
+            continue
         fits = []
         for checkpointing in (False, True):
-            asked = _with(cfg, machine=name, micro_batch_size=1, gradient_checkpointing=checkpointing)
+            asked = _with(cfg, name, processes, micro_batch_size=1, gradient_checkpointing=checkpointing)
             planned = plan_stage(work_of(stage, asked, layout, sources, chain), layout)
             best = planned if best is None or planned.needed < best.needed else best
             if planned.fits is False or (planned.fits and not planned.largest_micro_batch):
                 continue
             size = max(n for n in range(1, share + 1) if share % n == 0 and n <= (planned.largest_micro_batch or share))
-            chosen = _with(asked, micro_batch_size=size)
+            chosen = _with(asked, name, processes, micro_batch_size=size)
             fits.append(plan_stage(work_of(stage, chosen, layout, sources, chain), layout, knobs=False))
             fits[-1] = replace(fits[-1], largest_micro_batch=planned.largest_micro_batch)
         if fits:
             return min(fits, key=lambda p: p.time.seconds if p.time else 0.0)
     assert best is not None
     raise UserError(
-        f"{stage} does not fit on {processes} x {device.name}: the least it needs is {best.needed / GIB:.1f} GiB a GPU ({best.layout.machine}, a micro-batch of 1, "
+        f"{stage} does not fit on {processes} x {device.name}: the least it needs is {best.needed / GIB:.1f} GiB a process ({best.layout.machine}, a micro-batch of 1, "
         f"gradient_checkpointing) and there are {device.memory / GIB:.1f}; use more or larger GPUs (--gpus, --nodes), a `lora:` section, or a smaller max_length"
+        + "".join(f"; {refusal}" for refusal in refusals)
     )
 
 
@@ -74,7 +79,6 @@ def _share(stage: str, cfg: Any, processes: int) -> int:
     return int(batch // processes)
 
 
-def _with(cfg: Any, machine: str | None = None, **train: Any) -> Any:
-    """A stage's config with other settings."""
-    own = {"machine": machine} if machine else {}
-    return cfg.model_copy(update=own | {"train": cfg.train.model_copy(update=train)})
+def _with(cfg: Any, machine: str, processes: int, **train: Any) -> Any:
+    """A stage's config with another machine file, as many processes of all nodes as are planned for, and other settings of `train`."""
+    return cfg.model_copy(update={"machine": machine, "processes": processes, "train": cfg.train.model_copy(update=train)})

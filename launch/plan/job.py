@@ -22,6 +22,9 @@ class Job:
     prompt_tokens: int = 0  # tokens of the longest prompt; PPO
     completion_tokens: int = 0  # tokens of the longest completion; PPO, and SFT where it is known
     generate_batch: int = 0  # prompts generated at once by a process; PPO
+    demonstrations: int = 0  # rows that are imitated beside an optimizer step, of one process; PPO with `ptx`
+    demonstration_tokens: int = 0  # tokens of the longest of them
+    demonstration_counted: int = 0  # most tokens of one that the loss covers
     rollout_rows: int = 0  # completions of an iteration, all processes; PPO
     evaluates: bool = False  # PPO: samples held-out prompts before it trains
     lora: Lora | None = None

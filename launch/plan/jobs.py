@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from configs.errors import UserError
-from configs.schema import Full, Lora, freezes_base, lora_of, technique_of
+from configs.schema import Full, Lora, SFTStage, freezes_base, lora_of, technique_of
 from configs.schema.scorers import reward_models as reward_model_names
+from configs.splitting import trains_prompt
 from launch.batches import check_batches
 from launch.chain.steps import made_by, sections
 from launch.plan.job import SCORES, Job
@@ -30,6 +32,7 @@ class Work:
     rows: Rows
     steps: int | None  # optimizer steps (PPO: iterations); None where the number of rows is not known
     tokens_per_step: float  # tokens that one optimizer step (PPO: iteration) trains on, all processes
+    prompt_in_front: bool = False  # a soft prompt of the chain's SFT stands in front of the stage's model
 
     @property
     def members(self) -> int:
@@ -66,7 +69,12 @@ def work_of(stage: str, cfg: Any, layout: Layout, sources: Sources, chain: Any =
     )  # fmt: skip
     count = rows.count if not packed or rows.count is None else math.ceil(rows.count * rows.mean / limit)
     steps = train.max_steps or (max(1, math.ceil(train.epochs * count / train.batch_size)) if count else None)
-    return Work(stage, cfg, job, rows, steps, train.batch_size * SCORES[stage] * (limit if packed else rows.mean))
+    return Work(stage, cfg, job, rows, steps, train.batch_size * SCORES[stage] * (limit if packed else rows.mean), prompt_in_front(cfg, chain))
+
+
+def prompt_in_front(cfg: Any, chain: Any) -> bool:
+    """Whether the chain's SFT stage trains a soft prompt, under which this stage of it is trained."""
+    return chain is not None and chain.sft is not None and not isinstance(cfg, SFTStage) and trains_prompt(chain.sft)
 
 
 def _ppo(cfg: Any, layout: Layout, sources: Sources, chain: Any, tokens: Any, limit: int, shared: dict[str, Any]) -> Work:
@@ -78,6 +86,7 @@ def _ppo(cfg: Any, layout: Layout, sources: Sources, chain: Any, tokens: Any, li
     per_step = share // train.num_minibatches
     reward_adapters, reward_models = _reward_models(cfg, cfg.scorers, sources, chain)
     heldout = _reward_models(cfg, (cfg.evaluation.scorers if cfg.evaluation is not None else None) or [], sources, chain)
+    mixed = _demonstrations(cfg, layout, tokens, limit)
     job = Job(
         "ppo", micro_batch=min(train.micro_batch_size, per_step), accumulation=math.ceil(per_step / train.micro_batch_size),
         row_tokens=rows.longest + new, prompt_tokens=rows.longest, completion_tokens=new,
@@ -86,9 +95,18 @@ def _ppo(cfg: Any, layout: Layout, sources: Sources, chain: Any, tokens: Any, li
         own_reference=cfg.lora is None or (cfg.reference is not None and cfg.reference != cfg.init_from), reward_models=reward_models,
         reward_adapters=tuple(reward_adapters.values()), heldout_models=heldout[1],
         heldout_adapters=tuple(lora for name, lora in heldout[0].items() if name not in reward_adapters), offload_frozen=cfg.offload_frozen, quantized=cfg.quantization is not None, ema=cfg.ema_decay is not None,
-        gathers_once=getattr(cfg.engine, "gather", "layer") != "layer", **shared,
+        gathers_once=getattr(cfg.engine, "gather", "layer") != "layer", **mixed, **shared,
     )  # fmt: skip
-    return Work("ppo", cfg, job, rows, train.iterations, train.rollout_batch_size * (rows.mean + new))
+    return Work("ppo", cfg, job, rows, train.iterations, train.rollout_batch_size * (rows.mean + new), prompt_in_front(cfg, chain))
+
+
+def _demonstrations(cfg: Any, layout: Layout, tokens: Any, limit: int) -> dict[str, Any]:
+    """What is imitated beside an optimizer step (`ptx`): rows of a process, and how long they are."""
+    if cfg.ptx is None or not cfg.ptx.coef:
+        return {}
+    rows = rows_of("sft", SimpleNamespace(data=cfg.ptx.data, split=cfg.split, loss_on="all"), tokens, limit)
+    count = max(1, round(cfg.ptx.ratio * cfg.train.rollout_batch_size / cfg.train.num_minibatches))
+    return {"demonstrations": math.ceil(count / layout.processes), "demonstration_tokens": rows.longest, "demonstration_counted": rows.counted or rows.longest - 1}
 
 
 def _reward_models(cfg: Any, scorers: Sequence[Any], sources: Sources, chain: Any) -> tuple[dict[str, Lora], tuple[Any, ...]]:

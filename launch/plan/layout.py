@@ -57,7 +57,7 @@ def layout_of(machine: Any, device: Device, processes: int, nodes: int) -> Layou
     """
     settings = machine.settings
     kind = str(settings.get("distributed_type", "NO")).upper()
-    layout = Layout(machine.path.stem, processes, nodes, device if not machine.use_cpu else replace(CPU, memory=device.memory), machine_path=str(machine.path), ddp=processes > 1)
+    layout = Layout(machine.path.stem, processes, nodes, device if not (machine.use_cpu and device.gpu) else CPU, machine_path=str(machine.path), ddp=processes > 1)
     if kind == "FSDP":
         offload = bool((settings.get("fsdp_config") or {}).get("fsdp_offload_params"))
         return replace(layout, ddp=False, fsdp=True, offload_optimizer=offload, offload_parameters=offload)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from configs.errors import UserError
+from configs.splitting import refused
 from launch.plan.disk import disk_of
 from launch.plan.estimate import estimate
 from launch.plan.gpus import Device
@@ -42,6 +43,11 @@ def layout_for(cfg: Any, machine: str | None, gpus: int, device: Device, nodes: 
     return layout_of(load_machine(name, gpus * nodes, nodes), device, gpus * nodes, nodes)
 
 
+def refused_at(cfg: Any, layout: Layout, prompt_in_front: bool) -> str | None:
+    """Why the stage itself would refuse this layout (configs/splitting.py); None where it runs."""
+    return refused(cfg, layout.zero, offload_optimizer="cpu" if layout.offload_optimizer else "none", prompt_in_front=prompt_in_front)
+
+
 def plan_stage(work: Work, layout: Layout, *, knobs: bool = True) -> Planned:
     """Memory, time and disk of a stage."""
     found = estimate(work.job, work.cfg, layout)
@@ -69,7 +75,8 @@ def knobs_of(planned: Planned) -> tuple[tuple[str, int], ...]:
         tries[f"sampling.generate_batch_size={job.generate_batch // 2}"] = (replace(job, generate_batch=job.generate_batch // 2), layout)
     if job.stage == "ppo" and job.gathers_once and layout.zero == 3 and now.where.startswith("rollout"):
         tries["engine.gather=layer"] = (replace(job, gathers_once=False), layout)
-    saved = {name: now.peak.total - planned.as_measured(estimate(changed, work.cfg, place)).peak.total for name, (changed, place) in tries.items()}
+    possible = {name: found for name, found in tries.items() if refused_at(work.cfg, found[1], work.prompt_in_front) is None}
+    saved = {name: now.peak.total - planned.as_measured(estimate(changed, work.cfg, place)).peak.total for name, (changed, place) in possible.items()}
     if not job.checkpointing and planned.other is not None:
         saved["train.gradient_checkpointing=true"] = now.peak.total - planned.as_measured(planned.other).peak.total
     return tuple(sorted(((name, size) for name, size in saved.items() if size > 0), key=lambda pair: -pair[1]))

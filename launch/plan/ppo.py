@@ -30,6 +30,7 @@ from stages.ppo.modules import (
     is_of,
     store_linear_weights,
 )
+from stages.ppo.ptx import Mix
 from stages.ppo.sampling import Sample, sample
 from stages.tuning.adapters import lora_config
 
@@ -53,6 +54,10 @@ class Watched(PolicyAndValue):
     def values(self, tokens: Any) -> Tensor:
         self._tell("update value")
         return super().values(tokens)
+
+    def imitation(self, tokens: Any, counts: Tensor) -> Tensor:
+        self._tell("update: demonstrations")
+        return super().imitation(tokens, counts)
 
     def _tell(self, phase: str) -> None:
         if torch.is_grad_enabled():
@@ -119,7 +124,15 @@ def simulate(job: Job, cfg: PPOStage, running: Simulation, around: Callable[[Any
         stepped: Any = SimpleNamespace(step=step, zero_grad=lambda **_: None, param_groups=[])
         again = torch.arange(rows).repeat(micro_batches(job, running))
         with suppress(GoneBadError):  # what is simulated has no numbers
-            update_policy(module, stepped, _Alone(job), experience.select(again), small, 0)
+            update_policy(module, stepped, _Alone(job), experience.select(again), small, 0, mix=_mix(job, len(again)))
+
+
+def _mix(job: Job, completions: int) -> Mix | None:
+    """The demonstrations that are imitated beside a simulated step with so many completions: all of them the longest."""
+    if not job.demonstrations:
+        return None
+    row = {"input_ids": [1] * job.demonstration_tokens, "completion_mask": [n >= job.demonstration_tokens - job.demonstration_counted for n in range(job.demonstration_tokens)]}
+    return Mix([row], coef=1.0, ratio=min(job.demonstrations, completions) / completions, pad_id=0)
 
 
 def kept_of_rollout(job: Job, completions: int) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from launch.plan.disk import Disk
-from launch.plan.estimate import CONTEXT, MARGIN, Estimate
+from launch.plan.estimate import CONTEXT, LIBRARIES, MARGIN, Estimate
 from launch.plan.jobs import Work
 from launch.plan.layout import Layout
 from launch.scale import Row
@@ -50,9 +50,9 @@ class Planned:
 
     @property
     def needed(self) -> int:
-        """Bytes of a device: the peak, a margin for fragmentation, and what CUDA takes."""
+        """Bytes of a device: the peak, a margin for fragmentation, and what CUDA takes; on a CPU what Python and its libraries take."""
         peak = self.measured if self.measured is not None else self.estimate.peak.total
-        return int(peak * (1 + MARGIN)) + CONTEXT if self.layout.device.gpu else peak
+        return int(peak * (1 + MARGIN)) + (CONTEXT if self.layout.device.gpu else LIBRARIES)
 
     @property
     def fits(self) -> bool | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from configs.errors import UserError
+from configs.splitting import PROMPT_IS_SPLIT
 from stages.soft.folder import is_prompt, method_of
 from stages.soft.settings import METHODS
 
@@ -46,7 +47,7 @@ def _problems(cfg: Any, methods: set[str | None]) -> list[str | None]:
         f"engine.kind {kind} samples without the prompt; use engine.kind native or generate" if kind in ("vllm", "continuous") else None,
         "engine.static_cache has no room for the prompt; set it to false" if kind == "generate" and engine.static_cache else None,
         "train.gradient_checkpointing recomputes layers without the cache that a prefix lies in; set it to false, or use prompt_tuning or p_tuning" if checkpointing else None,
-        "ZeRO-3 splits the weights that the prompt is put in front of; use a ZeRO-2 machine file or one without DeepSpeed" if zero_stage() == 3 else None,
+        PROMPT_IS_SPLIT if zero_stage() == 3 else None,
     ]
 
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from configs.errors import UserError
 from configs.schema import PPOStage
+from configs.splitting import refused
 from stages.zero import load, machine
 
 BUCKET = 2**26  # numbers reduced at once where the machine file does not say; DeepSpeed's own 5e8 would be 2 GB for every engine
@@ -75,21 +76,9 @@ def zero_of_machine(cfg: PPOStage) -> Zero | None:
 
 def _check(cfg: PPOStage, zero: Zero) -> None:
     offload = (zero.settings.get("offload_optimizer") or {}).get("device", "none")
-    shared = cfg.lora is not None or cfg.value_function == "head"
-    found = {
-        f"ZeRO stage {zero.stage}: PPO has gradients of its own to sum, which needs stage 1, 2 or 3": not 1 <= zero.stage <= 3,
-        f"offload_optimizer_device {offload} with one trunk for policy and value function (lora, or value_function: head): leave it at none, or "
-        "use value_function: copy": offload != "none" and shared,
-        "offload_optimizer_device nvme: PPO keeps the optimizer in memory; use cpu or none": offload == "nvme",
-        "ema_decay at ZeRO-3: the average would need the whole policy on every process; use a ZeRO-2 machine file": zero.stage == 3 and cfg.ema_decay is not None,
-        "lora.dora at ZeRO-3: it needs the norm of whole weights in every step; use a ZeRO-2 machine file": zero.stage == 3 and cfg.lora is not None and cfg.lora.dora,
-        "quantization at ZeRO-3: packed weights can't be split; use a ZeRO-2 machine file": zero.stage == 3 and cfg.quantization is not None,
-        "offload_frozen at ZeRO-3: frozen models are split over the processes already; set it to false, or offload_param_device: cpu in the machine "
-        "file": zero.stage == 3 and cfg.offload_frozen,
-    }  # fmt: skip
-    for problem, there in found.items():
-        if there:
-            raise UserError(f"stage ppo under this machine file: {problem}")
+    problem = None if 1 <= zero.stage <= 3 else f"ZeRO stage {zero.stage}: PPO has gradients of its own to sum, which needs stage 1, 2 or 3"
+    if problem := problem or refused(cfg, zero.stage, offload_optimizer=offload):
+        raise UserError(f"stage ppo under this machine file: {problem}")
 
 
 class Calls(nn.Module):
