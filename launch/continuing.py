@@ -122,9 +122,10 @@ def _output(args: argparse.Namespace, overrides: list[str], given: dict[str, Any
 def _begun_with(output: Path, registry: Registry) -> str | None:
     """The parent of an unfinished run in this folder; None where there is none. A name may mean a newer version by now."""
     from configs.load import load
+    from stages.training.save_names import saves
 
     config = output / "config.yaml"
-    if not config.is_file() or not any((output / "resume").glob("checkpoint-*")):
+    if not config.is_file() or not saves(output / "resume"):
         return None
     asked = str(load(config, "sft").init_from)
     print(f"continue: {output} holds an unfinished run, which began with {asked}; it goes on", file=sys.stderr)

@@ -19,7 +19,8 @@ from torch import nn
 from configs.errors import UserError
 from stages.ppo import monitor as monitoring
 from stages.ppo.modules import PolicyAndValue
-from stages.training.saves import KEPT, problem, retire, saves, store_alone
+from stages.training.save_names import BEST, saves
+from stages.training.saves import KEPT, problem, retire, store_alone
 
 
 class Position(NamedTuple):
@@ -111,7 +112,7 @@ def forget_bests(folder: Path, current: Sequence[int]) -> None:
             lists.append(kept_bests(json.loads((save / "state.json").read_text())["monitor"]))
     wanted = {_best(folder, iteration).name for bests in lists for iteration in bests}
     for best in folder.glob("best-*"):
-        if best.name not in wanted:
+        if BEST.fullmatch(best.name) and best.name not in wanted:
             retire(best)
 
 

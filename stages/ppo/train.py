@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Callable
 from functools import partial
@@ -43,7 +42,7 @@ from stages.ppo.update import MAX_GAP, SamplerDiffersError, update_policy
 from stages.ppo.watch import Outcome, Watch
 from stages.ppo.zero.engines import Zero, zero_of_machine
 from stages.tokens import ModelTokens, load_tokens
-from stages.training import ready, resume, watchdog
+from stages.training import ready, resume, saves, watchdog
 from stages.training.publish import publish_checkpoint
 from stages.training.ranks import from_rank_0, rank, say
 from stages.zero.machine import uses_deepspeed
@@ -226,4 +225,4 @@ def publish(
         parents=built.parents, info={"data": data_info, "tokenizer": tokens.facts, "metrics": metrics, "stage_info": stage_info},
     )  # fmt: skip
     if rank() == 0:
-        shutil.rmtree(output / "resume", ignore_errors=True)
+        saves.clear(output / "resume")

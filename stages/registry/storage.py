@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
+import itertools
 import os
 import re
 import shutil
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 from configs.errors import UserError
@@ -36,6 +37,10 @@ _CANNOT_SHARE = (  # not a fault of the disk: this pair of files, or this file s
     errno.EMLINK, errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY, errno.EINVAL, errno.ETXTBSY, errno.ENOENT,
 )  # fmt: skip
 
+_CANNOT_SYNC = (  # a folder above ours that is not ours to open, and so not made by a process of ours; one on a file system that syncs no folders
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.ENOSYS,
+)  # fmt: skip
+
 
 def fsync_dir(folder: Path) -> None:
     """Make the entries of a folder durable (a rename or link is only in memory until then)."""
@@ -49,17 +54,14 @@ def fsync_dir(folder: Path) -> None:
 def durable_mkdir(folder: Path) -> None:
     """mkdir -p whose every level survives a power cut.
 
-    Within a registry also levels that were there already: the process that made one may have been killed before it synced it. Once a process,
-    since afterwards nothing takes a level away again. Raises OSError.
+    Also levels that were there already: whoever made one (a process that was killed, a person) need not have synced it. Each once a process,
+    since afterwards nothing of ours takes a level away again. Raises OSError.
     """
     if folder.is_dir():
-        if (here := _identity(folder)) in _durable or not _in_registry(folder):
-            return
-        if not (folder / MARK).exists():
-            durable_mkdir(folder.parent)
-        with contextlib.suppress(PermissionError):  # a parent that is not ours to open is not one that a process of ours made
-            fsync_dir(folder.parent)
-        _durable.add(here)
+        unknown = list(itertools.takewhile(lambda level: _identity(level) not in _durable, _levels(folder)))
+        for level in reversed(unknown):  # from the top: what is known to be durable is so with all above it
+            _sync_name(level)
+            _durable.add(_identity(level))
         return
     durable_mkdir(folder.parent)
     try:
@@ -71,13 +73,32 @@ def durable_mkdir(folder: Path) -> None:
     _durable.add(_identity(folder))
 
 
+def sync_names(folder: Path) -> None:
+    """Make the names by which an existing folder is reached survive a power cut, of all levels of its file system: whoever made one need not have
+    synced it, and it may have been made anew since this process last looked. Raises OSError."""
+    for level in _levels(folder):
+        _sync_name(level)
+
+
+def _levels(folder: Path) -> Iterator[Path]:
+    """A folder and those above it, without the one that its file system is mounted on: that name is not of this disk."""
+    level = folder.resolve()
+    while level != level.parent and os.stat(level).st_dev == os.stat(level.parent).st_dev:
+        yield level
+        level = level.parent
+
+
+def _sync_name(folder: Path) -> None:
+    try:
+        fsync_dir(folder.parent)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC:
+            raise
+
+
 def _identity(folder: Path) -> tuple[int, int]:
     status = os.stat(folder)
     return status.st_dev, status.st_ino
-
-
-def _in_registry(folder: Path) -> bool:
-    return any((level / MARK).exists() for level in (folder, *folder.parents))
 
 
 def write_exclusive(path: Path, content: bytes) -> None:

@@ -13,7 +13,8 @@ from stages.nodes import agree
 from stages.training import pickles, saves
 from stages.training.changes import changes, identity, refusal, refused
 from stages.training.ranks import from_rank_0, say
-from stages.training.saves import IDENTITY, SEAL, forget
+from stages.training.save_names import IDENTITY
+from stages.training.saves import SEAL, forget
 from stages.training.stopping import Rule, rule_of, stopped_early
 from stages.zero.shards import data_only
 

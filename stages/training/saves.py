@@ -21,13 +21,11 @@ from typing import Any, NamedTuple
 from stages.registry.integrity import walk
 from stages.registry.sealing import hash_file, hash_files, unseal
 from stages.registry.sealing import seal as sealed_json
-from stages.registry.storage import fsync_dir
+from stages.registry.storage import fsync_dir, sync_names
 from stages.training.ranks import from_rank_0, rank, say, wait_for_everyone, world_size
+from stages.training.save_names import ASIDE, FORMER, STAGING, TRASH, is_own, number_of, put_aside, saves
 
 SEAL = "sealed.json"  # in a save: {files: {relative path: [bytes, blake3]}, depends_on, hash}
-IDENTITY = "identity.json"  # beside saves of before, whose seals did not say what they depend on
-# Before the name of a save: being written; being removed; of the same name as one that is not proven yet; found damaged.
-STAGING, TRASH, FORMER, ASIDE = ".staging-", ".trash-", ".former-", "damaged-"
 KEPT = 2  # saves: the newest, and one to fall back to when it is damaged
 # The number of the process that wrote a file, where its name holds it: DeepSpeed's shards, the Trainer's random state, ours.
 OF_RANK = re.compile(r"(?:rng_state_|zero_pp_rank_|running-|optimizer-)(\d+)")
@@ -150,10 +148,12 @@ def _as_failure(why: str | None) -> Failure | None:
 
 
 def new_staging(folder: Path, name: str) -> Path:
-    """An empty folder to write into; what earlier attempts left is removed (rank 0)."""
+    """An empty folder to write into; what earlier attempts left is removed (rank 0). Raises OSError."""
     remove_left_overs(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    sync_names(folder)  # else a power cut takes the folder of all saves away, for nothing else in a run syncs the names above it
     staging = folder / f"{STAGING}{name}"
-    staging.mkdir(parents=True)
+    staging.mkdir()
     return staging
 
 
@@ -196,8 +196,8 @@ def commit(staging: Path, final: Path, files: Mapping[str, Any], depends_on: Map
         OSError: nothing has been renamed, or the rename may not survive a power cut.
     """
     seal(staging, files, depends_on)
-    for inner in {(staging / name).parent for name in files} | {staging}:
-        sync_folder(inner)
+    for inner, _, _ in os.walk(staging):  # those too that hold nothing but folders
+        sync_folder(Path(inner))
     former = final.with_name(f"{FORMER}{final.name}")
     if final.exists():
         final.rename(former)
@@ -230,8 +230,8 @@ def rotate(folder: Path, kept: int, keep: Iterable[str] = ()) -> None:
     for old in found[kept:]:
         if old.name not in set(keep):
             retire(old)
-    for damaged in folder.glob(f"{ASIDE}checkpoint-*"):
-        if found and number_of(damaged) <= number_of(found[0]):
+    for damaged, number in put_aside(folder):
+        if found and number <= number_of(found[0]):
             retire(damaged)
 
 
@@ -274,17 +274,6 @@ def settle_all(folder: Path) -> None:
 
 
 # -- finding and judging
-
-
-def saves(folder: Path) -> list[Path]:
-    """The saves of a run, newest first, sound or not."""
-    found = [path for path in folder.glob("checkpoint-*") if path.is_dir() and not path.is_symlink() and path.name.split("-")[1].isdigit()]
-    return sorted(found, key=number_of, reverse=True)
-
-
-def number_of(save: Path) -> int:
-    """The step or iteration that a save was made after: 40 of checkpoint-40."""
-    return int(re.split(r"checkpoint-", save.name)[1].split(".")[0])
 
 
 def problem(save: Path) -> str | None:
@@ -355,9 +344,22 @@ def retire_newer(save: Path) -> None:
 
 
 def forget(folder: Path) -> None:
-    """Remove the saves of a published run; called on every rank."""
+    """Remove the saves of a published run; called on every rank. What somebody else put beside them stays."""
     wait_for_everyone()
     if rank() == 0:
+        clear(folder)
+
+
+def clear(folder: Path) -> None:
+    """Remove what a run has made in the folder of its saves, and the folder where nothing else lies in it (rank 0)."""
+    entries = list(folder.iterdir()) if folder.is_dir() else []
+    foreign = sorted(path.name for path in entries if not is_own(path.name))
+    if foreign:
+        for path in entries:
+            if path.name not in foreign:
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        say(f"{folder}: the run is published and its saves are removed; what is not its own stays there: {', '.join(foreign[:5])}{' …' if foreign[5:] else ''}")
+    else:
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -111,7 +111,7 @@ def deaths(scenario: Scenario, folder: Path, every: int = 1) -> Iterator[Death]:
             problems = broken(root, acknowledged) or go_on(root, acknowledged)
             left = leftovers(root)
             if not problems:
-                collect(root, Rules(keep=1000, grace=timedelta(0)))
+                collect(root, Rules(keep=1000, keep_resume=1000, grace=timedelta(0)))
                 problems = [f"gc leaves {name}" for name in leftovers(root)] + broken(root, acknowledged)
             yield Death(scenario.name, f"{call} ({at}{', torn' if torn else ''})", problems, left)
             shutil.rmtree(top)

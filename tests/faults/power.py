@@ -24,6 +24,7 @@ from tests.faults.shim import Call, Hook
 
 Key = tuple[int, int]  # inode and how often its number was used before
 TOP: Key = (-1, 0)
+HELPERS = (" fsync_dir", " fsync_file", " sync_names", " _sync_name", " sync_folder", " _sync")  # functions that only perform an fsync
 
 
 @dataclass(frozen=True)
@@ -149,8 +150,8 @@ class Recorder(Hook):
 
 
 def sync_site(call: Call) -> str:
-    """The line of the registry's code that asks for an fsync: not the helper that performs it, whoever calls that."""
-    frames = [item for item in call.site if not item.endswith((" fsync_dir", " fsync_file"))]
+    """The line of the code that asks for an fsync: not the helper that performs it, whoever calls that."""
+    frames = [item for item in call.site if not item.endswith(HELPERS)]
     return " < ".join(reversed(frames[-2:] if frames[-1].endswith(" write_exclusive") else frames[-1:])) if frames else ""
 
 

@@ -17,13 +17,16 @@ from stages.registry.names import is_id
 class Promises:
     """Acknowledged: checkpoints (id -> ref), the moves of each alias in their order (stage/name@alias -> ids), and that the registry is there.
 
-    released: checkpoints that gc was told it may move away.
+    released: checkpoints that gc was told it may move away. saves: folder of a run's saves, relative to what is around the registry -> step -> which
+    attempt at it. states: ids whose resumable state is kept.
     """
 
     opened: bool = False
     checkpoints: dict[str, str] = field(default_factory=dict)
     aliases: dict[str, list[str]] = field(default_factory=dict)
     released: set[str] = field(default_factory=set)
+    saves: dict[str, dict[int, int]] = field(default_factory=dict)
+    states: set[str] = field(default_factory=set)
 
     def copy(self) -> Promises:
         return copy.deepcopy(self)
@@ -37,12 +40,16 @@ class Promises:
 
 
 def broken(root: Path, promises: Promises) -> list[str]:
-    """What does not hold: an acknowledged checkpoint or alias move that is lost or changed, anything invalid that is visible."""
+    """What does not hold: an acknowledged checkpoint, alias move or save that is lost or changed, anything invalid that is visible."""
+    from tests.faults.run_saves import broken_saves, broken_states  # only where saves are promised is torch looked for
+
+    lost = broken_saves(root.parent, promises) if promises.saves else []
     try:
         registry = Registry(root, create=False)
-        return _invisible(registry) + _trash(registry) + _lost(registry, promises) + _moved(registry, promises)
+        found = _invisible(registry) + _trash(registry) + _lost(registry, promises) + _moved(registry, promises)
+        return lost + found + broken_states(registry, promises)
     except UserError as error:
-        return [f"does not open: {error}"] if promises.opened else []
+        return lost + ([f"does not open: {error}"] if promises.opened else [])
 
 
 def _invisible(registry: Registry) -> list[str]:

@@ -19,6 +19,7 @@ from safetensors.numpy import save
 from configs.errors import UserError
 from stages.registry import Checkpoint, Registry, gc, storage
 from stages.registry.gc import Rules
+from tests.faults import run_saves
 from tests.faults.promises import Promises, broken
 from tests.tiny import tiny_model
 
@@ -74,6 +75,13 @@ def _open(root: Path, promises: Promises, note: Note) -> None:
     Registry(root)
     promises.opened = True
     note()
+
+
+def _open_in_new_folder(root: Path, promises: Promises, note: Note) -> None:
+    """In a folder that somebody has just made and that nobody has synced."""
+    root.mkdir(exist_ok=True)
+    _open(root, promises, note)
+    publish(root, promises, note)
 
 
 def _empty(root: Path, promises: Promises) -> None:
@@ -161,12 +169,21 @@ SCENARIOS = (
     Scenario("publish", _one, _next, (_another, _point_at_newest)),
     Scenario("alias", _aliased, _moves, (_another, _point_at_newest)),
     Scenario("gc and restore", _garbage, _collect, (_collect_again,)),
+    Scenario("open in a folder just made", _nothing, _open_in_new_folder, (_another,)),
 )
+
+# By themselves: they load torch.
+SAVES = Scenario("saves of a run", run_saves.begin, run_saves.train, (run_saves.train_on,))
+STATES = Scenario("keep and restore", run_saves.published, run_saves.keep_and_restore)
 
 
 def go_on(root: Path, promises: Promises) -> list[str]:
     """What does not work any more: the next publication, the next move of an alias, and all that had been promised."""
     promises = promises.copy()
+    if promises.saves:
+        problems = run_saves.go_on_saves(root.parent, promises)
+        if problems or not promises.opened:  # a run without a registry
+            return problems
     try:
         made = publish(root, promises, silent, 9.0)
         if any(ref == made.ref for key, ref in promises.checkpoints.items() if key != made.id):

@@ -20,6 +20,7 @@ from tests.reliability.case import Case, Measured
 # One name a line, in the order in which they run: tests/reliability/<name>.py
 AREAS: tuple[str, ...] = (
     "faults",
+    "save_faults",
     "small",
     "collection",
     "security",

@@ -6,12 +6,15 @@ import errno
 import io
 import json
 import os
+import shutil
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from stages.training import changes, saves
+from stages.ppo import state
+from stages.training import changes, resume, saves
 from stages.training.lines import Appended
 from stages.training.ranks import say
 from stages.training.saves import Failure, attempted
@@ -40,6 +43,37 @@ def test_the_older_ones_go_when_the_new_one_has_been_read_back(tmp_path):
     assert names(tmp_path) == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
     assert [save.name for save in saves.verified(tmp_path)] == ["checkpoint-4", "checkpoint-3", "checkpoint-2"]
     assert saves.read_seal(tmp_path / "checkpoint-4")["depends_on"] == {"data": "x"}
+
+
+COPIES = ("checkpoint-2-backup", "checkpoint-2.old", "checkpoint-²", "checkpoint-", "checkpoint-02", "damaged-checkpoint-1-backup", "best-1-backup")
+
+
+def test_a_copy_beside_the_saves_is_no_save_and_is_left_alone(tmp_path, capsys):
+    """`cp -r checkpoint-2 checkpoint-2-backup`: the next start, and every save, ended with a ValueError."""
+    for step in (1, 2):
+        make(tmp_path, step)
+    for name in COPIES:
+        shutil.copytree(tmp_path / "checkpoint-2", tmp_path / name)
+    (tmp_path / "checkpoint-1" / "a.txt").write_text("damaged")
+    shutil.copytree(tmp_path / "checkpoint-1", tmp_path / "best-3")
+    assert [save.name for save in saves.verified(tmp_path)] == ["checkpoint-2"]
+    assert resume.choose_save(tmp_path, SimpleNamespace(allow_changed=[]), {"data": "x"}).name == "checkpoint-2"
+    assert make(tmp_path, 3) is None
+    saves.retire_newer(tmp_path / "checkpoint-2")
+    state.forget_bests(tmp_path, [])
+    assert names(tmp_path) == sorted((*COPIES, "checkpoint-2"))
+    saves.forget(tmp_path)
+    assert names(tmp_path) == sorted(COPIES), "the run is published; what is somebody's own stays"
+    assert "what is not its own stays there: best-1-backup, checkpoint-, checkpoint-02, checkpoint-2-backup, checkpoint-2.old …" in capsys.readouterr().out
+    assert all((tmp_path / name / "a.txt").read_text() == "weights 2" for name in COPIES)
+
+
+def test_the_folder_of_a_published_runs_saves_goes(tmp_path):
+    make(tmp_path / "resume", 1)
+    (tmp_path / "resume" / "identity.json").write_text("{}")
+    (tmp_path / "resume" / "damaged-checkpoint-1.2").mkdir()
+    saves.forget(tmp_path / "resume")
+    assert names(tmp_path) == []
 
 
 def test_one_that_reads_back_otherwise_is_put_aside_and_none_is_removed(tmp_path, monkeypatch):
