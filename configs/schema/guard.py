@@ -18,6 +18,7 @@ class Guard(Strict):
     )  # fmt: skip
     max_skipped_in_row: PositiveInt = Field(
         default=5,
-        description="Optimizer steps skipped in a row after which the run goes back to its newest healthy save; the second time in a row it stops. SFT, reward and "
-        "DPO whose very last steps are skipped publish what they learned before, if at least half of all steps were taken.",
+        description="Optimizer steps skipped in a row after which the run goes back to its newest healthy save; the second time in a row it stops. Verdicts are read, and "
+        "so many skipped steps noticed, when something is logged, evaluated or saved next, even if they are over by then (PPO: at the end of the iteration): up to "
+        "train.log_every steps later. SFT, reward and DPO that notice it at their very end publish what they learned, if at least half of all steps were taken.",
     )

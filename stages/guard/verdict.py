@@ -78,10 +78,11 @@ class Guard:
         self.cfg, self.signals = cfg, tuple(signals)
         self.history = torch.full((len(signals), WINDOW), math.nan, device=device)
         self.seen = torch.zeros(len(signals), dtype=torch.int64, device=device)
-        self.streak_now = torch.zeros((), dtype=torch.int64, device=device)
         self.slots = torch.arange(WINDOW, device=device)[None]
         self.unread: list[tuple[int, Tensor]] = []
         self.streak = 0  # steps skipped in a row, when it was last read
+        self.longest = 0  # the most that were skipped in a row up to a step of the last reading: they may be over by now
+        self.longest_end = 0  # the last step of those
         self.skipped = 0  # steps skipped since the run began, when it was last read
 
     @torch.no_grad()
@@ -93,19 +94,23 @@ class Guard:
         slot = (self.slots == (self.seen % WINDOW)[:, None]) & kept[:, None]
         self.history = torch.where(slot, values.abs().log()[:, None], self.history)
         self.seen = self.seen + kept
-        self.streak_now = (self.streak_now + 1) * found.skip
         skip = found.skip.float()
         self.unread.append((step, torch.cat([skip[None], found.finite.float(), found.spike.float(), found.times])))
         return skip
 
     def read(self) -> list[Skipped]:
-        """The steps skipped since it was last called: the one place that waits for the device."""
+        """The steps skipped since it was last called: the one place that waits for the device. Without any step since then nothing changes."""
         if not self.unread:
             return []
+        found, self.longest = [], 0
         rows = torch.stack([row for _, row in self.unread]).tolist()
-        found = [self._named(step, row[1:]) for (step, _), row in zip(self.unread, rows, strict=True) if row[0]]
+        for (step, _), row in zip(self.unread, rows, strict=True):
+            self.streak = self.streak + 1 if row[0] else 0
+            if row[0]:
+                found.append(self._named(step, row[1:]))
+            if self.streak > self.longest:
+                self.longest, self.longest_end = self.streak, step
         self.unread.clear()
-        self.streak = int(self.streak_now)
         self.skipped += len(found)
         return found
 
@@ -119,7 +124,8 @@ class Guard:
 
     def forget_streak(self) -> None:
         """Count anew: the run has gone back to a save."""
-        self.streak_now, self.streak = torch.zeros_like(self.streak_now), 0
+        assert not self.unread, "steps that were not read would count towards it"
+        self.streak = self.longest = 0
 
     def state(self) -> dict[str, Any]:
         """For a save, once everything was read; floats survive JSON to the bit."""
@@ -131,7 +137,6 @@ class Guard:
         """Go on from what `state` gave; of other signals only the count is taken."""
         self.skipped, self.streak = saved["skipped"], saved["streak"]
         device = self.history.device
-        self.streak_now = torch.tensor(self.streak, device=device)
         if saved["signals"] == list(self.signals):
             self.history = torch.tensor([[math.nan if x is None else x for x in row] for row in saved["history"]], device=device)
             self.seen = torch.tensor(saved["seen"], device=device)

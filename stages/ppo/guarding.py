@@ -54,8 +54,8 @@ class Undo:
             GoneBadError: too many steps in a row were skipped, or (where the weights are about to be saved or published) one is not finite.
         """
         self.name(iteration)
-        if self.guard.streak >= self.cfg.guard.max_skipped_in_row:
-            raise GoneBadError(f"{self.guard.streak} optimizer steps in a row were skipped")
+        if self.guard.longest >= self.cfg.guard.max_skipped_in_row:  # also where a later step of the iteration was taken
+            raise GoneBadError(f"{self.guard.longest} optimizer steps in a row were skipped")
         if saved_next and not self.store.is_finite(whole=True):
             raise GoneBadError("a trained weight is not finite")
 
@@ -74,7 +74,7 @@ class Undo:
             UserError: there is no such save, it was already gone back to, or no iteration is left to show that it helped.
         """
         found = self.name(iteration)
-        if found and self.guard.streak < self.cfg.guard.max_skipped_in_row and not any(skipped.not_finite for skipped in found):
+        if found and self.guard.longest < self.cfg.guard.max_skipped_in_row and not any(skipped.not_finite for skipped in found):
             say(f"warning: iteration {iteration + 1}: nothing is learned from it, the gradients of all its steps are spikes; weights and optimizer are as they were")
             return {"train/skipped_steps": self.guard.skipped}
         save = from_rank_0("looking for a healthy save", lambda: healthy_save(self.store.folder))

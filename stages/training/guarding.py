@@ -103,9 +103,9 @@ class SkipSteps(TrainerCallback, ExportableState):
         """
         found = self.catch_up()
         broken = control.should_save and not rollback.weights_are_finite(self.trainer)
-        if broken or self.guard.streak >= self.cfg.max_skipped_in_row:
+        if broken or self.guard.longest >= self.cfg.max_skipped_in_row:
             if not broken and self.is_trained(state):
-                control.should_save = False
+                control.should_save = control.should_save and not self.guard.streak
                 say(f"warning: {self.reason(found)}. No step is left: the weights are those of the last step that was taken, {state.global_step - self.guard.streak}")
             else:
                 self.go_back("a trained weight is not finite" if broken else self.reason(found), state)
@@ -136,8 +136,9 @@ class SkipSteps(TrainerCallback, ExportableState):
         return at_end and 2 * taken >= state.global_step and (self.fallen is None or self.good_since)
 
     def reason(self, found: Sequence[Skipped]) -> str:
-        """What led to going back."""
-        return f"{self.guard.streak} optimizer steps in a row were skipped, the last because {found[-1] if found else 'its numbers had gone bad'}"
+        """What led to going back. `found` holds the last of the steps that were skipped in a row, which may be over by now."""
+        last = next(skipped for skipped in found if skipped.step == self.guard.longest_end)
+        return f"{self.guard.longest} optimizer steps in a row were skipped, the last because {last}"
 
     def go_back(self, why: str, state: Any) -> None:
         """Put the weights and the optimizer of the newest healthy save in place. Position, schedule and random numbers stay: the rows

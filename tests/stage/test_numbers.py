@@ -88,6 +88,21 @@ def test_weights_gone_bad_are_undone_once(place, capsys, stage):
     assert rates == pytest.approx([1e-3 * (8 - i) / 8 for i in range(8)]), "the schedule goes on"
 
 
+@pytest.mark.parametrize("end", [False, True])
+def test_steps_skipped_in_a_row_count_also_where_they_are_over_at_the_next_log(place, capsys, end):
+    """Steps 4 and 5 are skipped and 6 is taken; nothing is logged, evaluated or saved before step 6, or before the end. The run went on, and published."""
+    train = {"max_steps": 7, "log_every": 10, "eval_every": 10, "save_every": 10 if end else 3}
+    with injected("gradient", {4, 5}) as recorded:
+        run("sft", case(place, "sft", f"over-{end}".lower(), train, guard={"max_skipped_in_row": 2}))
+    said = capsys.readouterr().out
+    after = recorded[0].steps
+    if end:
+        assert "2 optimizer steps in a row were skipped, the last because the gradient is not finite. No step is left: the weights are those of the last step that was taken, 7" in said
+    else:
+        assert same(after[6], after[3])
+        assert "2 optimizer steps in a row were skipped, the last because the gradient is not finite. Back to the weights and the optimizer of checkpoint-3; the rows of steps 4 to 6 are" in said
+
+
 def test_the_second_time_in_a_row_the_run_stops_with_its_last_healthy_save(place):
     values = case(place, "sft", "twice", guard={"max_skipped_in_row": 2})
     with injected("weight", {4, 6}), pytest.raises(UserError, match=r"a trained weight is not finite at step 6, again after .* of step 3; the last healthy save is \S+checkpoint-3\."):

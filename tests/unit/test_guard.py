@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from configs.schema import Guard as GuardConfig
 from stages.guard.skip import reads_flag, skip_if
-from stages.guard.verdict import JUDGED_AFTER, WINDOW, Guard, verdict
+from stages.guard.verdict import JUDGED_AFTER, WINDOW, GoneBadError, Guard, verdict
+from stages.ppo.guarding import Undo
 
 
 def guard_of(**changes):
@@ -71,15 +73,33 @@ def test_a_norm_of_zero_is_neither_judged_nor_remembered():
     assert guard.seen.tolist() == [41, 1]
 
 
-def test_only_the_last_steps_in_a_row_count():
+def test_steps_skipped_in_a_row_are_counted_also_where_they_are_over_when_they_are_read():
     guard = guard_of()
     fed(guard, [(math.nan, 1.0)] * 3 + [(1.0, 1.0)] + [(math.nan, 1.0)] * 2)
     assert len(guard.read()) == 5
-    assert (guard.streak, guard.skipped) == (2, 5)
-    guard.forget_streak()
-    fed(guard, [(math.nan, 1.0)])
+    assert (guard.streak, guard.longest, guard.longest_end, guard.skipped) == (2, 3, 3, 5)
+    fed(guard, [(math.nan, 1.0)] * 2 + [(1.0, 1.0)], first=7)
     guard.read()
-    assert (guard.streak, guard.skipped) == (1, 6)
+    assert (guard.streak, guard.longest, guard.longest_end, guard.skipped) == (0, 4, 8, 7), "two of them stood in the reading before"
+    fed(guard, [(1.0, 1.0)], first=10)
+    guard.read()
+    assert guard.longest == 0
+    fed(guard, [(math.nan, 1.0)] * 2, first=11)
+    guard.read()
+    guard.forget_streak()
+    assert guard.longest == 0
+    fed(guard, [(math.nan, 1.0)], first=13)
+    guard.read()
+    assert (guard.streak, guard.longest, guard.skipped) == (1, 1, 10)
+
+
+def test_ppo_goes_back_for_steps_skipped_in_a_row_that_a_later_step_of_the_iteration_has_ended():
+    undo = Undo(SimpleNamespace(guard=GuardConfig(max_skipped_in_row=2)), "cpu", None, None, None)
+    fed(undo.guard, [(math.nan, 1.0), (1.0, 1.0), (math.nan, 1.0)])
+    undo.check(0, saved_next=False)
+    fed(undo.guard, [(math.nan, 1.0), (1.0, 1.0)], first=4)
+    with pytest.raises(GoneBadError, match="2 optimizer steps in a row were skipped"):
+        undo.check(1, saved_next=False)
 
 
 def test_a_save_remembers_all_of_it_to_the_bit():
