@@ -1,9 +1,10 @@
 """Leases: a running job that uses a checkpoint says so, and gc leaves the checkpoint where it is.
 
 ROOT/leases/<checkpoint id>/<lease id>.json = {"holder": …, "purpose": …, "expires": UTC}, sealed. Whether a lease counts follows from
-what is written in it, never from a lock or a file's time: it counts until it expires, and lapses at once when its holder is
-a process of this machine that has provably ended. Holders renew theirs from a thread. A lease is not synced to the disk: its holder
-would not outlive a power cut either.
+what is written in it, never from a lock: it counts until it expires, and lapses at once when its holder is a process of this machine that
+has provably ended. Holders renew theirs from a thread. A lease is not synced to the disk: its holder would not outlive a power cut either.
+What can't be read (a power cut may leave an empty file) says nothing of itself: it counts for as long as one would that was written when the file was,
+since a living holder writes it anew long before.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ _held: list[Held] = []  # by this process since it began; giving one back twice 
 
 @dataclass(frozen=True)
 class Lease:
-    """Who uses a checkpoint, and until when at least. `problem`: why the file could not be read; such a lease counts."""
+    """Who uses a checkpoint, and until when at least. `problem`: why the file could not be read; `expires` is then what its times allow, None where they
+    can't be told either: such a lease counts until its file is deleted."""
 
     checkpoint_id: str
     file: Path
@@ -41,12 +43,15 @@ class Lease:
 
     def lapsed(self, at: datetime) -> bool:
         """Whether it no longer counts."""
-        if self.holder is None or self.expires is None:
-            return False
-        return at > self.expires + CLOCKS_DIFFER or provably_dead(self.holder)
+        if self.expires is not None and at > self.expires + CLOCKS_DIFFER:
+            return True
+        return self.holder is not None and provably_dead(self.holder)
 
     def __str__(self) -> str:
-        return f"{self.holder}, {self.purpose}" if self.holder else f"{self.file.name}: {self.problem}"
+        if self.holder is not None:
+            return f"{self.holder}, {self.purpose}"
+        until = f" until {self.expires + CLOCKS_DIFFER:%Y-%m-%d %H:%M} UTC" if self.expires else ""
+        return f"the lease {self.file} {self.problem} and counts{until}; delete that file if no job uses the checkpoint"
 
 
 def leases(root: Path) -> list[Lease]:
@@ -86,7 +91,19 @@ def _read(checkpoint_id: str, file: Path) -> Lease | None:
     except FileNotFoundError:
         return None  # given back just now
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return Lease(checkpoint_id, file, problem=f"cannot be read ({error})")
+        return Lease(checkpoint_id, file, expires=_expires_at_the_latest(file), problem=f"cannot be read ({error})")
+
+
+def _expires_at_the_latest(file: Path) -> datetime | None:
+    """Until when a lease may hold that can't be read: LASTS after its file was written, by the file's time or, where that is later, the one in its name
+    (a renewal keeps the name). None where the file's time can't be told."""
+    try:
+        written = datetime.fromtimestamp(file.stat().st_mtime, UTC)
+    except (OSError, ValueError, OverflowError):
+        return None
+    with contextlib.suppress(ValueError):
+        written = max(written, datetime.strptime(file.name[:15], "%Y%m%dt%H%M%S").replace(tzinfo=UTC))
+    return written + LASTS
 
 
 @dataclass
