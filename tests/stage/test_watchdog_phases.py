@@ -1,6 +1,6 @@
 """What a stage does while the watchdog counts which phase: the limit that ends a hang is the one of that work, in every phase of a real run.
 
-That a limit is applied, whichever phase it is of, is shown by tests/unit/test_watchdog.py; that a run ends so, by a stopped rank in `make reliability`.
+That a limit is applied, whichever phase it is of, is shown by tests/unit/test_watchdog.py; that real runs end so, by ranks that stand still in `make reliability`.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ def test_what_an_earlier_run_asked_for_is_not_heeded(watch):
 
 @pytest.mark.parametrize("phase", LIMITS)
 def test_every_phase_has_the_limit_of_its_own_name(watch, phase):
-    """Of all phases, not only of `update`, in which a rank is stopped in a real run (make reliability)."""
+    """Real runs stand still in each but `load` in make reliability."""
     watch.limits = {name: 100.0 * number for number, name in enumerate(LIMITS, 1)}
     watch.now.phase = phase
     watch.now.beaten -= watch.limits[phase] - 5
