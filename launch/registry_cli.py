@@ -183,7 +183,7 @@ def run_show(args: argparse.Namespace) -> int:
         *((f"evaluation {index}", _short(item)) for index, item in enumerate(results, 1)),
         ("config", _short(facts["info"].get("config", {}))),
     ]
-    print("\n".join(table(rows)))
+    print("\n".join([*table(rows), *examine.loading(registry, checkpoint)]))
     if continued := facts["info"].get("continued"):
         from stages.continuing.table import lines
 

@@ -6,6 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
+from configs.printable import printable
 from launch.registry.output import print_json, size, table
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def run_export(args: argparse.Namespace) -> int:
     """Write a checkpoint to a folder of its own."""
     from stages.registry import Registry
     from stages.registry.exporting import export
+    from stages.registry.loading import is_stacked, stacked_lines
 
     done = export(Registry(args.registry, create=False), args.ref, args.folder, _options(args), _tell)
     facts = {
@@ -42,6 +44,8 @@ def run_export(args: argparse.Namespace) -> int:
         print_json(facts)
         return 0
     print(f"exported {done.checkpoint.ref} ({done.checkpoint.id}) to {done.folder}: {len(done.files)} files, {size(sum(done.files.values()))}")
+    if is_stacked(done.checkpoint):
+        print("\n".join(["to load it (BASE, if there is one: see README.md):", *map(printable, stacked_lines(done.checkpoint, str(done.folder), "BASE"))]))
     if done.licence is None:
         print(f"its licence is not known: fill it in at the top of {done.folder / 'README.md'}, or export again with --licence")
     return 0

@@ -15,6 +15,7 @@ from typing import Any
 
 from configs.printable import printable
 from stages.registry.lineage import LineageNode
+from stages.registry.loading import NOTE, auto_class, is_stacked, outside_arguments, stacked_lines
 from stages.registry.manifest import Checkpoint
 
 NO_LICENCE = "to-be-filled-in"
@@ -87,19 +88,19 @@ def _bases(node: LineageNode) -> list[str]:
 
 
 def _use(facts: Facts) -> str:
-    cls = "AutoModelForSequenceClassification" if facts.checkpoint.stage == "reward" else "AutoModelForCausalLM"
-    place = facts.name or "FOLDER"
-    if under := [name for name in ("config.json", "adapter_config.json") if f"model/base/{name}" in facts.checkpoint.manifest["files"]]:
-        weights = f'{cls}.from_pretrained("{place}/base")' if under == ["config.json"] else f'PeftModel.from_pretrained({cls}.from_pretrained("BASE"), "{place}/base").merge_and_unload()'
-        code = f"from peft import PeftModel\nfrom transformers import {cls}\n\nmodel = PeftModel.from_pretrained({weights}, \"{place}\")"
-        note = "\n\nA soft prompt stands in front of the weights in `base`, which mean little without it." + (
-            " peft reads the score of a row at its last column: give it one row at a time, or pad on the left." if facts.checkpoint.stage == "reward" else ""
+    item, place = facts.checkpoint, facts.name or "FOLDER"
+    cls = auto_class(item)
+    if is_stacked(item):
+        lines = stacked_lines(item, place, "BASE")
+        code = "\n".join(lines)
+        note = f"\n\nA soft prompt stands in front of the weights in `base`, which mean little without it. {NOTE}" + (
+            " peft reads the score of a row at its last column: give it one row at a time, or pad on the left." if item.stage == "reward" else ""
         )
-        if under != ["config.json"]:
-            note += f" BASE is `{public(str(facts.checkpoint.info('stage_info', {}).get('adapter', {}).get('base')))}`."
+        if any('"BASE"' in line for line in lines):
+            note += f" BASE is `{public(str(item.info('stage_info', {}).get('adapter', {}).get('base')))}`."
     elif facts.weights == "adapter":
         adapter = facts.checkpoint.info("stage_info", {}).get("adapter", {})
-        code = f"from peft import PeftModel\nfrom transformers import {cls}\n\nmodel = PeftModel.from_pretrained({cls}.from_pretrained(\"BASE\"), \"{place}\")"
+        code = f"from peft import PeftModel\nfrom transformers import {cls}\n\nmodel = PeftModel.from_pretrained({cls}.from_pretrained(\"BASE\"{outside_arguments(item)}), \"{place}\")"
         base = f"`{public(str(adapter['base']))}`" if adapter.get("base") else "what `adapter_config.json` names"
         note = f"\n\nBASE is {base}; on other weights this adapter means nothing."
     else:

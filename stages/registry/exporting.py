@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from configs.errors import UserError
 from stages.registry.card import Facts, card, public
 from stages.registry.holder import draft_name
+from stages.registry.loading import BASE
 from stages.registry.manifest import MODEL, Checkpoint
 from stages.registry.sealing import CHUNK, hash_file
 from stages.registry.storage import check_room, durable_move, fsync_dir, readable, storage_error, write_exclusive
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from stages.registry.registry import Registry
 
 CARD, SUMS, ADAPTER = "README.md", "SHA256SUMS", "adapter_config.json"
-BASE = "base"  # in a model folder with a soft prompt: the weights under it (stages/soft/folder.py)
 NOTHING, ELSEWHERE = "Nothing was exported.", "another folder"
 Say = Callable[[str], None]
 

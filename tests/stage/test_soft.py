@@ -275,6 +275,26 @@ def test_align_eval_reads_and_writes_with_the_prompt(place, parents):
     torch.testing.assert_close(torch.tensor(scored[0]).float(), expected, atol=1e-4, rtol=1e-4)
 
 
+def check_lines(place, checkpoint, exported: Path) -> None:
+    """The lines of the card, and those that `align registry show` prints, load it as they are written."""
+    import contextlib
+    import io
+
+    from launch.cli import main
+
+    card = (exported / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert main(["registry", "show", "--registry", str(place / "registry"), checkpoint.ref]) == 0
+    shown = "from peft" + printed.getvalue().split("\nfrom peft")[1]
+    for text in (card.replace("FOLDER", str(exported)).replace('"BASE"', f'"{place / "base"}"'), shown):
+        names: dict = {}
+        exec(text, names)
+        with torch.no_grad():
+            found = names["model"].eval()(input_ids=IDS).logits[:, -IDS.shape[1] :]
+        torch.testing.assert_close(found, logits(place, checkpoint), atol=1e-4, rtol=1e-4)
+    assert ("base = AutoModelForCausalLM.from_pretrained" in card, "model = PeftModel.from_pretrained(base, " in card) == (True, True)
+
+
 @pytest.mark.parametrize("lora", [None, False, True])
 def test_exported_and_imported_it_is_the_same_model(place, parents, tmp_path, lora):
     """A prompt on the base, one over whole weights, one over an adapter: with its card, its sums, and without a path of this machine."""
@@ -294,6 +314,8 @@ def test_exported_and_imported_it_is_the_same_model(place, parents, tmp_path, lo
     assert ("/base" in (exported / "README.md").read_text()) == (lora is not None)
     with pytest.raises((OSError, ValueError)):  # never a model without its prompt
         AutoModelForCausalLM.from_pretrained(exported)
+    if lora is not None:
+        check_lines(place, checkpoint, exported)
     again = import_model(Registry(tmp_path / "other"), str(exported), "sft/again", base=None if lora is False else str(place / "base"))
     found = models.load_policy(models.find("sft/again", tmp_path / "other"))
     with torch.no_grad():
