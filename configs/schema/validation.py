@@ -63,7 +63,7 @@ class Validation(Strict):
     generate: Generate | None = Field(default=None, description="Generation at evaluations; null generates nothing.")
     metric: str | None = Field(default=None, description="What the published state is chosen by, such as evaluation/rougeL; null publishes the last one, or with early stopping the one of least loss.")
     mode: Literal["max", "min"] | None = Field(default=None, description="Whether more of `metric` is better; null knows it of our own metrics.")
-    early_stopping: EarlyStopping | None = Field(default=None, description="Stop when `metric` no longer improves (null: evaluation/loss), and publish the best state.")
+    early_stopping: EarlyStopping | None = Field(default=None, description="Stop when `metric` no longer improves (null: evaluation/loss), and publish the best state; the last one is kept to go on from (keep_resume).")
     test: bool = Field(
         default=True, description="After training, measure the state to be published once on the split's test part, as test/…: never to choose by. Generates where `generate` is on, on as many rows.",
     )  # fmt: skip

@@ -139,6 +139,8 @@ def test_without_a_metric_trials_are_judged_by_what_the_stage_publishes_by(world
     early = world.setting("sft.train.learning_rate=1e-3,1e-2", overrides=["sft.evaluation.early_stopping={patience: 2}"])
     assert early.metric == Metric("evaluation/loss", "sft", "min")
     assert any("which sft.evaluation.early_stopping chooses" in note for note in early.notes)
+    trial = early.trial_chain([("sft.train.learning_rate", 1e-3)], 1).sft
+    assert (trial.evaluation.early_stopping.patience, trial.keep_resume) == (2, False), "nobody goes on from a trial's last state"
     assert world.setting("sft.train.learning_rate=1e-3,1e-2", overrides=[rouge], metric="evaluation/loss").metric.name == "evaluation/loss"
     assert world.setting("ppo.kl_coef=0.01,0.1", overrides=["ppo.evaluation.metric=-evaluation/length"]).metric == Metric("evaluation/length", "ppo", "min")
     assert any("the validation loss of dpo (less is better)" in note for note in world.setting("dpo.beta=0.1,0.2").notes)
