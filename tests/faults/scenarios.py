@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -79,7 +79,8 @@ def _open(root: Path, promises: Promises, note: Note) -> None:
 
 def _open_in_new_folder(root: Path, promises: Promises, note: Note) -> None:
     """In a folder that somebody has just made and that nobody has synced."""
-    root.mkdir(exist_ok=True)
+    with suppress(OSError):  # whose disk is full: the registry is to say so
+        root.mkdir()
     _open(root, promises, note)
     publish(root, promises, note)
 
