@@ -13,6 +13,7 @@ from configs.errors import UserError
 if TYPE_CHECKING:
     from stages.registry import Checkpoint, Registry
 
+PROMPTS = ("prompt_tuning", "prefix_tuning", "p_tuning")  # methods that train a soft prompt
 TECHNIQUE = ("lora", "tune")  # sections that say what is trained
 HOW_TRAINED = ("learning_rate_ratio", "quantization")  # of an adapter, whatever it is
 FRESH = ("allow_changed", "output", "continued", "init_from", "data", "name", "registry")  # of the parent's config, not taken over
@@ -197,8 +198,10 @@ def _as_asked(cfg: Any, parent: Checkpoint, args: argparse.Namespace) -> Any:
     is_adapter = (parent.model_dir / "adapter_config.json").is_file()
     changed = [key for key in TECHNIQUE if _differs((parent.info("config") or {}).get(key), cfg.model_dump(mode="json").get(key))]
     if is_adapter and cfg.continued.adapter == "same" and _has_prompt(parent):
-        if getattr(cfg.technique, "method", "") in ("prompt_tuning", "prefix_tuning", "p_tuning"):
-            raise UserError(f"--continue: {parent.ref} is a soft prompt ({cfg.technique.method}), which can't be trained on as the same prompt; train under it, with it frozen: tune=lora or tune=full, or train a new one with init_from: what lies under it")
+        if cfg.technique.method in PROMPTS:
+            if (parent.model_dir / "base").is_dir():
+                raise UserError(f"--continue: what lies under the soft prompt of {parent.ref} was trained under it, as it was; train that on: tune=lora or tune=full")
+            return cfg.continued
         print(f"continue: the soft prompt of {parent.ref} stays in front, frozen; what lies under it is trained on", file=sys.stderr)
         return cfg.continued.model_copy(update={"adapter": "merged"})
     if is_adapter and changed and cfg.continued.adapter == "same" and parent.info("config"):
@@ -210,9 +213,30 @@ def _as_asked(cfg: Any, parent: Checkpoint, args: argparse.Namespace) -> Any:
 
 
 def _has_prompt(parent: Checkpoint) -> bool:
+    return _adapter_config(parent).get("peft_type", "").upper() in map(str.upper, PROMPTS)
+
+
+def _adapter_config(parent: Checkpoint) -> dict[str, Any]:
     from stages.foreign import ADAPTER, read_json
 
-    return str(read_json(parent.model_dir / ADAPTER).get("peft_type")).upper() in ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING")
+    return read_json(parent.model_dir / ADAPTER) if (parent.model_dir / ADAPTER).is_file() else {}
+
+
+def _as_vectors(cfg: Any, parent: Checkpoint) -> Any:
+    """The config with a soft prompt as it lies in the parent: P-tuning and projected prefixes publish the vectors that their network made, not the network."""
+    if not _has_prompt(parent):
+        return cfg
+    tune, has_network = cfg.technique, cfg.technique.method == "p_tuning" or getattr(cfg.technique, "prefix_projection", False)
+    if not has_network:
+        return cfg
+    from configs.schema.tuning import PrefixTuning, PromptTuning
+
+    plain = (PromptTuning if tune.method == "p_tuning" else PrefixTuning)(virtual_tokens=tune.virtual_tokens)
+    print(
+        f"continue: {parent.ref} holds the vectors that a network made ({tune.method}), not the network: they are trained on themselves, as {plain.method}"
+        " (which mostly wants a higher learning rate: train.learning_rate)", file=sys.stderr,
+    )  # fmt: skip
+    return cfg.model_copy(update={"tune": plain})
 
 
 def _as_published(cfg: Any, parent: Checkpoint) -> Any:
@@ -220,6 +244,8 @@ def _as_published(cfg: Any, parent: Checkpoint) -> Any:
     from configs.schema import lora_of
 
     lora = lora_of(cfg)
+    if cfg.technique.method in PROMPTS:
+        return _as_vectors(cfg, parent)
     if lora is None or not lora.changes_base or not (parent.model_dir / "adapter_config.json").is_file():
         return cfg
     plain = lora.model_copy(update={"init": "default", "rank": 2 * lora.rank, "alpha": lora.alpha * (2**0.5 if lora.rslora else 2)})

@@ -8,6 +8,8 @@ from typing import Any
 from configs.errors import UserError
 from configs.schema import SFTStage, lora_of
 from stages import foreign, models, soft
+from stages.soft import training as prompts
+from stages.soft.settings import METHODS
 from stages.zero import gather, machine
 
 
@@ -15,10 +17,10 @@ def underneath(cfg: SFTStage, origin: models.Origin) -> models.Origin:
     """What a run loads as whole weights: the base of the adapter that it trains on, else what it starts from.
 
     Raises:
-        UserError: the base has changed or is gone, or it starts from a soft prompt, which is not trained on.
+        UserError: the base has changed or is gone, or what lies under a soft prompt is to be trained on and the prompt too.
     """
-    if cfg.continued is not None and cfg.continued.adapter == "same" and soft.is_prompt(origin):
-        raise UserError(f"{origin.asked} has a soft prompt in front, which can't be trained on as it is; set continued.adapter: merged, and a technique that trains under the frozen prompt (tune: lora or full)")
+    if cfg.continued is not None and cfg.continued.adapter == "same" and soft.is_prompt(origin) and cfg.technique.method not in METHODS:
+        raise UserError(f"{origin.asked} has a soft prompt in front, which stays as it is while what lies under it is trained on: set continued.adapter: merged; or train the prompt on: tune: prompt_tuning or prefix_tuning, as it is one")
     if cfg.continued is None or cfg.continued.adapter != "same" or not models.is_adapter(origin):
         return origin
     return models.adapter_base(origin)
@@ -32,6 +34,9 @@ def trained_on(model: Any, origin: models.Origin, cfg: SFTStage) -> Any:
     """
     from peft import PeftModel
 
+    if soft.is_prompt(origin):
+        models.resize_to(model, models.adapter_vocabulary(origin))
+        return prompts.trained_on(model, origin, cfg)
     lora = lora_of(cfg)
     if lora is not None and lora.changes_base:
         raise UserError(f"lora.init {lora.init} takes an adapter's start out of the base, and the adapter of {origin.asked} has its values: set init: default, or continued.adapter: merged")

@@ -68,6 +68,19 @@ def attach(model: Any, folder: Path | str) -> Any:
     Raises:
         UserError: a folder that is not what peft writes, a prompt of another model's width, or a model that has a prompt already.
     """
+    shape, vectors, settings = opened(model, folder)
+    prompt = SoftPrompt(shape, vectors.float().to(model.get_input_embeddings().weight.device))
+    prompt.settings = settings
+    put_at(model, prompt)
+    return model
+
+
+def opened(model: Any, folder: Path | str) -> tuple[Shape, torch.Tensor, dict[str, Any]]:
+    """The prompt of a folder for a model: what it is, its numbers [n, columns], and adapter_config.json. Embeddings that had grown with it are put into the model.
+
+    Raises:
+        UserError: as `attach`.
+    """
     folder = Path(folder)
     foreign.check_folder(folder)
     settings = _settings(folder)
@@ -78,10 +91,7 @@ def attach(model: Any, folder: Path | str) -> Any:
     if not shape.is_prefix and shape.width != gather.shape(embeddings)[1]:
         raise UserError(f"{folder}: a soft prompt of width {shape.width}, and {type(model).__name__} has embeddings of width {gather.shape(embeddings)[1]}: it was trained on another model")
     _load_grown(model, tensors, folder)
-    prompt = SoftPrompt(shape, vectors.float().to(embeddings.device))
-    prompt.settings = settings
-    put_at(model, prompt)
-    return model
+    return shape, vectors, settings
 
 
 def put_aside(model: Any, folder: Path) -> Path:

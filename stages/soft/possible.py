@@ -26,7 +26,8 @@ def check(cfg: Any, *origins: Origin) -> None:
         return
     method = trained or next(iter(stacked))
     what = f"tune.method {trained}" if trained else f"{stacked[method].asked} has a soft prompt ({method}) in front, and with one"
-    if trained and is_prompt(origins[0]):
+    goes_on = getattr(getattr(cfg, "continued", None), "adapter", None) == "same"  # the very prompt is trained on
+    if trained and is_prompt(origins[0]) and not goes_on:
         raise UserError(
             f"tune.method {trained}: {origins[0].asked} has a soft prompt ({method_of(origins[0])}) already, and two can't be stacked; start from the model under it, "
             "or train on with method full or lora"

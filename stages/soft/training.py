@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModelForCausalLM
@@ -19,9 +19,12 @@ from torch import Tensor, nn
 
 from configs.errors import UserError
 from stages.attention import computed_anywhere
-from stages.soft.folder import ENCODER, KINDS
+from stages.soft.folder import ENCODER, KINDS, opened
 from stages.soft.prompt import Shape, SoftPrompt, put_at, room
 from stages.soft.settings import METHODS, peft_config
+
+if TYPE_CHECKING:
+    from stages.models import Origin
 
 TOLERANCE = 1e-3  # of the largest logit
 ROWS = [[3, 1, 4, 1, 5, 9, 2, 6], [5, 3]]  # ids, taken modulo the vocabulary
@@ -111,6 +114,31 @@ def tuned(model: Any, tune: Any, *, tokenizer_folder: str, seed: int) -> SoftPef
     if getattr(config, "prompt_tuning_init", None) is not None:  # done, and no text goes into what is published
         config.prompt_tuning_init, config.prompt_tuning_init_text, config.tokenizer_name_or_path = "RANDOM", None, None
     prove(made)
+    return made
+
+
+def trained_on(model: Any, origin: Origin, cfg: Any) -> SoftPeftModel:
+    """The prompt of `origin` on what lies under it (`model`), to be trained on: at first it is that prompt to the bit.
+
+    A folder holds vectors and no network that made them, so those of P-tuning go on as prompt_tuning, which acts alike, and projected prefixes plainly.
+
+    Raises:
+        UserError: a config that would train another prompt than the folder's.
+    """
+    tune = cfg.technique
+    shape, vectors, _ = opened(model, origin.folder)
+    wanted = "prefix_tuning" if shape.is_prefix else "prompt_tuning"
+    if tune.method != wanted or getattr(tune, "prefix_projection", False) or tune.virtual_tokens != shape.length:
+        raise UserError(
+            f"tune.method {tune.method}: {origin.asked} holds {shape.length} trained vectors ({shape.method}) and no network that made them; to train them on set tune: "
+            f"{{method: {wanted}, virtual_tokens: {shape.length}}}" + (" (prefix_projection: false)" if shape.is_prefix else "")
+        )
+    made: SoftPeftModel = start(model, cfg, origin.folder)
+    weight: Any = made.encoder.embedding.weight  # type: ignore[union-attr]
+    if weight.shape != vectors.shape:
+        raise UserError(f"{origin.asked}: its vectors are {list(vectors.shape)}, and peft would train {list(weight.shape)} for {type(model).__name__}; train a new prompt")
+    with torch.no_grad():
+        weight.copy_(vectors)
     return made
 
 

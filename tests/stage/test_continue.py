@@ -327,3 +327,23 @@ def test_the_command_prints_what_it_would_start(place, capsys):
 
     cfg = load(record["config"], "sft")
     assert (cfg.init_from, cfg.continued.adapter, cfg.lora.rank) == ("sft/lora@1", "same", 4)
+
+
+@pytest.mark.parametrize("tune", [{"method": "p_tuning", "encoder_hidden_size": 8}, {"method": "prefix_tuning"}])
+def test_a_soft_prompt_is_trained_on_from_its_vectors(place, capsys, tune):
+    """It begins where its parent ended (its loss on the new rows, by hand), learns, keeps its lineage, and can be trained on again."""
+    name = tune["method"].replace("_", "-")
+    parent = run("sft", settings(place, "sft", {"max_steps": 2, "learning_rate": 0.05}, name=name, output=str(place / name), tune={"virtual_tokens": 4, **tune}))
+    capsys.readouterr()
+    made, cfg = train_on("--continue", parent.ref, "--data", "new.jsonl", *MORE, "train.learning_rate=0.1")
+    assert ("holds the vectors that a network made (p_tuning)" in capsys.readouterr().err) == (name == "p-tuning")
+    assert (cfg.technique.method, cfg.continued.adapter) == ("prompt_tuning" if name == "p-tuning" else "prefix_tuning", "same")
+    assert (made.ref, made.manifest["parents"][0]["ref"]) == (f"sft/{name}@2", parent.ref)
+    new, old = made.info("continued")["sets"]
+    assert new["loss"]["before"] == pytest.approx(forward_losses(parent, "new.jsonl", "validation"), abs=1e-5)
+    assert new["loss"]["after"] == pytest.approx(forward_losses(made, "new.jsonl", "validation"), abs=1e-5)
+    assert new["loss"]["after"] != new["loss"]["before"]
+    assert old["name"] == f"data of {parent.ref}"
+    assert made.info("stage_info")["adapter"]["base"] == parent.info("stage_info")["adapter"]["base"]
+    again = continuing.resolve(asked("--continue", made.ref, "--data", "new.jsonl", *MORE))
+    assert again.technique.method == cfg.technique.method

@@ -15,7 +15,7 @@ from stages import models, soft
 from stages.ppo.forward import hidden_states, token_outputs
 from stages.ppo.rollout import padded
 from stages.ppo.sampling import completion_seed, left_pad, sample
-from stages.soft.training import start, tuned
+from stages.soft.training import start, trained_on, tuned
 from tests.tiny import tiny_model
 from tests.unit.ppo_samples import model_of, ragged_ids, sampling
 
@@ -232,6 +232,30 @@ def test_embeddings_that_grew_for_a_pad_token_are_loaded_with_the_prompt(base, t
     soft.attach(loaded, tmp_path)
     ids = torch.tensor([[260, 5, 263]])
     assert torch.equal(loaded(input_ids=ids).logits, made(input_ids=ids).logits)
+
+
+def going_on(kind: str, **changes):
+    """A config that trains a published prompt of this kind on."""
+    plain = "prompt_tuning" if kind in ("p_tuning", "lstm") else "prefix_tuning" if kind == "projection" else kind
+    return SimpleNamespace(technique=section(plain, **changes), seed=1, train=SimpleNamespace())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prompt_that_is_trained_on_begins_as_its_parent_to_the_bit(base, tmp_path, kind):
+    published(base, tmp_path, kind)
+    origin, ids = models.Origin(str(tmp_path), None, None), torch.arange(20)[None]
+    made = trained_on(models.load_policy(models.adapter_base(origin)), origin, going_on(kind)).eval()
+    assert torch.equal(made(input_ids=ids).logits, models.load_policy(origin)(input_ids=ids).logits)
+    assert [name for name, p in made.named_parameters() if p.requires_grad] == ["prompt_encoder.default.embedding.weight"]
+
+
+def test_a_prompt_is_trained_on_as_no_other_prompt(base, tmp_path):
+    published(base, tmp_path, "p_tuning")
+    origin = models.Origin(str(tmp_path), None, None)
+    for other in (going_on("prefix_tuning"), going_on("p_tuning", n=6), SimpleNamespace(technique=section("p_tuning"))):
+        with pytest.raises(UserError, match=r"holds 5 trained vectors \(p_tuning\).* set tune: \{method: prompt_tuning, virtual_tokens: 5\}"):
+            trained_on(models.load_policy(models.adapter_base(origin)), origin, other)
 
 
 # -- what is refused
