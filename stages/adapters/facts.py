@@ -18,6 +18,8 @@ from stages.registry.finite import read_header
 WEIGHTS = "adapter_model.safetensors"
 IN_LAYERS = ("LORA", "IA3")  # kinds that sit in the base's layers, of which one is switched on at a time
 OWN = ("lora_", "ia3_")  # in the names of their tensors
+IN_FRONT = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")  # kinds that stand before the text, of which a file holds this tensor
+VECTORS = "prompt_embeddings"
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ def adapter_facts(folder: Path) -> AdapterFacts:
 
 
 def _is_own(name: str, kind: str, whole: Sequence[str]) -> bool:
+    if kind in IN_FRONT:
+        return name == VECTORS
     return kind not in IN_LAYERS or any(part in name for part in OWN) or any(f".{module}." in f".{name}." for module in whole)
 
 

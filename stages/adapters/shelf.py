@@ -10,34 +10,45 @@ from typing import Any
 import torch
 
 from configs.errors import UserError
-from stages import foreign, models
-from stages.adapters.facts import IN_LAYERS, adapter_facts, digest_of
+from stages import foreign, models, soft
+from stages.adapters.facts import IN_FRONT, IN_LAYERS, adapter_facts, digest_of
 
 NOTHING = digest_of(Path(), ())  # of an adapter whose file holds no tensor of the base
 
 
 class Shared:
-    """One base in float32, eval mode, with adapters in its layers, of which one is on at a time; with none on it is the base itself."""
+    """One base in eval mode with adapters in its layers, or soft prompts in front, of which one is on at a time; with none on it is the base itself."""
 
-    def __init__(self, base: models.Origin, rows: int, device: torch.device, attn_implementation: str | None = None) -> None:
+    def __init__(self, base: models.Origin, rows: int, device: torch.device, dtype: torch.dtype, attn_implementation: str | None = None) -> None:
         """`rows`: of the embeddings, which adapters may have been trained at. Raises UserError as `models.load_policy` does."""
-        self.model = models.load_policy(base, attn_implementation=attn_implementation)
+        self.model = models.load_policy(base, dtype=dtype, attn_implementation=attn_implementation)
         models.resize_to(self.model, rows)
         self.model.to(device)
         self.peft: Any = None
         self.on: dict[str, str] = {}  # what identifies an adapter -> its name here
+        self.prompts: dict[str, soft.SoftPrompt] = {}  # likewise
 
     def with_adapter(self, origin: models.Origin | None) -> Any:
         """The model with this adapter on (None: with none), loaded into its layers where it is not yet. It stays so until another is asked for."""
-        if origin is None:
+        soft.take_off(self.model)
+        if origin is None or soft.is_prompt(origin):
             if self.peft is not None:
                 self.peft.base_model.disable_adapter_layers()
+            if origin is not None:
+                self._put_in_front(origin)
             return self.model
         name = self.on.get(origin.identity) or self._load(origin)
         self.peft.base_model.enable_adapter_layers()
         self.peft.set_adapter(name)
         self.model.requires_grad_(False)
         return self.model
+
+    def _put_in_front(self, origin: models.Origin) -> None:
+        if (prompt := self.prompts.get(origin.identity)) is not None:
+            return soft.put_at(self.model, prompt)
+        found = soft.of(soft.attach(self.model, origin.folder))
+        assert found is not None
+        self.prompts[origin.identity] = found
 
     def _load(self, origin: models.Origin) -> str:
         from peft import PeftModel
@@ -60,11 +71,11 @@ class Shelf:
         self, origins: Mapping[str, models.Origin], rows: Mapping[str, int], *, device: torch.device, dtype: torch.dtype = torch.float32,
         attn_implementation: str | None = None,
     ) -> None:  # fmt: skip
-        """`rows`: label -> ids that its tokenizer knows, so rows that its embeddings need. `dtype`: of what is loaded alone; adapters are float32."""
+        """`rows`: label -> ids that its tokenizer knows, so rows that its embeddings need. `dtype`: of whole weights; those with adapters in their layers are float32."""
         self.origins, self.rows, self.device, self.dtype, self.attn = dict(origins), dict(rows), device, dtype, attn_implementation
-        self.places = {label: place_of(origin, rows[label]) for label, origin in origins.items()}
-        if dtype == torch.float32:
-            self._take_in_bases()
+        places = {label: place_of(origin, rows[label]) for label, origin in origins.items()}
+        self.places = {label: (*place, dtype if soft.is_prompt(self.origins[label]) else torch.float32) if place else None for label, place in places.items()}
+        self._take_in_bases()
         self._shared: dict[Hashable, Shared] = {}
         self._alone: dict[str, Any] = {}
 
@@ -72,7 +83,7 @@ class Shelf:
         """A base that is asked for itself is the shared copy with no adapter on."""
         for label, origin in self.origins.items():
             if self.places[label] is None:
-                alike = (origin.identity, max(self.rows[label], _vocabulary(origin)), NOTHING)
+                alike = (origin.identity, max(self.rows[label], _vocabulary(origin)), NOTHING, self.dtype)
                 self.places[label] = alike if alike in self.places.values() else None
 
     def neighbours(self, label: str) -> list[str]:
@@ -103,7 +114,7 @@ class Shelf:
         assert origin is not None
         if place not in self._shared:
             base = models.adapter_base(next(one for other in self.neighbours(label) if models.is_adapter(one := self.origins[other]) and one.identity != place[0]))
-            self._shared[place] = Shared(base, place[1], self.device, self.attn)
+            self._shared[place] = Shared(base, place[1], self.device, place[3], self.attn)
         shared, adapter = self._shared[place], None if origin.identity == place[0] else origin
         shared.with_adapter(adapter)
         return lambda: shared.with_adapter(adapter)
@@ -125,14 +136,14 @@ Place = tuple[str, int, str]
 
 def place_of(origin: models.Origin, rows: int) -> Place | None:
     """What adapters have in common that can lie on one copy: (identity of the base, rows of its embeddings, digest of the base's own tensors in their
-    files, such as embeddings that have grown). None for whole weights, and for kinds that do not sit in the base's layers.
+    files, such as embeddings that have grown). None for whole weights, for other kinds, and for a soft prompt with weights of its own under it.
 
     Raises UserError where the base has changed.
     """
     if not models.is_adapter(origin):
         return None
     facts = adapter_facts(Path(origin.folder))
-    if facts.kind not in IN_LAYERS or facts.whole:
+    if facts.kind not in (*IN_LAYERS, *IN_FRONT) or facts.whole or (facts.kind in IN_FRONT and (Path(origin.folder) / soft.BASE).is_dir()):
         return None
     base = models.adapter_base(origin)
     if models.is_adapter(base) and base.checkpoint is None:

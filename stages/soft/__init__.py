@@ -16,6 +16,6 @@ from stages.soft.folder import (
     virtual_tokens,
 )
 from stages.soft.possible import check, refuse_merge
-from stages.soft.prompt import SoftPrompt, of, room
+from stages.soft.prompt import SoftPrompt, of, put_at, room, take_off
 
-__all__ = ["BASE", "ENCODER", "SoftPrompt", "attach", "beneath", "check", "described", "is_prompt", "of", "put_aside", "refuse_merge", "room", "same_prompt", "virtual_tokens"]
+__all__ = ["BASE", "ENCODER", "SoftPrompt", "attach", "beneath", "check", "described", "is_prompt", "of", "put_aside", "put_at", "refuse_merge", "room", "same_prompt", "take_off", "virtual_tokens"]

@@ -57,6 +57,7 @@ class SoftPrompt(nn.Module):
         self.shape, self.encode = shape, encode
         self.register_buffer("vectors", vectors, persistent=False)  # weights are saved without it: it has a folder of its own
         self.settings = {}
+        self.hooks: tuple[Any, ...] = ()  # at the trunk
         self.enabled = True
         self._put_in = 0  # positions to cut from what the trunk is about to return
         self._own_cache = False
@@ -149,8 +150,18 @@ def put_at(model: Any, prompt: SoftPrompt) -> None:
         raise UserError("this model has a soft prompt already, and two can't be stacked; start from the model under it, or train with method full or lora")
     trunk = model.base_model
     trunk.add_module(NAME, prompt)
-    trunk.register_forward_pre_hook(prompt.before, with_kwargs=True)
-    trunk.register_forward_hook(prompt.after)
+    prompt.hooks = (trunk.register_forward_pre_hook(prompt.before, with_kwargs=True), trunk.register_forward_hook(prompt.after))
+
+
+def take_off(model: Any) -> SoftPrompt | None:
+    """Take the prompt of a model away, which is then what lies under it; the prompt can be put back with `put_at`. None where there was none."""
+    prompt = of(model)
+    if prompt is not None:
+        for hook in prompt.hooks:
+            hook.remove()
+        prompt.hooks = ()
+        delattr(model.base_model, NAME)
+    return prompt
 
 
 def of(model: Any) -> SoftPrompt | None:

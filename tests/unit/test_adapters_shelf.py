@@ -9,6 +9,7 @@ from configs.errors import UserError
 from stages import models
 from stages.adapters.shelf import Shelf
 from stages.evaluation.evaluate import evaluate
+from stages.registry import Registry
 from tests.adapters import logits, publish_adapter, publish_whole, world
 from tests.unit.test_evaluation import config
 
@@ -55,6 +56,30 @@ def test_a_switched_adapter_says_what_the_merged_one_says(place, loads):
     assert not torch.allclose(logits(gives["sft/a"]()), logits(gives["sft/b"]()), atol=1e-2)
     assert not any(parameter.requires_grad for parameter in gives["sft/a"]().parameters())
     assert not any(module.training for module in gives["sft/b"]().modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_switched_soft_prompt_says_what_it_says_alone(place, loads, tmp_path, dtype):
+    """Three kinds, the base itself, and (in float32) a LoRA adapter, in turns on one copy."""
+    from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
+
+    registry, folder = Registry(tmp_path / "registry"), place[1]
+    publish_whole(registry, "sft/base", folder)
+    publish_adapter(registry, "sft/a", "sft/base", seed=1)
+    shared = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3}
+    kinds = {"prompt": PromptTuningConfig(**shared), "prefix": PrefixTuningConfig(**shared), "p": PromptEncoderConfig(**shared, encoder_hidden_size=8)}
+    for seed, (name, kind) in enumerate(kinds.items()):
+        publish_adapter(registry, f"sft/{name}", "sft/base", seed=seed, config=kind)
+    names = [*(f"sft/{name}" for name in kinds), "sft/base", *(["sft/a"] if dtype == torch.float32 else [])]
+    loads.clear()
+    found = shelf(registry, *names, dtype=dtype)
+    gives = {name: found.weights(name) for name in names}
+    assert len(loads) == 1, "the base is held once"
+    alone = {name: logits(models.load_policy(models.find(name, registry.root), dtype=dtype)) for name in names}
+    for name in [*names, *reversed(names)]:
+        assert torch.equal(logits(gives[name]()), alone[name]) or (name == "sft/a" and torch.allclose(logits(gives[name]()), alone[name], atol=1e-4)), name
+    assert not torch.allclose(alone["sft/prompt"], alone["sft/base"], atol=1e-2)
+    assert not torch.allclose(alone["sft/prefix"], alone["sft/base"], atol=1e-2)
 
 
 def test_only_what_lies_on_one_base_is_put_on_one_copy(place):
