@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
 from typing import Any
 
 from configs.errors import UserError
@@ -28,6 +30,7 @@ def add_parser(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument("--kind", choices=PLANNED, help="what the config is, where its keys and its name do not tell")
     parser.add_argument("--gpus", metavar="NxDEVICE", help="GPUs of one node, such as 8x80GB or 4xH100, or 2xCPU (default: those of this machine, else a CPU for each of the config's processes)")
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="number of nodes (default: 1)")
+    parser.add_argument("--node-memory", metavar="GB", help="main memory of a node, such as 1024GB: what is offloaded must fit in it (default: it is not checked)")
     parser.add_argument("--machine", metavar="X", help="machine file: a name in configs/accelerate or a path (default: the config's)")
     parser.add_argument("--only", metavar="STAGE", choices=["sft", "reward", "dpo", "ppo"], help="just this stage")
     parser.add_argument("--fit", metavar="OUT.yaml", help="choose machine file, checkpointing and micro-batch that fit, at the same batch, and write them into OUT.yaml")
@@ -52,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
     kind = args.kind or guess_kind(args.config)
     config = load(args.config, kind, args.overrides)
     gpus, device = devices(args.gpus, getattr(config, "processes", None))
+    device = replace(device, node_memory=_node_memory(args.node_memory))
     with quiet():
         plans, notes = _plans(args, config, kind, gpus, device)
         if args.measure:
@@ -91,6 +95,14 @@ def _plans(args: argparse.Namespace, config: Any, kind: str, gpus: int, device: 
     return plans, notes
 
 
+def _node_memory(text: str | None) -> int:
+    """Bytes of `--node-memory`; 0 where it is not given."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:gi?b?)?", text.strip(), re.IGNORECASE) if text is not None else None
+    if text is not None and found is None:
+        raise UserError(f"--node-memory: found {text!r}; expected gigabytes, such as 1024GB")
+    return int(float(found[1]) * 10**9) if found else 0
+
+
 def _counts(text: str | None) -> list[int]:
     """The numbers of GPUs of `--scale`."""
     try:
@@ -122,8 +134,6 @@ def devices(spec: str | None, processes: int | None = None) -> tuple[int, Any]:
 
     A CPU's memory is each process's share of this machine's, or of its container's.
     """
-    from dataclasses import replace
-
     from configs.machines import count_gpus
     from launch.doctor.processors import usable_memory
     from launch.machine_choice import gpu_memory

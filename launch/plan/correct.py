@@ -17,7 +17,7 @@ from launch.plan.ppo import kept_of_rollout
 from launch.plan.report import Planned
 
 Step = dict[str, float]
-FURTHEST = 4.0  # a measurement that says more or fewer times the activations than were simulated says that something else differs
+FURTHEST = 2.0  # more or fewer times the activations than were simulated: something else differs too
 
 
 def corrected(planned: Planned) -> Planned:
@@ -39,13 +39,16 @@ def corrected(planned: Planned) -> Planned:
         note = f"{work.stage}: not corrected: {len(found['steps'])} of {LONGEST} measured steps were taken, and the optimizer's state is there from the second on"
         return replace(planned, notes=(*planned.notes, note))
     measured = found["peak_bytes"] + _left_out(planned)
-    planned = replace(planned, measured=measured, factor=factor_of(planned.estimate, measured), measured_hours=_hours(planned, found["steps"]))
+    factor = factor_of(planned.estimate, measured)
+    further = measured - planned.estimate.measured(factor, 0).peak.total
+    planned = replace(planned, measured=measured, factor=factor, further=further, measured_hours=_hours(planned, found["steps"]))
     planned = replace(planned, largest_micro_batch=largest(work, layout, planned))
     return replace(planned, knobs=knobs_of(planned)) if planned.knobs or planned.fits is False else planned
 
 
 def factor_of(found: Estimate, measured: int) -> float:
-    """What activations, logits and caches at the simulated peak must be multiplied by to make it `measured` bytes: all else follows from shapes."""
+    """What activations, logits and caches at the simulated peak must be multiplied by to make it `measured` bytes: all else
+    follows from shapes. Within limits: what they leave is of parts that are not known."""
     moving = found.moving
     return min(FURTHEST, max(1 / FURTHEST, (measured - (found.peak.total - moving)) / moving)) if moving > 0 else 1.0
 

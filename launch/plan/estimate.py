@@ -50,11 +50,11 @@ class Estimate:
         """Bytes of activations, logits and caches at the peak."""
         return sum(self.peak.parts.get(kind, 0) for kind in MOVING)
 
-    def with_moving(self, factor: float) -> Estimate:
-        """With `factor` times the activations, logits and caches in every phase."""
+    def measured(self, factor: float, further: int) -> Estimate:
+        """With `factor` times the activations, logits and caches in every phase, and `further` bytes of which no part is known."""
         phases = {}
         for name, peak in self.phases.items():
-            parts = {kind: int(size * factor) if kind in MOVING else size for kind, size in peak.parts.items()}
+            parts = {kind: int(size * factor) if kind in MOVING else size for kind, size in peak.parts.items()} | {"measured": further}
             phases[name] = Peak(sum(parts.values()), parts, peak.operation)
         return Estimate(phases)
 

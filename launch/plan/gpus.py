@@ -20,6 +20,7 @@ class Device:
     flops: float  # dense bf16 matrix products a second, as its maker states them
     bandwidth: float  # bytes a second between its memory and its cores
     gpu: bool = True
+    node_memory: int = 0  # bytes of main memory of the node that it is in; 0: not known
 
 
 # Makers' data sheets, dense (without sparsity). Memory is what the driver leaves: a card of "80 GB" shows about 79 GiB.

@@ -32,11 +32,11 @@ class Layout:
     offload_optimizer: bool = False
     offload_parameters: bool = False
     overlap: bool | None = None  # DeepSpeed's overlap_comm; None is its default for the stage
-    buckets: tuple[tuple[str, int], ...] = tuple(DEEPSPEED.items())
+    buckets: tuple[tuple[str, int], ...] = ()  # those that the machine file sets
 
-    def numbers(self, name: str) -> int:
-        """A size of DeepSpeed's settings, in numbers."""
-        return dict(self.buckets)[name]
+    def numbers(self, name: str, otherwise: int | None = None) -> int:
+        """A size of DeepSpeed's settings, in numbers: as the machine file sets it, else `otherwise`, else DeepSpeed's own."""
+        return dict(self.buckets).get(name, otherwise if otherwise is not None else DEEPSPEED[name])
 
     @property
     def split(self) -> int:
@@ -67,7 +67,7 @@ def layout_of(machine: Any, device: Device, processes: int, nodes: int) -> Layou
     zero = dict(_deepspeed_file(given["deepspeed_config_file"]).get("zero_optimization") or {}) if given.get("deepspeed_config_file") else {}
     stage = int(zero.get("stage") or given.get("zero_stage") or 0)
     given_sizes = {key: value for key, value in zero.items() if key in DEEPSPEED and isinstance(value, int | float)}
-    buckets = {key: int(given_sizes.get(key, size)) for key, size in DEEPSPEED.items()}
+    buckets = {key: int(size) for key, size in given_sizes.items()}
 
     def offloads(what: str) -> bool:
         inside = (zero.get(f"offload_{what}") or {}).get("device")

@@ -7,6 +7,7 @@ from typing import Any
 
 from launch.plan.disk import Disk
 from launch.plan.estimate import CONTEXT, LIBRARIES, MARGIN, Estimate
+from launch.plan.host import host_of
 from launch.plan.jobs import Work
 from launch.plan.layout import Layout
 from launch.scale import Row
@@ -29,6 +30,7 @@ class Planned:
     measured: int | None = None  # bytes, by running a few steps
     measured_hours: float | None = None  # by the seconds they took
     factor: float = 1.0  # measured activations, logits and caches over simulated ones
+    further: int = 0  # bytes that the measured peak has beside those; fewer where negative
     notes: tuple[str, ...] = ()
 
     @property
@@ -46,7 +48,7 @@ class Planned:
 
     def as_measured(self, found: Estimate) -> Estimate:
         """An estimate of this stage in this or another way, corrected by what was measured in this one."""
-        return found if self.factor == 1.0 else found.with_moving(self.factor)
+        return found if self.measured is None else found.measured(self.factor, self.further)
 
     @property
     def needed(self) -> int:
@@ -55,8 +57,16 @@ class Planned:
         return int(peak * (1 + MARGIN)) + (CONTEXT if self.layout.device.gpu else LIBRARIES)
 
     @property
+    def host(self) -> dict[str, int]:
+        """Part -> bytes of main memory per node that offloaded state takes; empty where nothing is offloaded."""
+        return host_of(self.work, self.layout)
+
+    @property
     def fits(self) -> bool | None:
-        """Whether the device has as much; None where its memory is not known."""
+        """Whether the device has as much, and the node for what is offloaded, where its memory is known; None where the device's is not."""
+        node = self.layout.device.node_memory
+        if node and sum(self.host.values()) > node:
+            return False
         return self.needed <= self.layout.device.memory if self.layout.device.memory else None
 
 
@@ -75,5 +85,6 @@ def record(planned: Planned) -> dict[str, Any]:
         "step_seconds": round(time.seconds, 4) if time else None, "tokens_per_second": round(time.tokens_per_second, 1) if time else None,
         "members": work.members, "hours": round(planned.hours, 6) if planned.hours is not None else None,
         "checkpointing": {name: {"peak_bytes": found.peak.total, "activations_bytes": found.most("activations")} for name, found in planned.by_checkpointing.items()},
+        "host_bytes": {"parts": planned.host, "total": sum(planned.host.values()), "node_memory": planned.layout.device.node_memory or None},
         "disk_bytes": {"save": planned.disk.save, "saves": planned.disk.saves, "published": planned.disk.published},
     }  # fmt: skip

@@ -76,7 +76,7 @@ def _split(job: Job, layout: Layout, running: Simulation, model: Any, trained: l
         _shard(layout, running)
     keeps = numbers * width // (share if layout.zero >= 2 or layout.fsdp else 1)
     running.hold("gradients", 0 if layout.offload_optimizer else keeps)
-    buffers = layout.numbers("reduce_bucket_size") * width * (2 if layout.overlaps and layout.zero < 3 else 1) if layout.zero else 0
+    buffers = _bucket(job, layout) * width * (2 if layout.overlaps and layout.zero < 3 and job.stage != "ppo" else 1) if layout.zero else 0
     sending = _Sending(running, buffers, always=sharded)
     for handle in [p.register_post_accumulate_grad_hook(sending.gradient) for p in trained] + [model.register_forward_pre_hook(sending.done)]:
         stack.callback(handle.remove)
@@ -91,6 +91,16 @@ def _split(job: Job, layout: Layout, running: Simulation, model: Any, trained: l
         running.hold("gradients", -flat)
 
     return step
+
+
+def _bucket(job: Job, layout: Layout) -> int:
+    """Numbers that are reduced at once. PPO asks for fewer than DeepSpeed would take, sends nothing while it computes, and has an engine for each model
+    that it trains: at ZeRO-3 each has its buffer all the time."""
+    if job.stage != "ppo":
+        return layout.numbers("reduce_bucket_size")
+    from stages.ppo.zero.engines import BUCKET
+
+    return layout.numbers("reduce_bucket_size", BUCKET) * (2 if layout.zero == 3 and job.value_function == "copy" else 1)
 
 
 def _shard(layout: Layout, running: Simulation) -> None:

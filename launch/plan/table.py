@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
 from launch.plan.estimate import CONTEXT, MARGIN
+from launch.plan.gpus import GB
+from launch.plan.host import PCIE, moved
 from launch.plan.report import GIB, Planned
 
 SHOWN = 3  # knobs
@@ -49,6 +52,10 @@ def show(plans: Sequence[Planned], notes: Sequence[str], console: Any) -> None:
             table.add_row(f"  {name} checkpointing", *(f"{gib(e.peak.total)} (activations {gib(e.most('activations'))})" if e else "" for e in found))
     table.add_row("needed", *(gib(p.needed) for p in plans))
     table.add_row("fits", *({True: "yes", False: "NO", None: "?"}[p.fits] for p in plans), style="bold")
+    if any(p.host for p in plans):
+        table.add_row("main memory per node", *(gib(sum(p.host.values())) if p.host else "" for p in plans), style="bold")
+        for part in dict.fromkeys(part for p in plans for part in p.host):
+            table.add_row(f"  {part}", *(gib(p.host[part]) if part in p.host else "" for p in plans))
     table.add_row("machine file", *(p.layout.machine for p in plans))
     table.add_row("micro-batch x accumulation", *(f"{p.work.job.micro_batch} x {p.work.job.accumulation}" for p in plans))
     table.add_row("largest micro-batch", *("?" if p.largest_micro_batch is None else str(p.largest_micro_batch) for p in plans))
@@ -89,7 +96,37 @@ def assumed(plans: Sequence[Planned]) -> list[str]:
         if p.work.stage == "ppo" and (p.layout.zero == 3 or p.layout.fsdp) and not p.work.job.gathers_once:
             held = p.estimate.peak.parts.get("parameters", 0) * p.layout.split
             found.append(f"ppo: weights that are split are read layer by layer in rollouts; a rollout that holds all of the policy at once needs up to {gib(held)} more")
-    return [*found, *(note for p in plans for note in p.notes)]
+    return [*found, *offloaded(plans), *trust(plans), *(note for p in plans for note in p.notes)]
+
+
+def offloaded(plans: Sequence[Planned]) -> list[str]:
+    """What the plan does not know of offloading."""
+    found = [
+        f"{p.work.stage}: the hours leave out what offloading costs: an optimizer step moves {gib(moved(p.work, p.layout))} per GPU over PCIe ({moved(p.work, p.layout) / PCIE:.1f} s or more at "
+        f"{PCIE / GB:.0f} GB/s) and Adam runs on the CPU"
+        for p in plans if p.layout.offload_optimizer or p.layout.offload_parameters
+    ]  # fmt: skip
+    if any(p.host for p in plans):
+        node = plans[0].layout.device.node_memory
+        short = [p.work.stage for p in plans if node and sum(p.host.values()) > node]
+        against = f"the node has {gib(node)}" + (f", too little for {', '.join(short)}" if short else "") if node else "whether the node has as much is not known: give --node-memory"
+        found.append(f"main memory per node is what offloaded state takes, by rule and not measured; page-locked memory may take up to twice as much; {against}")
+    return found
+
+
+def trust(plans: Sequence[Planned]) -> list[str]:
+    """How far published times are from the time model as it is used here."""
+    if not any(p.time and p.layout.device.gpu for p in plans):
+        return []
+    from launch.scale.validate import as_planned
+
+    lines = []
+    for ppo, what in ((False, "published pretraining speeds"), (True, "DeepSpeed-Chat's published times of PPO")):
+        if any((p.work.stage == "ppo") == ppo for p in plans):
+            errors = sorted(as_planned(ppo=ppo))
+            sizes = [abs(error) for error in errors]
+            lines.append(f"hours{' of PPO' if ppo else ''}: of {len(errors)} {what} the model is off by {statistics.median(sizes):.0%} in the median, {errors[0]:+.0%} to {errors[-1]:+.0%} (python -m launch.scale.validate)")
+    return lines
 
 
 def remarks(plans: Sequence[Planned], notes: Sequence[str]) -> list[str]:

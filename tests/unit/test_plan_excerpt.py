@@ -90,9 +90,10 @@ def test_what_was_measured_scales_what_operations_keep_and_nothing_that_follows_
     """100 bytes of weights and 40 of activations were simulated and 160 measured: 60 of activations."""
     found = Estimate({"forward": Peak(140, {"parameters": 100, "activations": 40}), "load": Peak(100, {"parameters": 100})})
     assert factor_of(found, 160) == pytest.approx(1.5)
-    assert found.with_moving(1.5).peak.total == 160
-    assert found.with_moving(1.5).phases["load"].total == 100
-    assert factor_of(found, 90) == 0.25  # fewer than the weights: something else differs
+    assert found.measured(1.5, 0).peak.total == 160
+    assert found.measured(1.5, 0).phases["load"].total == 100
+    assert factor_of(found, 90) == 0.5  # fewer than the weights: something else differs, by 30 bytes
+    assert found.measured(0.5, -30).peak.total == 90
     assert factor_of(Estimate({"load": Peak(100, {"parameters": 100})}), 90) == 1.0
 
 

@@ -6,9 +6,14 @@ import json
 
 import pytest
 
+from configs.errors import UserError
 from configs.load import load
+from launch.cli import main
+from launch.plan.correct import corrected
+from launch.plan.estimate import estimate
 from launch.plan.gpus import parse_gpus
-from launch.plan.make import layout_for, works
+from launch.plan.host import host_of, moved
+from launch.plan.make import layout_for, plan_stage, works
 from launch.plan.sources import Sources
 from launch.plan.timing import facts_of, hardware_of
 from launch.scale import scale
@@ -44,3 +49,61 @@ def test_a_rollout_layer_by_layer_pays_for_every_token(tmp_path, gather, times):
     rollout = next(phase for phase in scale(facts, [4], hardware)[0].phases if phase.name == "rollout")
     one = gather_or_scatter(facts.policy.parameters * 2.0, 4, hardware, facts.policy.layers)
     assert rollout.network == pytest.approx(times * one)
+
+
+def test_the_plan_says_how_far_published_times_are_from_its_model(tmp_path, capsys):
+    assert main(["plan", str(ppo_file(tmp_path)), "--gpus", "4x80GB", "--machine", "zero2", "--json"]) == 0
+    notes = json.loads(capsys.readouterr().out)["notes"]
+    assert any("10 DeepSpeed-Chat's published times of PPO the model is off by 28% in the median, -47% to +136%" in note for note in notes)
+
+
+def sft_file(folder):
+    """An SFT config over a config.json alone: 4 rows a step of 4 processes and two micro-batches each."""
+    tiny_config(layers=2, hidden=256).save_pretrained(folder / "base")
+    values = {"name": "tiny", "init_from": str(folder / "base"), "max_length": 64, "registry": str(folder / "registry"), "data": "none.jsonl", "train": {"batch_size": 8, "micro_batch_size": 1}}
+    file = folder / "sft.yaml"
+    file.write_text(json.dumps(values))
+    return file
+
+
+def test_offloaded_state_is_in_main_memory_of_the_node(tmp_path):
+    """Four processes hold a fourth each, a node of them all of it: 2 bytes a weight, 12 of float32 weight and moments, 4 + 2 of gradients."""
+    work, layout, _ = planned(sft_file(tmp_path), "sft", "zero3_offload", "4x80GB")
+    weights = facts_of(work, layout).policy.parameters
+    assert host_of(work, layout) == {"parameters": 2 * weights, "gradients": 6 * weights, "optimizer": 12 * weights}
+    # a gradient out and a weight in, and all weights in for two passes of two micro-batches: 4 + 8 bytes a weight, a fourth of it
+    assert moved(work, layout) == pytest.approx(12 * weights / 4, abs=4)
+    work, layout, _ = planned(tmp_path / "sft.yaml", "sft", "zero2_offload", "4x80GB")
+    largest = 256 * 512  # the MLP's, beside 259 tokens
+    assert host_of(work, layout) == {"gradients": 6 * weights, "optimizer": 12 * weights, "buffers": 4 * 2 * largest}
+    work, layout, _ = planned(tmp_path / "sft.yaml", "sft", "zero3", "4x80GB")
+    assert host_of(work, layout) == {}
+
+
+def test_a_node_without_that_memory_does_not_fit(tmp_path, capsys):
+    words = ["plan", str(sft_file(tmp_path)), "--gpus", "4x80GB", "--machine", "zero3_offload", "--json"]
+    found = []
+    for node in ([], ["--node-memory", "1GB"], ["--node-memory", "0.001GB"]):
+        assert main([*words, *node]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert [each["stages"][0]["fits"] for each in found] == [True, True, False]
+    assert found[0]["stages"][0]["host_bytes"]["total"] > 10**6
+    assert any("give --node-memory" in note for note in found[0]["notes"])
+    assert any("the hours leave out what offloading costs" in note for note in found[0]["notes"])
+    assert any("too little for sft" in note for note in found[2]["notes"])
+    assert main([*words, "--node-memory", "much"]) == 2
+    assert "--node-memory: found 'much'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("machine", "engines"), [("cpu_zero3", 2), ("cpu_zero2", 1)])
+def test_ppo_sends_gradients_in_its_own_buckets(tmp_path, machine, engines):
+    """DeepSpeed's 2 GB were planned, where PPO's engines ask for 2^26 numbers: 2159 MB were planned of a stage that takes 704."""
+    work, layout, _ = planned(ppo_file(tmp_path), "ppo", machine, "2xcpu")
+    assert estimate(work.job, work.cfg, layout).most("communication buffers") == engines * 2**26 * 4
+
+
+def test_a_plan_for_gpus_is_not_measured_without_them(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    work, layout, _ = planned(sft_file(tmp_path), "sft", "gpu", "1x80GB")
+    with pytest.raises(UserError, match="which has no GPU"):
+        corrected(plan_stage(work, layout, knobs=False))
