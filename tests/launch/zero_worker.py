@@ -44,7 +44,7 @@ def techniques(folder: Path, label: str) -> dict[str, tuple[str, dict[str, Any]]
     """SFT by techniques that ZeRO might break: at ZeRO-3 those that it takes, at ZeRO-2 those that need whole weights."""
     at_3 = {
         "ia3": {"tune": {"method": "ia3"}}, "frozen": {"init_from": str(folder / "half"), "tune": {"method": "full", "freeze": {"first": 1, "embeddings": True}}},
-        "loraplus": {"lora": LORA | {"rslora": True, "learning_rate_ratio": 8.0}}, "smoothed": {"train": {"label_smoothing": 0.1}},
+        "loraplus": {"lora": LORA | {"rslora": True, "learning_rate_ratio": 8.0}}, "smoothed": {"train": {"label_smoothing": 0.1, "rehearsal": {"data": str(folder / "sft.jsonl"), "share": 0.25}}},
     }  # fmt: skip
     at_2 = {"dora": {"lora": LORA | {"dora": True}}, "pissa": {"lora": LORA | {"init": "pissa"}}}
     chosen = at_3 | at_2 if label == "one" else {"zero2": at_2, "zero3": at_3}.get(label, {})
