@@ -23,6 +23,7 @@ NAMES = {
 }  # fmt: skip
 
 WATCHED = ("forgetting/", "data/")  # lines of their own, of a run that is watched (stages/training/watching.py)
+MEANS_OF_MEANS = {"dpo": ("mean_token_accuracy", "entropy")}  # TRL's, over micro-batches: they depend on how the batch is cut, so they are left out
 OLDER = ("eval_loss", "eval_token_accuracy")  # metrics of an SFT evaluation that keep sft/NAME beside evaluation/NAME
 SKIPPED = "train/skipped_steps"  # optimizer steps that were not taken, since the run began
 
@@ -39,7 +40,7 @@ def named(stage: str, logs: dict[str, Any]) -> dict[str, float]:
             if key not in OLDER:
                 continue
         prefix, bare = ("eval_", key[5:]) if key.startswith("eval_") else ("", key)
-        if bare in NAMES and isinstance(value, (int, float)):
+        if bare in NAMES and bare not in MEANS_OF_MEANS.get(stage, ()) and isinstance(value, (int, float)):
             out[f"{stage}/{prefix}{NAMES[bare]}"] = value
         elif key in ("learning_rate", "grad_norm", SKIPPED) or key.startswith((*WATCHED, PREFIX)):
             out[key] = value

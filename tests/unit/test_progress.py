@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from stages.training.progress import Progress
+from stages.training.progress import Progress, named
 
 STATE = SimpleNamespace(global_step=9, max_steps=27)
 
@@ -22,3 +22,10 @@ def test_what_a_watched_run_looks_at_is_not_taken_for_its_evaluation(tmp_path):
 
 def test_other_stages_show_what_they_measure(tmp_path):
     assert line("dpo", {"dpo/eval_loss": 0.5, "dpo/eval_accuracy": 0.75}, tmp_path) == "dpo 9/27  eval_loss 0.5  eval_accuracy 0.75"
+
+
+def test_means_of_means_are_not_kept():
+    """TRL's token accuracy of DPO is a mean over micro-batches, so it changes with the number of processes; SFT counts its own."""
+    logs = {"loss": 0.5, "mean_token_accuracy": 0.25, "entropy": 1.5, "rewards/margins": 0.125, "eval_mean_token_accuracy": 0.5}
+    assert named("dpo", logs) == {"dpo/loss": 0.5, "dpo/margin": 0.125}
+    assert named("sft", {"loss": 0.5, "mean_token_accuracy": 0.25, "entropy": 1.5}) == {"sft/loss": 0.5, "sft/token_accuracy": 0.25, "sft/entropy": 1.5}
