@@ -119,14 +119,19 @@ def _scaled(plans: list[Any], counts: list[int]) -> list[dict[str, Any]]:
     if not counts:
         return []
     from launch.plan.timing import facts_of, hardware_of
-    from launch.scale import scale
+    from launch.scale import overlapped, scale
 
-    rows = [(p, row) for p in plans for row in scale(facts_of(p.work, p.layout), counts, hardware_of(p.layout.device))]
-    return [
-        {"stage": p.work.stage, "gpus": row.gpus, "nodes": row.nodes, "step_seconds": row.seconds, "tokens_per_second": row.tokens_per_second,
-         "hours": row.hours * p.work.members if p.work.steps else None, "efficiency": row.efficiency, "bound": row.bound, "notes": list(row.notes)}
-        for p, row in rows
-    ]  # fmt: skip
+    found = []
+    for p in plans:
+        facts, hardware = facts_of(p.work, p.layout), hardware_of(p.layout.device)
+        for row in scale(facts, counts, hardware):
+            apart = overlapped(facts, row.gpus, hardware)
+            found.append({
+                "stage": p.work.stage, "gpus": row.gpus, "nodes": row.nodes, "step_seconds": row.seconds, "tokens_per_second": row.tokens_per_second,
+                "hours": row.hours * p.work.members if p.work.steps else None, "efficiency": row.efficiency, "bound": row.bound, "notes": list(row.notes),
+                "overlapped": apart and {"rollout_share": apart[0], "step_seconds": apart[1]},
+            })  # fmt: skip
+    return found
 
 
 def devices(spec: str | None, processes: int | None = None) -> tuple[int, Any]:

@@ -87,6 +87,11 @@ def show_scale(rows: Sequence[dict[str, Any]], console: Any) -> None:
     console.print(table)
     for note in dict.fromkeys(f"{row['stage']} on {row['gpus']}: {note}" for row in rows for note in row["notes"]):
         console.print(note, soft_wrap=True)
+    if ahead := [
+        f"{row['gpus']}: {row['overlapped']['step_seconds']:.2f} s with {row['overlapped']['rollout_share']:.0%} of them sampling ({row['step_seconds'] / row['overlapped']['step_seconds']:.2f}x)"
+        for row in rows if row["overlapped"]
+    ]:  # fmt: skip
+        console.print(f"ppo if rollouts overlapped with updates, one policy behind, which no stage does: on {'; on '.join(ahead)}", soft_wrap=True)
 
 
 def assumed(plans: Sequence[Planned]) -> list[str]:

@@ -5,6 +5,6 @@
 
 from launch.scale.facts import ModelShape, PlanFacts
 from launch.scale.hardware import Device, Efficiency, Hardware, Network, named
-from launch.scale.step import Phase, Row, scale
+from launch.scale.step import Phase, Row, overlapped, scale
 
-__all__ = ["Device", "Efficiency", "Hardware", "ModelShape", "Network", "Phase", "PlanFacts", "Row", "named", "scale"]
+__all__ = ["Device", "Efficiency", "Hardware", "ModelShape", "Network", "Phase", "PlanFacts", "Row", "named", "overlapped", "scale"]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from configs.errors import UserError
 from launch.scale.collectives import gather_or_scatter
 from launch.scale.facts import PlanFacts
 from launch.scale.hardware import Hardware
 from launch.scale.passes import Cost, forward_pass, sampling, training_step
+
+SHARES = tuple(eighth / 8 for eighth in range(1, 8))  # of the devices, that only sample
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,19 @@ def scale(facts: PlanFacts, gpus: Sequence[int], hardware: Hardware) -> list[Row
     rate = {count: facts.rows * (facts.tokens + facts.new_tokens) / wall(facts, costs[count], hardware) for count in gpus}
     smallest = min(gpus, default=1)
     return [_row(facts, count, hardware, costs[count], rate[count], rate[count] / count / (rate[smallest] / smallest)) for count in gpus]
+
+
+def overlapped(facts: PlanFacts, count: int, hardware: Hardware) -> tuple[float, float] | None:
+    """(share, seconds an iteration) if that share of `count` devices, the best of SHARES, only sampled while the others train on the rollout before.
+
+    None for other stages than PPO and for one device. No stage runs so: it is what rollouts one policy behind would save.
+    """
+    if facts.stage != "ppo" or count == 1:
+        return None
+    apart = {share: replace(facts, rollout_share=share) for share in SHARES}
+    times = {share: wall(plan, step_costs(plan, count, hardware), hardware) for share, plan in apart.items()}
+    best = min(times, key=lambda share: times[share])
+    return _groups(apart[best], count)[0] / count, times[best]
 
 
 def _row(facts: PlanFacts, count: int, hardware: Hardware, costs: dict[str, Cost], rate: float, efficiency: float) -> Row:

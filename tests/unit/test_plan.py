@@ -280,6 +280,16 @@ def test_a_tiny_model_with_data_and_tokenizer_is_measured_in_tokens(tmp_path, ca
     assert found["row_tokens"] == 35  # 29 of the prompt, 5 of the completion, EOS
 
 
+def test_what_overlapping_rollouts_would_save_is_told_of_ppo(tmp_path, capsys):
+    config = chain(tmp_path)
+    assert main(["plan", str(config), "--gpus", "2x24GB", "--only", "ppo", "--scale", "1,4", "--json"]) == 0
+    one, four = json.loads(capsys.readouterr().out)["scale"]
+    assert one["overlapped"] is None
+    assert 0 < four["overlapped"]["rollout_share"] < 1
+    assert main(["plan", str(config), "--gpus", "2x24GB", "--only", "ppo", "--scale", "1,4"]) == 0
+    assert f"on 4: {four['overlapped']['step_seconds']:.2f} s with {four['overlapped']['rollout_share']:.0%} of them sampling" in capsys.readouterr().out
+
+
 def test_fit_keeps_the_batch_and_writes_what_runs(tmp_path, capsys):
     out = tmp_path / "fitted.yaml"
     assert main(["plan", str(chain(tmp_path)), "--gpus", "2x24GB", "--only", "sft", "--fit", str(out), "--scale", "2,16", "--json"]) == 0
@@ -288,7 +298,7 @@ def test_fit_keeps_the_batch_and_writes_what_runs(tmp_path, capsys):
     assert stage["fits"]
     assert stage["checkpointing"]["without"]["activations_bytes"] > stage["checkpointing"]["with"]["activations_bytes"] > 0
     assert stage["micro_batch"] * stage["accumulation"] * stage["processes"] == 8
-    assert [row["gpus"] for row in found["scale"]] == [2, 16]
+    assert [(row["gpus"], row["overlapped"]) for row in found["scale"]] == [(2, None), (16, None)]  # nothing is sampled
     written = load(out, "chain")
     assert (written.sft.machine, written.sft.train.micro_batch_size, written.sft.train.batch_size) == ("gpu_ddp", 4, 8)
     assert written.dpo.train.micro_batch_size == 2  # as it was

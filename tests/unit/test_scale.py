@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from configs.errors import UserError
-from launch.scale import Device, Efficiency, Hardware, ModelShape, Network, PlanFacts, named, scale
+from launch.scale import Device, Efficiency, Hardware, ModelShape, Network, PlanFacts, named, overlapped, scale
 from launch.scale.collectives import all_reduce, gather_or_scatter
 from launch.scale.passes import ADAM_BYTES, forward_flops, forward_pass, micro_batches, sampling, training_step
 from launch.scale.step import step_costs, wall
@@ -161,6 +161,21 @@ def test_devices_that_only_sample_work_beside_the_others():
     assert costs["scoring"].compute == pytest.approx(32 / 4 * 30 * 2e6 / 1e12)  # four devices train
     sent = gather_or_scatter(2e6, 16, cluster())
     assert wall(plan, costs, cluster()) == pytest.approx(max(costs["rollout"].seconds, costs["scoring"].seconds + costs["update"].seconds) + sent)
+
+
+def test_the_best_share_of_devices_that_only_sample_is_the_one_nothing_beats():
+    """Of eight devices one to seven can sample; each is timed by hand."""
+    plan = facts(stage="ppo", rows=32, tokens=10, new_tokens=20)
+    times = {}
+    for samplers in range(1, 8):
+        apart = replace(plan, rollout_share=samplers / 8)
+        times[samplers / 8] = wall(apart, step_costs(apart, 8, cluster()), cluster())
+    share, seconds = overlapped(plan, 8, cluster())
+    assert (share, seconds) == (min(times, key=times.get), min(times.values()))
+    assert len(set(times.values())) > 3
+    assert overlapped(plan, 2, cluster())[0] == 0.5  # one samples, one trains: there is no other way
+    assert overlapped(plan, 1, cluster()) is None
+    assert overlapped(facts(stage="sft"), 8, cluster()) is None
 
 
 def test_without_a_network_to_wait_for_scaling_is_perfect_until_rows_run_out():
