@@ -89,7 +89,7 @@ def closing_lines(chain: Any, decider: Decider, summary: dict[str, Any]) -> list
     if chain.eval is not None and (chain.output / "eval" / "config.yaml").is_file():
         lines.append(f"  less {chain.output / 'eval' / 'samples.jsonl'}")
     if chain.ppo is not None:
-        lines.append(f"  align run {chain.output / 'chain.yaml'} ppo.kl_coef={chain.ppo.kl_coef * 2:g}   # a stronger tie to the SFT model")
+        lines.append(f"  align run {chain.output / 'chain.yaml'} ppo.kl_coef={chain.ppo.kl_coef * 2 or 0.05:g}   # a stronger tie to the SFT model")
     return lines
 
 

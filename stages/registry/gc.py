@@ -176,7 +176,7 @@ def _move_away(registry: Registry, going: list[Checkpoint]) -> tuple[list[Checkp
     for item in going:
         trash.announce(registry.root, item.id, item.ref, "no rule keeps it")
     leaving = {item.id: item for item in going}
-    why = references(registry) | {parent: f"{item.ref} was made from it" for item in registry.list() if item.id not in leaving for parent in parents_of(item)}
+    why = references(registry) | {parent: f"{item.ref} was made from it" for item in registry.list() if item.id not in leaving for parent in item.parent_ids}
     _with_parents(why, leaving)
     spared = [key for key in leaving if key in why]
     for key in spared:
@@ -237,14 +237,9 @@ def all_references(registry: Registry) -> dict[str, str]:
     """`references`, and what the checkpoints in their place were made from."""
     found = references(registry)
     for item in registry.list():
-        for parent in parents_of(item):
+        for parent in item.parent_ids:
             found.setdefault(parent, f"{item.ref} was made from it")
     return found
-
-
-def parents_of(checkpoint: Checkpoint) -> list[str]:
-    """Ids of what a checkpoint was made from, in this registry."""
-    return [entry["id"] for entry in checkpoint.manifest.get("parents", []) if entry.get("id")]
 
 
 def alias_families(root: Path) -> list[str]:
@@ -292,7 +287,7 @@ def _with_parents(why: dict[str, str], by_id: Mapping[str, Checkpoint]) -> None:
     waiting = [by_id[key] for key in why if key in by_id]
     while waiting:
         item = waiting.pop()
-        for parent in parents_of(item):
+        for parent in item.parent_ids:
             if parent not in why:
                 why[parent] = f"{item.ref} was made from it"
                 if parent in by_id:
@@ -312,10 +307,17 @@ def _one_that_verifies(items: list[Checkpoint], why: dict[str, str], deep: bool)
 
 
 def _look_at_trash(registry: Registry, plan: Plan, why: Mapping[str, str], rules: Rules, at: datetime) -> None:
-    for item in trash.trashed(registry.root):
-        if item.id in why:
+    """Something refers to it, or to what was made from it: it returns. Its time is over, and nothing that may still be restored was made from it: it goes."""
+    there = trash.trashed(registry.root)
+    made_from = {item.id: trash.parents_in(registry.root / "trash" / item.id) for item in there}
+    returning = trash.with_parents([item.id for item in there if item.id in why], made_from)
+    over = {item.id for item in there if item.since is not None and at - item.since > rules.grace}
+    entering = (parent for item in plan.going for parent in item.parent_ids if parent in made_from)
+    needed = trash.with_parents([*(item.id for item in there if item.id not in over), *entering], made_from)
+    for item in there:
+        if item.id in returning:
             plan.returning.append(item)
-        elif item.since is not None and at - item.since > rules.grace:
+        elif item.id in over and item.id not in needed:
             plan.overdue.append(item)
         else:
             plan.waiting.append(item)

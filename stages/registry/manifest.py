@@ -59,6 +59,11 @@ class Checkpoint:
         """A copy of one entry of what the stage recorded (config, data, tokenizer, metrics, seed, stage_info …)."""
         return copy.deepcopy(self.manifest["info"].get(key, default))
 
+    @property
+    def parent_ids(self) -> list[str]:
+        """Ids of what it was made from, in this registry."""
+        return parent_ids(self.manifest)
+
     @classmethod
     def from_manifest(cls, path: Path, manifest: dict[str, Any]) -> Checkpoint:
         """From a manifest whose hash was checked. Raises ValueError when it does not describe the folder it lies in."""
@@ -114,6 +119,11 @@ class Parent:
     def from_json(cls, entry: Mapping[str, Any]) -> Parent:
         """From a manifest; fields that later versions may add are left out."""
         return cls(**{key: entry[key] for key in cls.__dataclass_fields__ if key in entry})
+
+
+def parent_ids(manifest: Mapping[str, Any]) -> list[str]:
+    """Ids of what a manifest's checkpoint was made from, in its registry."""
+    return [entry["id"] for entry in manifest.get("parents", []) if entry.get("id")]
 
 
 def folder_digest(folder: Path) -> str:

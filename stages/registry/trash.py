@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -24,8 +24,9 @@ from configs.errors import UserError
 from stages.registry import ledger
 from stages.registry.holder import Holder, draft_name, is_leftover, provably_dead, this_process
 from stages.registry.integrity import read_checkpoint
-from stages.registry.manifest import Checkpoint
+from stages.registry.manifest import MANIFEST, Checkpoint, parent_ids
 from stages.registry.names import is_id, now
+from stages.registry.sealing import unseal
 from stages.registry.storage import durable_mkdir, durable_move
 
 RECORDS = "records"
@@ -129,21 +130,51 @@ def find(root: Path, ref: str) -> str | None:
 
 
 def purge(root: Path, checkpoint_ids: Iterable[str], wanted: Callable[[], Container[str]]) -> list[str]:
-    """Delete checkpoints of the trash for good; ids of those deleted. What something refers to after all is back in its place instead.
+    """Delete checkpoints of the trash for good; ids of those deleted. What something refers to after all is back in its place instead, and what something
+    that can still be restored was made from stays in the trash.
 
     wanted() gives the ids that something refers to: asked when they have left the trash, before the first file goes. Raises OSError.
     """
     leaving = [item for item in checkpoint_ids if _move(root / "trash" / item, root / "trash" / f"{PURGED}{item}")]
-    kept = wanted() if leaving else ()
+    if not leaving:
+        return []
+    made_from = {item: parents_in(root / "trash" / f"{PURGED}{item}") for item in leaving}
+    # Children are looked for in their place, in the trash, and in their place again: one that comes back meanwhile is seen in one of them.
+    found = wanted()
+    kept = [item for item in leaving if item in found]
+    waiting = {parent for name in _names(root / "trash") if name.removeprefix(PURGED) not in made_from for parent in parents_in(root / "trash" / name)}
+    found = wanted()
+    kept = with_parents([*kept, *(item for item in leaving if item in found)], made_from)
+    stays = with_parents([item for item in leaving if item in waiting], made_from)
+    deleted = []
     for item in leaving:
         aside = root / "trash" / f"{PURGED}{item}"
         if item in kept:
             _move(aside, root / "trash" / item)
             bring_back(root, item, "something refers to it")
+        elif item in stays:
+            _move(aside, root / "trash" / item)
         else:
             record(root, item, "purged", str(last_event(root, item).get("ref", item)))
             shutil.rmtree(aside, ignore_errors=True)
-    return [item for item in leaving if item not in kept]
+            deleted.append(item)
+    return deleted
+
+
+def with_parents(ids: Iterable[str], made_from: Mapping[str, Iterable[str]]) -> list[str]:
+    """The ids, and all that they were made from, as far as `made_from` knows it: id -> its parents."""
+    found = list(dict.fromkeys(ids))
+    for item in found:  # it grows
+        found += [parent for parent in made_from.get(item, ()) if parent in made_from and parent not in found]
+    return found
+
+
+def parents_in(folder: Path) -> list[str]:
+    """Ids of what the checkpoint in a folder, whatever that is called, was made from; [] where its manifest can't be read."""
+    try:
+        return parent_ids(unseal((folder / MANIFEST).read_bytes()))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return []
 
 
 def finish_purges(root: Path, wanted: Container[str]) -> None:

@@ -133,7 +133,7 @@ def lost(registry: Registry, told: list[dict[str, Any]]) -> list[str]:
     there = {item.id: item for item in registry.list()}
     wrong = [f"{key} is damaged" for key in registry.damaged()]
     wrong += [f"{item.ref} does not verify" for item in there.values() if registry.verify(item.id, deep=True)]
-    wrong += [f"the parent {parent} of {item.ref} is gone" for item in there.values() for parent in gc.parents_of(item) if parent not in there]
+    wrong += [f"the parent {parent} of {item.ref} is gone" for item in there.values() for parent in item.parent_ids if parent not in there]
     for family in gc.alias_families(registry.root):
         wrong += [f"{family}@{alias} leads nowhere" for alias, target in registry.aliases(family).items() if target not in there]
     published = [entry for entry in told if entry.get("did") == "published"]

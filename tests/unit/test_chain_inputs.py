@@ -14,7 +14,7 @@ from configs.references import is_reference
 from launch.chain import inputs
 from launch.chain.progress import Progress, duration
 from launch.chain.steps import Step, evaluation_config, steps_of
-from launch.chain.summary import figures_of
+from launch.chain.summary import closing_lines, figures_of
 from launch.prepare import find, prepare
 
 
@@ -152,3 +152,10 @@ def test_a_models_figures_in_the_summary():
     assert figures_of(figures) == {
         "gold": 0.5, "gold_se": 0.1, "win_rate_vs_sft": 0.7, "win_rate_ci": [0.6, 0.8], "kl": None, "length": 12.5,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(("now", "suggested"), [(0.25, "0.5"), (0.0, "0.05")])
+def test_a_stronger_tie_to_the_sft_model_is_stronger_also_than_none(tmp_path, now, suggested):
+    chain = _chain(output=tmp_path, registry=tmp_path / "registry", ppo=SimpleNamespace(kl_coef=now))
+    lines = closing_lines(chain, SimpleNamespace(results={}), {"reward": {}, "seconds": 1})
+    assert f"ppo.kl_coef={suggested} " in lines[-1]

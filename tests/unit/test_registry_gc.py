@@ -255,6 +255,55 @@ def test_a_purge_looks_once_more_before_the_first_file_goes(registry, monkeypatc
     assert registry.verify("sft/demo@production", deep=True) == []
 
 
+def family(registry):
+    """Base -> child -> grandchild, all in the trash, beside newer ones; the grandchild moved there a week after the others."""
+    base = publish(registry, "sft/base")
+    child = publish(registry, "sft/child", parents=[Parent.of(base, "init_from")])
+    grandchild = publish(registry, "sft/demo", parents=[Parent.of(child, "init_from")])
+    for name in ("sft/base", "sft/child", "sft/demo"):
+        publish(registry, name)
+    collect(registry)
+    assert {item.id for item in trash.trashed(registry.root)} == {base.id, child.id, grandchild.id}
+    body = trash.last_event(registry.root, grandchild.id) | {"created": (datetime.now(UTC) + timedelta(days=7)).isoformat()}
+    ledger.append(registry.root / "trash" / "records" / grandchild.id, lambda n: {key: value for key, value in body.items() if key != "hash"})
+    return base, child, grandchild
+
+
+def test_what_can_be_restored_keeps_what_it_was_made_from_in_the_trash_and_brings_it_along(registry):
+    """The parents had been a week longer in the trash, and were deleted: what was restored then could not be loaded."""
+    base, child, grandchild = family(registry)
+    plan = gc.make_plan(registry, Rules(keep=1), at=LATER)
+    assert (plan.overdue, len(plan.waiting)) == ([], 3)
+    assert trash.purge(registry.root, [base.id, child.id], lambda: gc.all_references(registry)) == []
+    assert {item.id for item in trash.trashed(registry.root)} == {base.id, child.id, grandchild.id}
+    registry.restore(grandchild.id)
+    assert trash.trashed(registry.root) == []
+    assert all(registry.verify(item.id, deep=True) == [] for item in (base, child, grandchild))
+
+
+def test_a_child_that_comes_back_while_its_parents_are_deleted_brings_them_back(registry):
+    """gc looked among what is in its place while the child was in the trash, and at the trash when the child had left it."""
+    base, child, grandchild = family(registry)
+    asked = []
+
+    def wanted():
+        found = gc.all_references(registry)
+        if not asked:
+            registry.restore(grandchild.id)  # right after gc has looked
+        asked.append(found)
+        return found
+
+    assert trash.purge(registry.root, [child.id, base.id], wanted) == []
+    assert all(registry.verify(item.id, deep=True) == [] for item in (base, child, grandchild))
+
+
+def test_what_is_deleted_together_keeps_nothing_of_itself(registry):
+    base, child, grandchild = family(registry)
+    assert {item.id for item in gc.make_plan(registry, Rules(keep=1), at=LATER + timedelta(days=8)).overdue} == {base.id, child.id, grandchild.id}
+    assert len(trash.purge(registry.root, [base.id, child.id, grandchild.id], lambda: gc.all_references(registry))) == 3
+    assert os.listdir(registry.root / "trash") == ["records"]
+
+
 def test_a_killed_purge_is_completed_or_undone(registry):
     recorded, not_recorded, _ = (publish(registry) for _ in range(3))
     collect(registry)
