@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from stages.registry import Registry
+from tests.launch import ppo_mortal
 from tests.launch.ppo_mortal import run_in_processes
+from tests.launch.zero_mortal import environment
 from tests.stage.ppo_runs import LORA, metrics, publish_reward, settings, weights, workspace
 
 TRAIN = {"iterations": 5, "save_every": 2, "num_ppo_epochs": 2, "num_minibatches": 2, "micro_batch_size": 2}
@@ -64,10 +66,11 @@ def test_trap_14_killed_at_every_point_a_run_ends_as_the_uninterrupted_one_to_th
     assert all(torch.equal(resumed[name], straight[name]) for name in straight)
 
 
-@pytest.mark.parametrize(("mode", "zero"), [("full", 3), ("lora", 2)])
-def test_killed_under_zero_a_run_ends_as_the_uninterrupted_one_to_the_bit(place, mode, zero):
+@pytest.mark.parametrize(("mode", "zero", "optimizer"), [("full", 3, "none"), ("lora", 2, "none"), ("full", 2, "cpu"), ("full", 3, "cpu")])
+def test_killed_under_zero_a_run_ends_as_the_uninterrupted_one_to_the_bit(place, monkeypatch, mode, zero, optimizer):
     """Each process saves its own share of the optimizer. AdamW steps twice for an optimizer step: once for the policy's group, once for the value function's."""
-    whole, killed = (settings(place, f"zero-{mode}-{label}", TRAIN, adaptive_kl={"target": 1.0, "horizon": 100}, **MODES[mode]) for label in ("whole", "killed"))
+    monkeypatch.setattr(ppo_mortal, "environment", lambda *of: environment(*of) | {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": optimizer})
+    whole, killed = (settings(place, f"zero-{mode}-{zero}-{optimizer}-{label}", TRAIN, adaptive_kl={"target": 1.0, "horizon": 100}, **MODES[mode]) for label in ("whole", "killed"))
     killed["name"] = whole["name"]
     assert run_in_processes(whole, 2, zero_stage=zero) == [0, 0]
     for death, complete, saved in [(("step", 2 * 8 + 3), 2, ["checkpoint-2"]), (("seal", 1), 4, ["checkpoint-2"]), (("renamed", 1), 4, ["checkpoint-2", "checkpoint-4"])]:

@@ -10,15 +10,19 @@ import pytest
 import torch
 
 from stages.registry import Registry
+from tests.launch import ppo_mortal
 from tests.launch.ppo_numbers import run_with_faults
+from tests.launch.zero_mortal import environment
 from tests.stage.ppo_runs import settings, weights, workspace
 
-TRAIN = {"iterations": 6, "num_ppo_epochs": 1, "save_every": 1}
+TRAIN = {"iterations": 6, "num_ppo_epochs": 1, "save_every": 1, "micro_batch_size": 1}  # several backward passes to a step
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("zero_stage", [2])
-def test_what_one_rank_meets_is_skipped_and_undone_on_both(tmp_path, capfd, zero_stage):
+@pytest.mark.parametrize(("zero_stage", "optimizer"), [(2, "none"), (2, "cpu")])
+def test_what_one_rank_meets_is_skipped_and_undone_on_both(tmp_path, capfd, monkeypatch, zero_stage, optimizer):
+    """With the optimizer in main memory too, where DeepSpeed adds up gradients and steps elsewhere."""
+    monkeypatch.setattr(ppo_mortal, "environment", lambda *of: environment(*of) | {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": optimizer})
     values = settings(workspace(tmp_path), "two", TRAIN, evaluation=None)
     ended, seen = run_with_faults(values, zero_stage, tmp_path)
     assert ended == [0, 0], capfd.readouterr().err[-3000:]

@@ -16,11 +16,14 @@ class ShardAdamW(torch.optim.AdamW):
 
     def step(self, closure: Any = None) -> Any:
         """One step of the groups that are awake."""
-        for group in self.param_groups:
-            if group["asleep"]:
-                for parameter in group["params"]:
-                    parameter.grad = None
-        return super().step(closure)
+        asleep = [(p, p.grad) for group in self.param_groups if group["asleep"] for p in group["params"]]
+        for parameter, _ in asleep:
+            parameter.grad = None
+        try:
+            return super().step(closure)
+        finally:
+            for parameter, gradient in asleep:  # DeepSpeed keeps these tensors where the optimizer is in main memory, and drops them itself where it is not
+                parameter.grad = gradient
 
 
 class ShardedOptimizer:
@@ -52,6 +55,8 @@ class ShardedOptimizer:
             engine.optimizer.zero_grad(set_to_none=set_to_none)
             added = getattr(engine.optimizer, "all_grad_tensors", {})  # what ZeRO-2 adds up until the last pass of a step
             added.update(dict.fromkeys(added))
+            if self.stage < 3 and engine.optimizer.cpu_offload:
+                engine.optimizer.micro_step_id = -1  # as after a step: where none was taken, the next pass would add to what is there
         if self.stage == 3:
             from deepspeed.utils import safe_set_local_grad
 
@@ -64,16 +69,16 @@ class ShardedOptimizer:
             if group["of"] == of:
                 group["asleep"] = asleep
 
-    def _shares(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """Each flat share of parameters by a name, and the state that AdamW has of it."""
+    def _shares(self) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
+        """Each flat share of parameters by a name, itself, and the state that AdamW has of it."""
         for number, (engine, optimizer) in enumerate(zip(self.engines, self.inner, strict=True)):
             found = engine.optimizer.fp32_partitioned_groups_flat if self.stage == 3 else engine.optimizer.single_partition_of_fp32_groups
             for index, flat in enumerate(found):
-                yield f"{number}.{index}", optimizer.state[flat]
+                yield f"{number}.{index}", flat, optimizer.state[flat]
 
     def shard(self) -> dict[str, Tensor]:
         """This process's share of the state, in main memory."""
-        return {f"{share}.{name}": value.detach().to("cpu", copy=True) for share, state in self._shares() for name, value in state.items()}
+        return {f"{share}.{name}": value.detach().to("cpu", copy=True) for share, _, state in self._shares() for name, value in state.items()}
 
     def load_shard(self, tensors: dict[str, Tensor]) -> None:
         """Go on from what `shard` gave.
@@ -85,11 +90,12 @@ class ShardedOptimizer:
         for key, value in tensors.items():
             share, _, name = key.rpartition(".")
             found.setdefault(share, {})[name] = value
-        shares = dict(self._shares())
+        shares = {share: (flat, state) for share, flat, state in self._shares()}
         if not found.keys() <= shares.keys():
             raise UserError(f"the save holds optimizer shares {sorted(found)}, this run has {sorted(shares)}; continue with the machine file that it was made with")
         for share, state in found.items():
-            shares[share].update({name: value.to(self.trained[0].device) if name != "step" else value for name, value in state.items()})
+            flat, now = shares[share]
+            now.update({name: value.to(flat.device) if name != "step" else value for name, value in state.items()})
         self.zero_grad()
 
 

@@ -79,8 +79,9 @@ class ShardedPolicyAndValue(PolicyAndValue):
     def settle(self, accelerator: Any, limit: float | None, *, policy_learns: bool) -> dict[str, Tensor]:
         """Clip each norm for itself, on each process's share of the gradients."""
         self.optimizer.sleep("policy", not policy_learns)
-        shares = {"policy": self._gradients(self.policy_parameters()) if policy_learns else [], "value": self._gradients(self.value_parameters())}
-        squares = torch.stack([sum((g.double().square().sum() for g, _ in found), torch.zeros((), dtype=torch.float64, device=accelerator.device)) for found in shares.values()])
+        shares = {"policy": self._gradients("policy", self.policy_parameters()) if policy_learns else [], "value": self._gradients("value", self.value_parameters())}
+        none = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+        squares = torch.stack([sum((g.double().square().sum().to(none.device) for g, _ in found), none) for found in shares.values()])
         torch.distributed.all_reduce(squares)
         norms = dict(zip(shares, squares.sqrt(), strict=True))
         for of, found in shares.items() if limit is not None else ():
@@ -89,12 +90,16 @@ class ShardedPolicyAndValue(PolicyAndValue):
                 put(gradient.mul_(factor.to(gradient)))
         return {f"{of}/grad_norm": norm for of, norm in norms.items()}
 
-    def _gradients(self, parameters: list[nn.Parameter]) -> list[tuple[Tensor, Callable[[Tensor], Any]]]:
-        """This process's share of each parameter's gradient (none for one that lies wholly with others), and what writes it back."""
+    def _gradients(self, of: str, parameters: list[nn.Parameter]) -> list[tuple[Tensor, Callable[[Tensor], Any]]]:
+        """This process's share of each parameter's gradient (none for one that lies wholly with others), and what writes it back. In main memory, at ZeRO-1 and 2,
+        the shares of all that the engine trains, which is `of` alone.
+        """
         if self.zero.splits_weights:
             from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
 
             return [(safe_get_local_grad(p), partial(safe_set_local_grad, p)) for p in parameters]
+        if self.engines[of].optimizer.cpu_offload:
+            return [(flat.grad, lambda g: g) for flat in self.engines[of].optimizer.single_partition_of_fp32_groups]
         mappings = [(p._hp_mapping, p._index_in_param_group) for p in parameters if getattr(p, "_hp_mapping", None) is not None]  # type: ignore[attr-defined]
         return [(mapping.get_lp_grad_fragment(index), lambda g: g) for mapping, index in mappings]
 
