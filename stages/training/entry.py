@@ -54,7 +54,7 @@ def run(main: Callable[[Any], None], kind: str, argv: Sequence[str] | None = Non
         from stages.zero import machine
 
         refuse_foreign_accumulation()
-        machine.check_compiler()
+        machine.check_compiler(own_optimizer=kind == "ppo")
         join.join()
         cfg = agree.same_config(lambda: with_allowed(load(arguments.config, kind, arguments.overrides), arguments.allow_changed))
         folder = ready.output_folder(cfg, kind)

@@ -90,10 +90,11 @@ def _file_states(key: str) -> bool:
     return file != "none" and key in json.loads(Path(file).read_text(encoding="utf-8"))
 
 
-def check_compiler() -> None:
+def check_compiler(*, own_optimizer: bool = False) -> None:
     """Have DeepSpeed do without what it would compile where it can't.
 
     It reduces over shared memory on the CPU with an operator that it compiles at its first start; without it, gloo does the same.
+    own_optimizer: the stage brings the optimizer that works in main memory (PPO); of DeepSpeed's, which is compiled too, nothing is needed.
 
     Raises:
         UserError: the machine file moves the optimizer's state to main memory: the operator that updates it there can't be left out.
@@ -108,7 +109,7 @@ def check_compiler() -> None:
         return
     what = " and ".join(lacking)
     offload = plugin().hf_ds_config.get_value("zero_optimization.offload_optimizer.device", "none")
-    if offload not in (None, "none"):
+    if offload not in (None, "none") and not own_optimizer:
         raise UserError(
             f"the machine file moves the optimizer's state to {offload}; DeepSpeed compiles the operator for that, and there is no {what} on the "
             f"PATH: install what is missing (Debian: apt install {COMPILER}; pip install ninja; CXX names another compiler), or take a machine file without offload"
