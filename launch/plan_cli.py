@@ -97,10 +97,10 @@ def _plans(args: argparse.Namespace, config: Any, kind: str, gpus: int, device: 
 
 def _node_memory(text: str | None) -> int:
     """Bytes of `--node-memory`; 0 where it is not given."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:gi?b?)?", text.strip(), re.IGNORECASE) if text is not None else None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(g(i)?b?)?", text.strip(), re.IGNORECASE) if text is not None else None
     if text is not None and found is None:
         raise UserError(f"--node-memory: found {text!r}; expected gigabytes, such as 1024GB")
-    return int(float(found[1]) * 10**9) if found else 0
+    return int(float(found[1]) * (2**30 if found[3] else 10**9)) if found else 0
 
 
 def _counts(text: str | None) -> list[int]:

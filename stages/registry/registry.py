@@ -339,12 +339,7 @@ class Registry:
     def _recall(self, checkpoint_id: str, why: str) -> bool:
         """Bring a checkpoint back if gc has moved it, and what it was made from; whether it is in its place."""
         try:
-            if not trash.bring_back(self.root, checkpoint_id, why):
-                return False
-            for parent in trash.parents_in(self.root / "checkpoints" / checkpoint_id):
-                if not (self.root / "checkpoints" / parent).is_dir():
-                    self._recall(parent, f"{checkpoint_id} was made from it")
-            return True
+            return trash.bring_back(self.root, checkpoint_id, why)
         except OSError as error:
             if told := storage_error(error, f"bringing {checkpoint_id} back from the trash", "It is in its place or still in the trash, whole; try again."):
                 raise told from error

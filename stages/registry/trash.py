@@ -94,7 +94,23 @@ def put(root: Path, checkpoint_id: str) -> bool:
 
 
 def bring_back(root: Path, checkpoint_id: str, why: str) -> bool:
-    """Wait for a move that is announced, and undo it; whether the checkpoint is in its place now, whoever moved it. Raises OSError."""
+    """Wait for a move that is announced, and undo it; whether the checkpoint is in its place now, whoever moved it. All that it was made from comes back with it.
+
+    Raises OSError.
+    """
+    there = _bring_back(root, checkpoint_id, why)
+    seen = [checkpoint_id] if there else []
+    known = set(seen)
+    for item in seen:  # it grows, with parents that are in their place too: they may be announced, or miss one of their own
+        for parent in parents_in(root / "checkpoints" / item):
+            if parent not in known:
+                known.add(parent)
+                seen.append(parent)
+                _bring_back(root, parent, f"{item} was made from it")
+    return there
+
+
+def _bring_back(root: Path, checkpoint_id: str, why: str) -> bool:
     place, waiting = root / "checkpoints" / checkpoint_id, root / "trash" / checkpoint_id
     if place.is_dir():
         _await_mover(root, checkpoint_id)
@@ -139,33 +155,52 @@ def purge(root: Path, checkpoint_ids: Iterable[str], wanted: Callable[[], Contai
     if not leaving:
         return []
     made_from = {item: parents_in(root / "trash" / f"{PURGED}{item}") for item in leaving}
-    # Children are looked for in their place, in the trash, and in their place again: one that comes back meanwhile is seen in one of them.
-    found = wanted()
-    kept = [item for item in leaving if item in found]
-    waiting = {parent for name in _names(root / "trash") if name.removeprefix(PURGED) not in made_from for parent in parents_in(root / "trash" / name)}
-    found = wanted()
-    kept = with_parents([*kept, *(item for item in leaving if item in found)], made_from)
-    stays = with_parents([item for item in leaving if item in waiting], made_from)
+    found, waiting = _needed(root, set(leaving), wanted)
+    kept = with_parents([item for item in leaving if item in found], made_from)
+    stays = with_parents([item for item in leaving if waiting is None or item in waiting], made_from)
     deleted = []
     for item in leaving:
-        aside = root / "trash" / f"{PURGED}{item}"
+        aside, draft = root / "trash" / f"{PURGED}{item}", root / "trash" / draft_name()
         if item in kept:
             _move(aside, root / "trash" / item)
             bring_back(root, item, "something refers to it")
         elif item in stays:
             _move(aside, root / "trash" / item)
-        else:
+        elif _move(aside, draft):  # else another gc has put it back meanwhile
             record(root, item, "purged", str(last_event(root, item).get("ref", item)))
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(draft, ignore_errors=True)
             deleted.append(item)
     return deleted
 
 
-def with_parents(ids: Iterable[str], made_from: Mapping[str, Iterable[str]]) -> list[str]:
-    """The ids, and all that they were made from, as far as `made_from` knows it: id -> its parents."""
-    found = list(dict.fromkeys(ids))
-    for item in found:  # it grows
-        found += [parent for parent in made_from.get(item, ()) if parent in made_from and parent not in found]
+def _needed(root: Path, leaving: set[str], wanted: Callable[[], Container[str]]) -> tuple[Container[str], set[str] | None]:
+    """What something refers to, and what anything that lies in the trash, but for what leaves it, was made from; None where that could not be told, because others
+    went on moving things: then nothing may be deleted. What comes or goes while one looks changes the list of names, and one looks again.
+    """
+    for _ in range(10):
+        names = _contents(root)
+        folders = [root / "trash" / name for name in names if name.removeprefix(PURGED) not in leaving]
+        waiting = {parent for folder in folders for parent in parents_in(folder)}
+        found = wanted()
+        if all(folder.is_dir() for folder in folders) and _contents(root) == names:
+            return found, waiting
+    return found, None
+
+
+def _contents(root: Path) -> list[str]:
+    """The names in the trash that are checkpoints', also of those being deleted."""
+    return [name for name in _names(root / "trash") if is_id(name.removeprefix(PURGED))]
+
+
+def with_parents(ids: Iterable[str], made_from: Mapping[str, Iterable[str]]) -> dict[str, None]:
+    """The ids, and all that they were made from, as far as `made_from` knows it: id -> its parents. In order, as a dict's keys."""
+    found = dict.fromkeys(ids)
+    growing = list(found)
+    for item in growing:
+        for parent in made_from.get(item, ()):
+            if parent in made_from and parent not in found:
+                found[parent] = None
+                growing.append(parent)
     return found
 
 

@@ -16,6 +16,7 @@ from launch.plan.host import host_of, moved
 from launch.plan.make import layout_for, plan_stage, works
 from launch.plan.sources import Sources
 from launch.plan.timing import facts_of, hardware_of
+from launch.plan_cli import _node_memory
 from launch.scale import scale
 from launch.scale.collectives import gather_or_scatter
 from tests.tiny import tiny_config
@@ -91,6 +92,7 @@ def test_a_node_without_that_memory_does_not_fit(tmp_path, capsys):
     assert any("give --node-memory" in note for note in found[0]["notes"])
     assert any("the hours leave out what offloading costs" in note for note in found[0]["notes"])
     assert any("too little for sft" in note for note in found[2]["notes"])
+    assert (_node_memory("2GiB"), _node_memory("2GB"), _node_memory("2")) == (2 * 2**30, 2 * 10**9, 2 * 10**9)
     assert main([*words, "--node-memory", "much"]) == 2
     assert "--node-memory: found 'much'" in capsys.readouterr().err
 

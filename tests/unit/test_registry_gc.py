@@ -297,6 +297,85 @@ def test_a_child_that_comes_back_while_its_parents_are_deleted_brings_them_back(
     assert all(registry.verify(item.id, deep=True) == [] for item in (base, child, grandchild))
 
 
+def test_a_child_that_another_gc_renames_between_listing_and_reading_is_looked_for_again(registry, monkeypatch):
+    """Its manifest was not found under the listed name, so its parents counted as nobody's."""
+    base, child, grandchild = family(registry)
+    aside = registry.root / "trash" / f"{trash.PURGED}{grandchild.id}"
+    os.rename(registry.root / "trash" / grandchild.id, aside)
+    real = trash._contents
+
+    def contents(root):
+        found = real(root)
+        if aside.is_dir():
+            os.rename(aside, root / "trash" / grandchild.id)  # the other gc found that it is needed
+        return found
+
+    monkeypatch.setattr(trash, "_contents", contents)
+    assert trash.purge(registry.root, [base.id, child.id], lambda: gc.all_references(registry)) == []
+    registry.restore(grandchild.id)
+    assert all(registry.verify(item.id, deep=True) == [] for item in (base, child, grandchild))
+
+
+def test_nothing_is_deleted_while_the_trash_does_not_hold_still(registry, monkeypatch):
+    base, child, grandchild = family(registry)
+    turn = iter(range(100))
+    monkeypatch.setattr(trash, "_contents", lambda root: [f"{trash.PURGED}{next(turn)}"])
+    assert trash.purge(registry.root, [base.id, child.id, grandchild.id], lambda: gc.all_references(registry)) == []
+    assert len(trash.trashed(registry.root)) == 3
+
+
+@pytest.mark.parametrize("way", ["purge", "finished purge", "alias"])
+def test_whoever_brings_a_checkpoint_back_brings_all_it_was_made_from(registry, way):
+    base, child, grandchild = family(registry)
+    if way == "purge":
+        assert trash.purge(registry.root, [grandchild.id], lambda: {grandchild.id: "an alias"}) == []
+    elif way == "finished purge":
+        os.rename(registry.root / "trash" / grandchild.id, registry.root / "trash" / f"{trash.PURGED}{grandchild.id}")
+        trash.finish_purges(registry.root, {grandchild.id: "an alias"})
+    else:
+        ledger.append(registry.root / "aliases/sft/demo/production", lambda n: {"id": grandchild.id, "ref": grandchild.ref, "created": "2026-01-01T00:00:00Z"})
+        collect(registry)
+    assert trash.trashed(registry.root) == []
+    assert all(registry.verify(item.id, deep=True) == [] for item in (base, child, grandchild))
+
+
+def test_a_restore_that_was_cut_short_is_completed_by_the_next(registry, monkeypatch):
+    """The checkpoint and its parent were back, the parent's parent was not: the next restore stopped at the parent."""
+    monkeypatch.setattr(trash, "PATIENCE", 0)  # who announced their moves is this very process, which can't wait for itself
+    base, child, grandchild = family(registry)
+    for item in (grandchild, child):
+        os.rename(registry.root / "trash" / item.id, registry.root / "checkpoints" / item.id)
+    registry.lease(grandchild, "ppo").give_back()
+    assert registry.verify(base.id, deep=True) == []
+
+
+def test_a_parent_that_is_about_to_be_moved_is_waited_for(registry):
+    base, child, grandchild = family(registry)
+    for item in (base, child):
+        registry.restore(item.id)
+    trash.announce(registry.root, base.id, base.ref, "no rule keeps it")
+    moves = threading.Timer(0.3, trash.put, (registry.root, base.id))
+    moves.start()
+    registry.restore(grandchild.id)
+    assert registry.verify(base.id) == []
+    moves.join()
+    assert registry.verify(base.id, deep=True) == []
+    assert trash.last_event(registry.root, base.id)["event"] == "restored"
+
+
+def test_of_a_purge_that_another_gc_took_apart_nothing_is_said_to_be_deleted(registry):
+    base, child, grandchild = family(registry)
+
+    def wanted():
+        found = gc.all_references(registry)
+        trash.finish_purges(registry.root, found)  # what has no record yet goes back to the trash
+        return found
+
+    assert trash.purge(registry.root, [base.id, child.id, grandchild.id], wanted) == []
+    assert len(trash.trashed(registry.root)) == 3
+    assert all(item.since for item in trash.trashed(registry.root)), "their time of grace goes on"
+
+
 def test_what_is_deleted_together_keeps_nothing_of_itself(registry):
     base, child, grandchild = family(registry)
     assert {item.id for item in gc.make_plan(registry, Rules(keep=1), at=LATER + timedelta(days=8)).overdue} == {base.id, child.id, grandchild.id}

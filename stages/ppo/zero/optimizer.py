@@ -55,8 +55,7 @@ class ShardedOptimizer:
             engine.optimizer.zero_grad(set_to_none=set_to_none)
             added = getattr(engine.optimizer, "all_grad_tensors", {})  # what ZeRO-2 adds up until the last pass of a step
             added.update(dict.fromkeys(added))
-            if self.stage < 3 and engine.optimizer.cpu_offload:
-                engine.optimizer.micro_step_id = -1  # as after a step: where none was taken, the next pass would add to what is there
+            forget_offloaded(engine.optimizer, self.stage)
         if self.stage == 3:
             from deepspeed.utils import safe_set_local_grad
 
@@ -95,8 +94,29 @@ class ShardedOptimizer:
             raise UserError(f"the save holds optimizer shares {sorted(found)}, this run has {sorted(shares)}; continue with the machine file that it was made with")
         for share, state in found.items():
             flat, now = shares[share]
-            now.update({name: value.to(flat.device) if name != "step" else value for name, value in state.items()})
+            fused = self.inner[0].defaults.get("fused")  # then AdamW's count of steps lies where the parameter does, else in main memory
+            now.update({name: value.to(flat.device) if fused or name != "step" else value for name, value in state.items()})
         self.zero_grad()
+
+
+def forget_offloaded(optimizer: Any, stage: int) -> None:
+    """Zero what DeepSpeed adds gradients up in where its optimizer is in main memory: a parameter that a pass leaves out would get what an earlier step left."""
+    if not (optimizer.offload_optimizer if stage == 3 else optimizer.cpu_offload):
+        return
+    arrived()
+    if stage == 3:
+        optimizer.grad_partitions_flat_buffer.zero_()
+        return
+    optimizer.micro_step_id = -1  # as after a step: where none was taken, the next pass would add to what is there
+    for gradient in (*optimizer.accumulated_grads_in_cpu.values(), *(flat.grad for flat in optimizer.single_partition_of_fp32_groups)):
+        gradient.zero_()
+
+
+def arrived() -> None:
+    """Wait for the device: it copies gradients into page-locked memory without anybody waiting for them."""
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().synchronize()
 
 
 def shard_adamw(groups: list[dict[str, Any]], **arguments: Any) -> ShardAdamW:

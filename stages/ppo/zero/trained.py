@@ -22,7 +22,7 @@ from stages.ppo.modules import POLICY, Outputs, PolicyAndValue, is_of
 from stages.ppo.optimizer import adamw_arguments, groups_of
 from stages.ppo.rollout import Tokens
 from stages.ppo.zero.engines import Calls, Unhooked, Zero, engine_of, unique
-from stages.ppo.zero.optimizer import ShardedOptimizer, shard_adamw
+from stages.ppo.zero.optimizer import ShardedOptimizer, arrived, shard_adamw
 from stages.ppo.zero.steps import Stepped
 from stages.zero.gather import state, whole
 
@@ -99,6 +99,7 @@ class ShardedPolicyAndValue(PolicyAndValue):
 
             return [(safe_get_local_grad(p), partial(safe_set_local_grad, p)) for p in parameters]
         if self.engines[of].optimizer.cpu_offload:
+            arrived()
             return [(flat.grad, lambda g: g) for flat in self.engines[of].optimizer.single_partition_of_fp32_groups]
         mappings = [(p._hp_mapping, p._index_in_param_group) for p in parameters if getattr(p, "_hp_mapping", None) is not None]  # type: ignore[attr-defined]
         return [(mapping.get_lp_grad_fragment(index), lambda g: g) for mapping, index in mappings]
