@@ -47,9 +47,9 @@ lint: $(STAMP)
 # Cheap checks first, so that a mistake shows in seconds. OMP_NUM_THREADS=1: results do not depend on the number of cores.
 # Two workers where a test is one process; tests of two processes run one by one.
 test: lint
-	$(QUIET) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/unit
-	$(QUIET) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/security tests/stage
-	$(QUIET) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/chain
+	$(QUIET) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 tests/unit
+	$(QUIET) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 tests/security tests/stage
+	$(QUIET) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 tests/chain
 	$(QUIET) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/launch
 
 # Rewrites RELIABILITY.md after every case; ARGS="--quick", ARGS="--only AREA" and ARGS="--seed N" are for trying things out.
