@@ -2,7 +2,9 @@
 
 On a CPU torch multiplies float32 matrices with MKL, which uses AVX-512 on Intel's processors alone: on an AMD EPYC (Zen 5) it reached
 100 GFLOP/s a core and oneDNN 220, with the same IEEE float32 arithmetic in another order. oneDNN makes and keeps a program of about
-0.4 MiB for every shape it meets, at about 1 ms each, so only shapes of few sizes go there: who calls pads to `whole` rows.
+0.4 MiB for every shape it meets, at about 1 ms each, so only shapes of few sizes go there: who calls pads to `whole` rows. A product
+of few multiplications stays with MKL: what oneDNN takes for each call is then more than it saves (1.7 times as fast at 64 x 256 x 256, half
+as fast at 64 x 64 x 64), and the programs of many small shapes would be most of what a small model takes.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 STEPS = 16  # sizes between a power of two and the next one that have a program
 LEAST = 8  # rows; fewer are no faster
+LEAST_WORK = 2**22  # multiplications of one product; from a million on oneDNN is faster at all, from here on by half
 
 
 def whole(rows: int) -> int:
@@ -32,7 +35,7 @@ def at_most(rows: int) -> int:
 
 
 def widened(rows: int, model: nn.Module) -> int:
-    """`whole(rows)` for a model that computes with oneDNN; for others `rows`: padding would cost and bring nothing."""
+    """`whole(rows)` for a model of layers that take oneDNN where the product is large enough; for others `rows`: padding would cost and bring nothing."""
     return whole(rows) if faster() and any(isinstance(module, OneDNNLinear) for module in model.modules()) else rows
 
 
@@ -47,26 +50,26 @@ def faster() -> bool:
 
 def product(rows: Tensor, weight: Tensor) -> Tensor:
     """rows [N, K] times weight [M, K] transposed: [N, M]. No gradient."""
-    if _suited(rows, weight):
+    if _suited(rows, weight, weight.shape[0]):
         return _multiply(rows, weight, None)
     return rows @ weight.t()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """What F.linear gives, with gradients for all three: x [..., K], weight [M, K], bias [M]."""
-    if not _suited(x, weight):
+    if not _suited(x, weight, weight.shape[0]):
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         return _Linear.apply(x, weight, bias)
     return _multiply(x, weight, bias)
 
 
-def _suited(x: Tensor, weight: Tensor) -> bool:
-    """A function of shapes, types and machine alone: the same call takes the same way in every run."""
-    if x.dtype is not torch.float32 or weight.dtype is not torch.float32 or x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or not faster():
+def _suited(x: Tensor, other: Tensor, columns: int) -> bool:
+    """Of a product of all elements of `x` [..., K], each taken `columns` times. A function of shapes, types and machine alone: the same call takes the same way in every run."""
+    if x.dtype is not torch.float32 or other.dtype is not torch.float32 or x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or not faster():
         return False
     rows = x.numel() // x.shape[-1]
-    return rows >= LEAST and rows == whole(rows)
+    return rows >= LEAST and rows == whole(rows) and x.numel() * columns >= LEAST_WORK
 
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -95,12 +98,12 @@ class _Linear(torch.autograd.Function):
 
 def weight_gradient(rows: Tensor, grad: Tensor) -> Tensor:
     """grad [N, M] transposed times rows [N, K]: [M, K]."""
-    return _multiply(grad.t(), rows.t(), None) if _suited(rows, grad) else grad.t() @ rows
+    return _multiply(grad.t(), rows.t(), None) if _suited(rows, grad, grad.shape[1]) else grad.t() @ rows
 
 
 def add_weight_gradient(total: Tensor, rows: Tensor, grad: Tensor) -> None:
     """Add `weight_gradient(rows, grad)` to `total` [M, K], in place."""
-    if _suited(rows, grad):
+    if _suited(rows, grad, grad.shape[1]):
         # Transposed twice: what is copied to be contiguous is then [N, K] and not [N, M].
         total += _multiply(rows.t(), grad.t(), None).t()
     else:

@@ -192,7 +192,7 @@ class _LinearSums(torch.autograd.Function):
 
 
 def _padded(states: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """A chunk with a few rows of zeros after it, where oneDNN is taken and has a program for so many rows only."""
+    """A chunk with a few rows of zeros after it, where oneDNN may be taken and has a program for so many rows only."""
     extra = whole(len(ids)) - len(ids) if faster() and states.dtype is torch.float32 and states.device.type == "cpu" else 0
     return (F.pad(states, (0, 0, 0, extra)), F.pad(ids, (0, extra))) if extra else (states, ids)
 

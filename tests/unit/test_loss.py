@@ -58,6 +58,18 @@ def test_sums_and_gradients_are_those_of_whole_logits(rows, bias, scale, cap, sm
         torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-13)
 
 
+def test_through_onednn_sums_and_gradients_are_those_of_whole_logits(taken):
+    """In float32; the second chunk, of 7 rows, is padded."""
+    states, head, ids = draws(torch.float32, True)
+    parameters = [states, *head.parameters()]
+    expected = by_hand(states, head.weight, head.bias, ids, 0.25, 2.0, 0.1)
+    found = sums.linear_sums(states, ids, head, scale=0.25, cap=2.0, rows=16, smoothing=0.1)
+    torch.testing.assert_close(torch.stack(found[:3]).float(), torch.stack([e.float() for e in expected]), rtol=1e-5, atol=1e-5)
+    for mine, theirs in zip(torch.autograd.grad(found.loss, parameters), torch.autograd.grad(expected[0], parameters), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+    assert {shape[0] for shape in taken} >= {8, 16}
+
+
 def weighting(dtype=torch.float64):
     """A weight for each of N tokens, one of them 0, and a mark on every third."""
     weights = torch.rand(N, dtype=dtype, generator=torch.Generator().manual_seed(3)) * 4

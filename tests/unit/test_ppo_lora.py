@@ -60,6 +60,11 @@ def test_outputs_and_gradients_are_pefts(shape, bias):
     assert torch.equal(layer.base_layer.weight, before)
 
 
+def test_through_onednn_too(taken):
+    test_outputs_and_gradients_are_pefts((4, 16, 16), bias=True)
+    assert taken
+
+
 def test_an_adapter_that_says_nothing_leaves_the_layer_as_it_is_to_the_bit():
     model, x = summed(adapted(trained=False)), torch.randn(TOKENS, 16)
     with torch.no_grad(), model.disable_adapter():

@@ -16,16 +16,6 @@ from stages.ppo.modules import PolicyAndValue
 from tests.unit.ppo_samples import model_of, ragged_ids, tokens_of
 
 
-@pytest.fixture
-def taken(monkeypatch):
-    """oneDNN is used whatever the CPU; the list grows by one at each product it computes."""
-    products: list[tuple[int, ...]] = []
-    inner = onednn._multiply
-    monkeypatch.setattr(onednn, "faster", lambda: True)
-    monkeypatch.setattr(onednn, "_multiply", lambda x, w, b: (products.append(tuple(x.shape)), inner(x, w, b))[1])
-    return products
-
-
 @pytest.mark.parametrize(("rows", "expected"), [(0, 0), (1, 8), (8, 8), (9, 16), (127, 128), (129, 136), (255, 256), (1664, 1664), (1665, 1728), (2049, 2176)])
 def test_whole_is_the_next_multiple_of_8_and_of_a_sixteenth_of_the_power_of_two_below(rows, expected):
     assert onednn.whole(rows) == expected
@@ -63,6 +53,18 @@ def test_other_types_and_autocast_are_left_to_torch(taken):
     assert torch.equal(onednn.linear(x.double(), weight.double()), F.linear(x.double(), weight.double()))
     assert torch.equal(onednn.product(x.bfloat16(), weight.bfloat16()), x.bfloat16() @ weight.bfloat16().t())
     assert not taken
+
+
+@pytest.mark.parametrize(("least", "products"), [(8 * 24 * 40, 5), (8 * 24 * 40 + 1, 0)])
+def test_a_product_of_few_multiplications_is_left_to_torch(least, products, taken, monkeypatch):
+    """x [8, 24] and a layer of 24 to 40: its output, its two gradients, a product and a sum of gradients are 8 * 24 * 40 multiplications each."""
+    monkeypatch.setattr(onednn, "LEAST_WORK", least)
+    layer, x, total = nn.Linear(24, 40, bias=False), torch.randn(8, 24, requires_grad=True), torch.zeros(40, 24)
+    onednn.linear(x, layer.weight).sum().backward()
+    onednn.product(x.detach(), layer.weight.detach())
+    onednn.add_weight_gradient(total, x.detach(), torch.ones(8, 40))
+    assert len(taken) == products
+    torch.testing.assert_close(total, layer.weight.grad)
 
 
 def test_only_plain_linear_layers_change_and_only_where_it_is_faster(taken, monkeypatch):
