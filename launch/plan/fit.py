@@ -54,18 +54,24 @@ def _fit_stage(stage: str, cfg: Any, chain: Any, sources: Sources, gpus: int, de
             asked = _with(cfg, name, processes, micro_batch_size=1, gradient_checkpointing=checkpointing)
             planned = plan_stage(work_of(stage, asked, layout, sources, chain), layout)
             best = planned if best is None or planned.needed < best.needed else best
-            if planned.fits is False or (planned.fits and not planned.largest_micro_batch):
+            if planned.fits_device is False or (planned.fits_device and not planned.largest_micro_batch):
                 continue
             size = max(n for n in range(1, share + 1) if share % n == 0 and n <= (planned.largest_micro_batch or share))
             chosen = _with(asked, name, processes, micro_batch_size=size)
-            fits.append(plan_stage(work_of(stage, chosen, layout, sources, chain), layout, knobs=False))
-            fits[-1] = replace(fits[-1], largest_micro_batch=planned.largest_micro_batch)
+            found = plan_stage(work_of(stage, chosen, layout, sources, chain), layout, knobs=False)
+            if not found.fits_node:  # with and without recomputed activations alike; at the largest micro-batch it is least
+                short = f"{name}: a node would hold {sum(found.host.values()) / GIB:.1f} GiB of what is offloaded and has {device.node_memory / GIB:.1f} (--node-memory)"
+                refusals += [short] if short not in refusals else []
+                continue
+            fits.append(replace(found, largest_micro_batch=planned.largest_micro_batch))
         if fits:
             return min(fits, key=lambda p: p.time.seconds if p.time else 0.0)
-    assert best is not None
+    least = ""
+    if best is not None and best.fits_device is False:
+        least = f": the least it needs is {best.needed / GIB:.1f} GiB a process ({best.layout.machine}, a micro-batch of 1, gradient_checkpointing, reached in {best.estimate.where}) and there are {device.memory / GIB:.1f}"
+    smaller = ", a smaller sampling.generate_batch_size" if best is not None and best.estimate.where.startswith("rollout") else ""
     raise UserError(
-        f"{stage} does not fit on {processes} x {device.name}: the least it needs is {best.needed / GIB:.1f} GiB a process ({best.layout.machine}, a micro-batch of 1, "
-        f"gradient_checkpointing) and there are {device.memory / GIB:.1f}; use more or larger GPUs (--gpus, --nodes), a `lora:` section, or a smaller max_length"
+        f"{stage} does not fit on {processes} x {device.name}{least}; use more or larger GPUs (--gpus, --nodes), a `lora:` section{smaller}, or a smaller max_length"
         + "".join(f"; {refusal}" for refusal in refusals)
     )
 

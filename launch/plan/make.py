@@ -84,7 +84,7 @@ def knobs_of(planned: Planned) -> tuple[tuple[str, int], ...]:
 
 def largest(work: Work, layout: Layout, planned: Planned) -> int | None:
     """The largest micro-batch that fits: every phase is linear in it, so one more simulation tells. 0 where not even one row does."""
-    if not layout.device.memory or (work.stage == "ppo" and planned.estimate.where.startswith("rollout") and planned.fits is False):
+    if not layout.device.memory or (work.stage == "ppo" and planned.estimate.where.startswith("rollout") and planned.fits_device is False):
         return None if not layout.device.memory else 0
     job = work.job
     other = 1 if job.micro_batch > 1 else 2

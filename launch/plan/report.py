@@ -64,10 +64,18 @@ class Planned:
     @property
     def fits(self) -> bool | None:
         """Whether the device has as much, and the node for what is offloaded, where its memory is known; None where the device's is not."""
-        node = self.layout.device.node_memory
-        if node and sum(self.host.values()) > node:
-            return False
+        return self.fits_device if self.fits_node else False
+
+    @property
+    def fits_device(self) -> bool | None:
+        """Whether the device has as much; None where its memory is not known."""
         return self.needed <= self.layout.device.memory if self.layout.device.memory else None
+
+    @property
+    def fits_node(self) -> bool:
+        """Whether the node has the main memory that offloaded state takes, as far as that is known."""
+        node = self.layout.device.node_memory
+        return not node or sum(self.host.values()) <= node
 
 
 def record(planned: Planned) -> dict[str, Any]:

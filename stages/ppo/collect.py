@@ -153,10 +153,8 @@ def _forward(module: PolicyAndValue, reference: Reference, tokens: Tokens, cfg: 
 
 def _right_padded(rows: list[list[float]], like: Tensor) -> Tensor:
     """Rows of numbers as [B, T], shaped as `like`, 0 after a row's end."""
-    padded = torch.zeros(like.shape, dtype=like.dtype)
-    for i, row in enumerate(rows):
-        padded[i, : len(row)] = torch.tensor(row)
-    return padded.to(like.device)
+    width = like.shape[1]
+    return torch.tensor([[*row, *[0.0] * (width - len(row))] for row in rows], dtype=like.dtype).reshape(like.shape).to(like.device)
 
 
 def exchange(rollout: Rollout, accelerator: Any, pad_id: int) -> Rollout:

@@ -45,12 +45,9 @@ def completion_seed(seed: int, iteration: int, index: int) -> int:
 def left_pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device, widen: Callable[[int], int] = int) -> tuple[Tensor, Tensor]:
     """Left-pad ids to `widen` of the longest: ids [B, P] and mask [B, P], True on real tokens."""
     width = widen(max((len(row) for row in rows), default=0))
-    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
-    mask = torch.zeros((len(rows), width), dtype=torch.bool)
-    for i, row in enumerate(rows):
-        if row:
-            ids[i, width - len(row) :] = torch.tensor(row, dtype=torch.long)
-            mask[i, width - len(row) :] = True
+    pads = [width - len(row) for row in rows]
+    ids = torch.tensor([[pad_id] * before + list(row) for before, row in zip(pads, rows, strict=True)], dtype=torch.long).reshape(len(rows), width)
+    mask = torch.arange(width) >= torch.tensor(pads, dtype=torch.long).unsqueeze(1)
     return ids.to(device), mask.to(device)
 
 

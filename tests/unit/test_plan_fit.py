@@ -75,6 +75,39 @@ def test_fit_says_what_it_passed_over_and_why(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "fitted.yaml").exists()
 
 
+def test_fit_says_where_the_node_is_too_small_and_not_the_gpus(tmp_path, capsys, monkeypatch):
+    """It named the least that a GPU needs, for which there was room."""
+    words = ["plan", str(chain(tmp_path)), "ppo.lora=null", "--gpus", "2x20GB", "--only", "ppo", "--fit", str(tmp_path / "fitted.yaml")]
+    monkeypatch.setattr(fit, "GPU_ORDER", ("zero2_offload",))
+    assert main([*words, "--node-memory", "0.0001GB"]) == 2
+    error = capsys.readouterr().err
+    assert "ppo does not fit on 2 x" in error
+    assert "the least it needs" not in error
+    assert "zero2_offload: a node would hold 0.0 GiB of what is offloaded and has 0.0 (--node-memory)" in error
+    assert main([*words, "--node-memory", "8GB"]) == 0
+
+
+def test_fit_judges_the_node_at_the_micro_batch_that_it_chooses(tmp_path, capsys, monkeypatch):
+    """Accumulation keeps a second copy of the gradients at ZeRO-2: a micro-batch of 1 takes more main memory than the one of 4 that is written."""
+    monkeypatch.setattr(fit, "GPU_ORDER", ("zero2_offload",))
+    words = ["plan", str(chain(tmp_path)), "--gpus", "2x20GB", "--only", "sft"]
+    chosen = planned_json(capsys, *words[1:], "--fit", tmp_path / "free.yaml")["stages"][0]
+    one = planned_json(capsys, *words[1:], "sft.machine=zero2_offload", "sft.processes=2", "sft.train.micro_batch_size=1")["stages"][0]
+    needs, more = chosen["host_bytes"]["total"], one["host_bytes"]["total"]
+    assert (chosen["micro_batch"], chosen["accumulation"]) == (4, 1)
+    assert needs < more
+    assert main([*words, "--node-memory", f"{(needs + more) // 2 / 1e9:.7f}GB", "--fit", str(tmp_path / "fitted.yaml")]) == 0
+
+
+def test_fit_names_the_sampler_s_batch_where_rollouts_are_the_peak(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(fit, "GPU_ORDER", ("gpu_ddp",))
+    words = ["plan", str(chain(tmp_path)), "ppo.sampling.generate_batch_size=256", "ppo.train.rollout_batch_size=256", "--gpus", "2x0.65GB", "--only", "ppo"]
+    assert main([*words, "--fit", str(tmp_path / "fitted.yaml")]) == 2
+    error = capsys.readouterr().err
+    assert "reached in rollout" in error
+    assert "a smaller sampling.generate_batch_size" in error
+
+
 @pytest.mark.parametrize(("gpus", "machine"), [("4xcpu", "cpu_ddp"), ("4x24GB", "gpu_ddp")])
 def test_fit_writes_for_how_many_processes(tmp_path, capsys, gpus, machine):
     out = tmp_path / "fitted.yaml"
