@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from configs.errors import UserError
 from stages.registry import resumable, trash
 from stages.registry.best import best_of_each_set, check_chooses
-from stages.registry.integrity import check, read_checkpoint
+from stages.registry.integrity import check
 from stages.registry.leases import Lease, counting, leases
 from stages.registry.manifest import Checkpoint
 from stages.registry.sizes import freed
@@ -52,11 +52,12 @@ class Rules:
 
 @dataclass
 class Plan:
-    """What gc would do. `why`: checkpoint id -> why it stays."""
+    """What gc would do. `why`: checkpoint id -> why it stays. `records`: id of what goes -> number of its newest record when this was decided."""
 
     kept: list[Checkpoint] = field(default_factory=list)
     going: list[Checkpoint] = field(default_factory=list)
     why: dict[str, str] = field(default_factory=dict)
+    records: dict[str, int] = field(default_factory=dict)
     overdue: list[trash.Trashed] = field(default_factory=list)  # in the trash for longer than the grace
     waiting: list[trash.Trashed] = field(default_factory=list)  # in the trash, may still be restored
     returning: list[trash.Trashed] = field(default_factory=list)  # in the trash although something refers to them
@@ -70,7 +71,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Done:
-    """What gc did. saved: checkpoints that stay after all, because something came to refer to them meanwhile."""
+    """What gc did. saved: checkpoints that stay after all, because meanwhile something came to refer to them, or somebody restored them."""
 
     trashed: list[Checkpoint]
     saved: list[str]
@@ -86,6 +87,7 @@ def make_plan(registry: Registry, rules: Rules, *, deep: bool = False, at: datet
     """
     at = at or datetime.now(UTC)
     everything = registry.list()
+    records = {item.id: trash.newest(registry.root, item.id) for item in everything}  # read first: what is restored from now on is known to be
     families: dict[str, list[Checkpoint]] = {}
     for item in everything:
         if rules.stage in (None, item.stage) and rules.name in (None, item.name):
@@ -95,7 +97,7 @@ def make_plan(registry: Registry, rules: Rules, *, deep: bool = False, at: datet
         why.setdefault(key, told)
     inside = {item.id for items in families.values() for item in items}
     why |= {item.id: "outside of what was asked about" for item in everything if item.id not in inside}
-    by_id = {item.id: item for item in everything}
+    by_id = {item.id: item for item in (*_readable(trash.folders(registry.root, why).values()), *everything)}  # a parent in the trash leads to its own parents
     _with_parents(why, by_id)
     for items in families.values():
         _one_that_verifies(items, why, deep)
@@ -105,6 +107,7 @@ def make_plan(registry: Registry, rules: Rules, *, deep: bool = False, at: datet
         if item.id in inside:
             (plan.kept if item.id in why else plan.going).append(item)
     plan.why = {item.id: why[item.id] for item in plan.kept}
+    plan.records = {item.id: records[item.id] for item in plan.going}
     _look_at_trash(registry, plan, why, rules, at)
     _look_at_resume(registry, plan, rules, at)
     plan.leftovers, plan.in_progress = trash.leftovers(registry.root, rules.grace, at)
@@ -134,9 +137,12 @@ def frees(registry: Registry, plan: Plan) -> Frees:
 
 def _in_trash(root: Path, items: Iterable[trash.Trashed], but: Iterable[trash.Trashed] = ()) -> list[Checkpoint]:
     """The checkpoints in the trash of a root, those that can be read."""
-    left = {item.id for item in but}
-    found = (read_checkpoint(root / "trash" / item.id) for item in items if item.id not in left)
-    return [item for item in found if isinstance(item, Checkpoint)]
+    left, folders = {item.id for item in but}, trash.folders(root)
+    return _readable(folders.get(item.id, root / "trash" / item.id) for item in items if item.id not in left)
+
+
+def _readable(folders: Iterable[Path]) -> list[Checkpoint]:
+    return [item for item in map(trash.read, folders) if isinstance(item, Checkpoint)]
 
 
 def apply(registry: Registry, plan: Plan, told: Callable[[str], None] = lambda line: None) -> Done:
@@ -151,15 +157,16 @@ def apply(registry: Registry, plan: Plan, told: Callable[[str], None] = lambda l
 
 def _apply(registry: Registry, plan: Plan, told: Callable[[str], None]) -> Done:
     root = registry.root
+    trash.finish_purges(root, all_references(registry))
     returned = [item.id for item in plan.returning if trash.bring_back(root, item.id, "something refers to it")]
-    moved, spared = _move_away(registry, plan.going)
-    saved = spared + _save_referenced(registry, {item.id for item in moved})
+    moved, spared = _move_away(registry, plan)
+    back = _save_referenced(registry, {item.id for item in moved})
+    saved = [*spared, *back]
     for item in moved:
         if item.id not in saved:
             told(f"trashed {item.ref} ({item.id})")
-    for checkpoint_id in saved:
-        told(f"kept {checkpoint_id}: something came to refer to it")
-    trash.finish_purges(root, all_references(registry))
+    for checkpoint_id, why in (spared | dict.fromkeys(back, "something came to refer to it")).items():
+        told(f"kept {checkpoint_id}: {why}")
     for waiting in plan.waiting:
         if waiting.since is None:  # its record was lost: its time of grace begins now
             trash.record(root, waiting.id, "trashed", waiting.ref, "no record said since when")
@@ -171,17 +178,31 @@ def _apply(registry: Registry, plan: Plan, told: Callable[[str], None]) -> Done:
     return Done([item for item in moved if item.id not in saved], saved, [item for item in plan.overdue if item.id in deleted], returned, plan.leftovers)
 
 
-def _move_away(registry: Registry, going: list[Checkpoint]) -> tuple[list[Checkpoint], list[str]]:
-    """Announce, look once more whether something refers to what goes, move the rest. What was moved, ids of what was spared."""
-    for item in going:
-        trash.announce(registry.root, item.id, item.ref, "no rule keeps it")
-    leaving = {item.id: item for item in going}
+def _move_away(registry: Registry, plan: Plan) -> tuple[list[Checkpoint], dict[str, str]]:
+    """Announce, look once more whether something refers to what goes, move the rest. What was moved; id -> why of what was spared."""
+    root = registry.root
+    spared = {item.id: "restored since it was decided that it goes" for item in plan.going if _restored_since(root, item.id, plan)}
+    leaving = {item.id: item for item in plan.going if item.id not in spared}
+    for item in leaving.values():
+        trash.announce(root, item.id, item.ref, "no rule keeps it")
     why = references(registry) | {parent: f"{item.ref} was made from it" for item in registry.list() if item.id not in leaving for parent in item.parent_ids}
     _with_parents(why, leaving)
-    spared = [key for key in leaving if key in why]
-    for key in spared:
-        trash.spare(registry.root, key, leaving[key].ref, why[key])
-    return [item for item in going if item.id not in why and trash.put(registry.root, item.id)], spared
+    moved = []
+    for key, item in leaving.items():
+        if key in why:
+            spared[key] = why[key]
+            trash.spare(root, key, item.ref, why[key])
+        elif trash.last_event(root, key).get("event") != "trashed":  # another gc had moved it and somebody restored it, or somebody waited too long for the move
+            spared[key] = "restored or asked for meanwhile"
+        elif trash.put(root, key):
+            moved.append(item)
+    return moved, spared
+
+
+def _restored_since(root: Path, checkpoint_id: str, plan: Plan) -> bool:
+    """Whether another gc moved it and somebody brought it back after this plan was made: who did wants it."""
+    decided = plan.records.get(checkpoint_id)
+    return decided is not None and trash.newest(root, checkpoint_id) != decided and trash.last_event(root, checkpoint_id).get("event") == "restored"
 
 
 def _save_referenced(registry: Registry, moved: set[str]) -> list[str]:
@@ -308,8 +329,8 @@ def _one_that_verifies(items: list[Checkpoint], why: dict[str, str], deep: bool)
 
 def _look_at_trash(registry: Registry, plan: Plan, why: Mapping[str, str], rules: Rules, at: datetime) -> None:
     """Something refers to it, or to what was made from it: it returns. Its time is over, and nothing that may still be restored was made from it: it goes."""
-    there = trash.trashed(registry.root)
-    made_from = {item.id: trash.parents_in(registry.root / "trash" / item.id) for item in there}
+    there = trash.trashed_after_purges(registry.root, why)
+    made_from = {key: trash.parents_in(folder) for key, folder in trash.folders(registry.root, why).items()}
     returning = trash.with_parents([item.id for item in there if item.id in why], made_from)
     over = {item.id for item in there if item.since is not None and at - item.since > rules.grace}
     entering = (parent for item in plan.going for parent in item.parent_ids if parent in made_from)

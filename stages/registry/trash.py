@@ -15,7 +15,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Container, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from typing import Any
 from configs.errors import UserError
 from stages.registry import ledger
 from stages.registry.holder import Holder, draft_name, is_leftover, provably_dead, this_process
-from stages.registry.integrity import read_checkpoint
+from stages.registry.integrity import Problem, read_checkpoint
 from stages.registry.manifest import MANIFEST, Checkpoint, parent_ids
 from stages.registry.names import is_id, now
 from stages.registry.sealing import unseal
@@ -50,16 +50,38 @@ class Trashed:
 
 def trashed(root: Path) -> list[Trashed]:
     """What lies in the trash, oldest id first."""
-    return [_trashed(root, name) for name in _names(root / "trash") if is_id(name)]
+    return [_trashed(root, name, root / "trash" / name) for name in _names(root / "trash") if is_id(name)]
 
 
-def _trashed(root: Path, checkpoint_id: str) -> Trashed:
-    item = read_checkpoint(root / "trash" / checkpoint_id)
+def trashed_after_purges(root: Path, wanted: Container[str]) -> list[Trashed]:
+    """What `trashed` lists when `finish_purges` has put back what killed purges left."""
+    return [_trashed(root, key, folder) for key, folder in sorted(folders(root, wanted).items())]
+
+
+def folders(root: Path, wanted: Container[str] = ()) -> dict[str, Path]:
+    """Id -> folder of what `trashed_after_purges` lists, where it lies now."""
+    halted = ((folder.name.removeprefix(PURGED), folder, recorded) for folder, recorded in left_by_purges(root))
+    back = {key: folder for key, folder, recorded in halted if not recorded or key in wanted}
+    return back | {name: root / "trash" / name for name in _names(root / "trash") if is_id(name)}
+
+
+def _trashed(root: Path, checkpoint_id: str, folder: Path) -> Trashed:
+    item = read(folder)
     last = last_event(root, checkpoint_id)
     valid = last.get("event") == "trashed"
     since = datetime.fromisoformat(str(last["created"])).astimezone(UTC) if valid else None
     ref = item.ref if isinstance(item, Checkpoint) else str(last.get("ref", checkpoint_id))
     return Trashed(checkpoint_id, ref, item.size if isinstance(item, Checkpoint) else None, since, str(last.get("why", "")) if valid else "")
+
+
+def read(folder: Path) -> Checkpoint | Problem:
+    """The checkpoint in a folder of the trash, one that a purge has renamed too, or what is wrong with its manifest."""
+    if not folder.name.startswith(PURGED):
+        return read_checkpoint(folder)
+    try:
+        return replace(Checkpoint.from_manifest(folder.with_name(folder.name.removeprefix(PURGED)), unseal((folder / MANIFEST).read_bytes())), path=folder)
+    except (OSError, ValueError) as error:
+        return Problem(MANIFEST, str(error))
 
 
 def last_event(root: Path, checkpoint_id: str) -> dict[str, Any]:
@@ -70,6 +92,11 @@ def last_event(root: Path, checkpoint_id: str) -> dict[str, Any]:
         return ledger.read(folder, numbers[-1]) if numbers else {}
     except UserError:
         return {}
+
+
+def newest(root: Path, checkpoint_id: str) -> int:
+    """The number of a checkpoint's newest record; 0 when it has none."""
+    return max(ledger.numbers(root / "trash" / RECORDS / checkpoint_id), default=0)
 
 
 def record(root: Path, checkpoint_id: str, event: str, ref: str, why: str = "") -> None:
@@ -214,14 +241,18 @@ def parents_in(folder: Path) -> list[str]:
 
 def finish_purges(root: Path, wanted: Container[str]) -> None:
     """Complete what a killed purge has left: deleted where it was recorded as purged, else put back into the trash."""
-    for name in _names(root / "trash"):
-        checkpoint_id = name.removeprefix(PURGED)
-        if not name.startswith(PURGED) or not is_id(checkpoint_id):
-            continue
-        if last_event(root, checkpoint_id).get("event") == "purged" and checkpoint_id not in wanted:
-            shutil.rmtree(root / "trash" / name, ignore_errors=True)
-        elif _move(root / "trash" / name, root / "trash" / checkpoint_id) and checkpoint_id in wanted:
+    for folder, recorded in left_by_purges(root):
+        checkpoint_id = folder.name.removeprefix(PURGED)
+        if recorded and checkpoint_id not in wanted:
+            shutil.rmtree(folder, ignore_errors=True)
+        elif _move(folder, root / "trash" / checkpoint_id) and checkpoint_id in wanted:
             bring_back(root, checkpoint_id, "something refers to it")
+
+
+def left_by_purges(root: Path) -> list[tuple[Path, bool]]:
+    """Folders that a purge, killed or still at work, was about to delete, and whether they are recorded as purged."""
+    names = [name for name in _names(root / "trash") if name.startswith(PURGED) and is_id(name.removeprefix(PURGED))]
+    return [(root / "trash" / name, last_event(root, name.removeprefix(PURGED)).get("event") == "purged") for name in names]
 
 
 def leftovers(root: Path, older_than: timedelta, at: datetime) -> tuple[list[Path], list[Path]]:

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -393,6 +392,90 @@ def test_a_killed_purge_is_completed_or_undone(registry):
     assert sorted(os.listdir(registry.root / "trash")) == [not_recorded.id, "records"]
 
 
+def test_a_dry_run_shows_that_what_a_killed_purge_left_keeps_its_parents_in_the_trash(registry):
+    """It named the parents as overdue; carrying that out then left them where they were."""
+    base, child, grandchild = family(registry)
+    os.rename(registry.root / "trash" / grandchild.id, registry.root / "trash" / f"{trash.PURGED}{grandchild.id}")
+    plan = gc.make_plan(registry, Rules(keep=1), at=LATER)
+    assert ([item.id for item in plan.overdue], {item.id for item in plan.waiting}) == ([], {base.id, child.id, grandchild.id})
+    assert gc.apply(registry, plan).purged == []
+    trash.record(registry.root, grandchild.id, "purged", grandchild.ref)
+    os.rename(registry.root / "trash" / grandchild.id, registry.root / "trash" / f"{trash.PURGED}{grandchild.id}")
+    assert {item.id for item in gc.make_plan(registry, Rules(keep=1), at=LATER).overdue} == {base.id, child.id}
+
+
+def test_a_dry_run_shows_that_what_a_parent_in_the_trash_was_made_from_stays(registry, monkeypatch):
+    """The parent returns, and its own parent, which no rule keeps, with it: the plan said that this one goes."""
+    monkeypatch.setattr(trash, "PATIENCE", 0)
+    base, child, grandchild = family(registry)
+    for item in (base, grandchild):
+        os.rename(registry.root / "trash" / item.id, registry.root / "checkpoints" / item.id)
+    ledger.append(registry.root / "aliases/sft/demo/production", lambda n: {"id": grandchild.id, "ref": grandchild.ref, "created": "2026-01-01T00:00:00Z"})
+    plan = gc.make_plan(registry, Rules(keep=1), at=LATER)
+    assert (plan.going, [item.id for item in plan.returning]) == ([], [child.id])
+    assert plan.why[base.id] == "sft/child@1 was made from it"
+    done = gc.apply(registry, plan)
+    assert (done.trashed, done.returned, done.saved) == ([], [child.id], [])
+
+
+@pytest.mark.parametrize("parents", ["in the trash", "in their place"])
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_dry_run_shows_what_returns_of_a_killed_purge(registry, monkeypatch, parents, recorded):
+    """An alias points at it. It and its parents were shown as waiting in the trash, or the parents as going, and all came back."""
+    monkeypatch.setattr(trash, "PATIENCE", 0)
+    base, child, grandchild = family(registry)
+    os.rename(registry.root / "trash" / grandchild.id, registry.root / "trash" / f"{trash.PURGED}{grandchild.id}")
+    if recorded:
+        trash.record(registry.root, grandchild.id, "purged", grandchild.ref)
+    if parents == "in their place":
+        for item in (base, child):
+            os.rename(registry.root / "trash" / item.id, registry.root / "checkpoints" / item.id)
+    ledger.append(registry.root / "aliases/sft/demo/production", lambda n: {"id": grandchild.id, "ref": grandchild.ref, "created": "2026-01-01T00:00:00Z"})
+    plan = gc.make_plan(registry, Rules(keep=1), at=LATER)
+    expected = {grandchild.id} if parents == "in their place" else {base.id, child.id, grandchild.id}
+    assert ({item.id for item in plan.returning}, plan.going, plan.waiting, plan.overdue) == (expected, [], [], [])
+    done = gc.apply(registry, plan)
+    assert (set(done.returned), done.trashed, done.saved, done.purged) == (expected, [], [], [])
+    assert all(registry.verify(item.id, deep=True) == [] for item in (base, child, grandchild))
+
+
+def test_what_is_restored_while_it_is_decided_or_moved_stays(registry, monkeypatch):
+    """Another gc moves it and somebody restores it: while this one reads checkpoints to decide, and between its announcement and its move."""
+    first = publish(registry)
+    publish(registry)
+
+    def elsewhere():
+        trash.announce(registry.root, first.id, first.ref, "no rule keeps it")
+        assert trash.put(registry.root, first.id)
+        registry.restore(first.id)
+
+    with monkeypatch.context() as patch:
+        verifies = gc._one_that_verifies
+        patch.setattr(gc, "_one_that_verifies", lambda *a: (elsewhere(), verifies(*a)))
+        plan = gc.make_plan(registry, Rules(keep=1))
+    assert [item.id for item in plan.going] == [first.id]
+    told = []
+    assert gc.apply(registry, plan, told.append).saved == [first.id]
+    assert told == [f"kept {first.id}: restored since it was decided that it goes"]
+    plan = gc.make_plan(registry, Rules(keep=1), at=LATER)
+    assert [item.id for item in plan.going] == [first.id]
+    asked = gc.references
+    monkeypatch.setattr(gc, "references", lambda registry, at=None: (elsewhere() if trash.last_event(registry.root, first.id)["event"] == "trashed" else None, asked(registry, at))[1])
+    assert gc.apply(registry, plan).saved == [first.id]
+    assert (versions(registry), trash.last_event(registry.root, first.id)["event"]) == ([1, 2], "restored")
+
+
+def test_what_was_restored_after_it_was_decided_that_it_goes_stays(registry):
+    first = publish(registry)
+    publish(registry)
+    plan = gc.make_plan(registry, Rules(keep=1))
+    collect(registry)
+    registry.restore(first.id)
+    done = gc.apply(registry, plan)
+    assert (done.trashed, done.saved, versions(registry)) == ([], [first.id], [1, 2])
+    assert trash.last_event(registry.root, first.id)["event"] == "restored", "its time of grace goes on"
+
+
 def test_leftovers_go_when_their_writer_is_dead_or_they_are_old(registry):
     publish(registry)
     folder = registry.root / "checkpoints"
@@ -407,111 +490,6 @@ def test_leftovers_go_when_their_writer_is_dead_or_they_are_old(registry):
     collect(registry)
     assert sorted(name for name in os.listdir(folder) if name.startswith(".tmp-")) == sorted([alive, old_but_alive, foreign])
     assert [name for name in os.listdir(registry.root / "versions/sft/demo") if name.startswith(".tmp-")] == [".tmp-1"]
-
-
-def hold_elsewhere(registry, checkpoint, then="time.sleep(60)"):
-    """A process that holds a lease; returned once it does."""
-    code = f"""
-import sys, time, os, signal
-from stages.registry import Registry
-registry = Registry({str(registry.root)!r})
-held = registry.lease(registry.resolve({checkpoint.ref!r}), "ppo/demo")
-print("held", flush=True)
-{then}
-"""
-    child = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert child.stdout.readline() == "held\n"
-    return child
-
-
-def test_a_lease_lapses_with_its_holder_and_not_before(registry):
-    first = publish(registry)
-    publish(registry)
-    child = hold_elsewhere(registry, first)
-    (lease,) = leases.leases(registry.root)
-    assert (lease.checkpoint_id, lease.holder.pid, lease.lapsed(datetime.now(UTC))) == (first.id, child.pid, False)
-    assert gc.make_plan(registry, Rules(keep=1)).why[first.id] == f"in use: process {child.pid} on {lease.holder.host}, ppo/demo"
-    os.kill(child.pid, signal.SIGKILL)
-    while not lease.lapsed(datetime.now(UTC)):  # a zombie holds nothing either
-        time.sleep(0.01)
-    child.wait()
-    assert lease.lapsed(datetime.now(UTC))
-    done = collect(registry)
-    assert ([item.id for item in done.trashed], list((registry.root / "leases" / first.id).iterdir())) == ([first.id], [])
-
-
-def test_a_process_that_ends_gives_its_leases_back(registry):
-    child = hold_elsewhere(registry, publish(registry), then="")
-    assert child.wait() == 0
-    assert leases.leases(registry.root) == []
-
-
-def test_a_lease_from_another_machine_lapses_by_its_own_words_only(registry):
-    checkpoint = publish(registry)
-    held = leases.take(registry.root, [checkpoint.id], "ppo")
-    file = held.files[0]
-    body = leases.unseal(file.read_bytes())
-    body.pop("hash")
-    body["holder"] |= {"boot": "000000000000", "pid": 2**30}  # another kernel: nothing can be proved
-    file.write_bytes(leases.seal(body))
-    os.utime(file, (0, 0))
-    (lease,) = leases.leases(registry.root)
-    now = datetime.now(UTC)
-    assert not lease.lapsed(now)
-    assert not lease.lapsed(now + leases.LASTS)
-    assert lease.lapsed(now + leases.LASTS + leases.CLOCKS_DIFFER + timedelta(seconds=5))
-    body["holder"] = leases.this_process().to_json() | {"start": 1}  # this PID, used again by another process
-    file.write_bytes(leases.seal(body))
-    assert leases.leases(registry.root)[0].lapsed(now)
-    held.give_back()
-
-
-@pytest.mark.parametrize("content", ["", "{", "\0" * 200])
-def test_a_lease_that_cannot_be_read_counts_for_as_long_as_one_written_when_its_file_was(registry, content):
-    """A power cut may leave such a file. It counted for ever, and its checkpoint was never collected."""
-    first = publish(registry)
-    publish(registry)
-    held = leases.take(registry.root, [first.id], "ppo", renewed=False)
-    (file,) = held.files
-    file.write_text(content)
-    lasts, now = leases.LASTS + leases.CLOCKS_DIFFER, datetime.now(UTC)
-    os.utime(file, (0, 0))
-    assert not leases.leases(registry.root)[0].lapsed(now + lasts - timedelta(minutes=1)), "its name says that it was taken just now"
-    renewed = now + timedelta(days=2)  # under the same name
-    os.utime(file, (renewed.timestamp(), renewed.timestamp()))
-    until = renewed + lasts
-    plan = gc.make_plan(registry, Rules(keep=1), at=until - timedelta(minutes=1))
-    assert plan.why[first.id].startswith(f"in use: the lease {file} cannot be read (")
-    assert plan.why[first.id].endswith(f") and counts until {until:%Y-%m-%d %H:%M} UTC; delete that file if no job uses the checkpoint")
-    plan = gc.make_plan(registry, Rules(keep=1), at=until + timedelta(minutes=1))
-    assert [item.id for item in plan.going] == [first.id]
-    assert [lease.file for lease in plan.lapsed] == [file]
-
-
-def test_a_lease_is_renewed_until_it_is_given_back(registry, monkeypatch):
-    checkpoint = publish(registry)
-    monkeypatch.setattr(leases, "RENEWED", timedelta(seconds=0.02))
-    held = leases.take(registry.root, [checkpoint.id], "ppo")
-    first = leases.leases(registry.root)[0].expires
-    held.files[0].unlink()  # removed by somebody, or by gc after this process was stopped for hours
-    deadline = time.monotonic() + 20
-    while not leases.leases(registry.root) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert leases.leases(registry.root)[0].expires >= first
-    held.give_back()
-    time.sleep(0.2)
-    assert leases.leases(registry.root) == []
-
-
-def test_a_registry_that_may_only_be_read_costs_a_warning_and_no_more(registry, monkeypatch, capsys):
-    checkpoint = publish(registry)
-
-    def refuse(*_):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(leases, "_write", refuse)
-    assert registry.lease(checkpoint, "eval") is None
-    assert "warning: no lease could be written" in capsys.readouterr().err
 
 
 def test_of_a_rollback_and_a_move_at_once_the_rollback_gives_way(registry, monkeypatch):
