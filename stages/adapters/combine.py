@@ -17,10 +17,12 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.version import Version
 
 from configs.errors import UserError
 from stages import foreign, models
@@ -204,6 +206,7 @@ def composed(base: models.Origin, origins: Sequence[models.Origin], facts: Seque
     if facts[0].kind == "LORA":
         given = {"combination_type": method.how, "density": method.density, "majority_sign_method": method.sign, "svd_rank": method.rank}
         _refuse_unknown(peft_model, given)
+        _refuse_scaled_twice(method.how)
         # The new adapter takes its config from the first one, and its scaling must be 1, which rank-stabilised LoRA would make √rank.
         peft_model.peft_config[names[0]] = replace(peft_model.peft_config[names[0]], use_rslora=False)
     with torch.random.fork_rng(), torch.no_grad(), warnings.catch_warnings():
@@ -217,6 +220,13 @@ def composed(base: models.Origin, origins: Sequence[models.Origin], facts: Seque
     peft_model.set_adapter(NEW)
     peft_model.eval()
     return peft_model, deviation_of(peft_model, names, method.weights) if facts[0].kind == "LORA" else None
+
+
+def _refuse_scaled_twice(how: str) -> None:
+    """Raise UserError where the installed peft multiplies updates by their scaling twice: before 0.21 all methods that end in svd do (peft/tuners/lora/model.py)."""
+    installed = version("peft")
+    if how.endswith("svd") and Version(installed) < Version("0.21"):
+        raise UserError(f"--how {how}: peft {installed} multiplies the updates by their scaling twice, which is wrong; expected 0.21 or newer: pip install 'peft>=0.21', or --how cat, which is exact")
 
 
 def _check_rank(peft_model: Any) -> None:
@@ -234,7 +244,7 @@ def _refuse_unknown(peft_model: Any, given: dict[str, Any]) -> None:
     """Raise UserError where the installed peft lacks what the method needs."""
     known = inspect.signature(peft_model.base_model.add_weighted_adapter).parameters
     if missing := [name for name in given if name not in known]:
-        raise UserError(f"the installed peft's add_weighted_adapter has no {', '.join(missing)}; expected peft 0.19 or newer: pip install -U peft")
+        raise UserError(f"the installed peft's add_weighted_adapter has no {', '.join(missing)}; expected peft 0.21 or newer: pip install -U peft")
 
 
 @torch.no_grad()

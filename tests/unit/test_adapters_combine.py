@@ -100,6 +100,16 @@ def test_svd_is_exact_at_the_sum_of_the_ranks_and_the_best_of_its_rank_below(pla
         assert float((update - wanted[layer]).square().sum()) == pytest.approx(float(rest), rel=1e-3, abs=1e-8)  # Eckart and Young 1936
 
 
+@pytest.mark.parametrize("how", ["svd", "ties_svd", "dare_linear_svd"])
+def test_a_peft_that_scales_twice_is_refused(place, monkeypatch, how):
+    """peft 0.19 and 0.20 gave twice the update of adapters whose scaling is 2."""
+    registry, _ = place
+    monkeypatch.setattr("stages.adapters.combine.version", lambda name: "0.20.0")
+    with pytest.raises(UserError, match=r"peft 0\.20\.0 multiplies the updates by their scaling twice.*peft>=0\.21"):
+        combine(registry, ["sft/a", "sft/b"], f"sft/{how}", Method(how, (0.5, 0.5), density=0.5 if how != "svd" else None))
+    combine(registry, ["sft/a", "sft/b"], "sft/still", Method("cat", (0.5, 0.5)))
+
+
 def test_ties_by_hand():
     """Two updates of four entries, density 1/2, weights 1 and 2.
 

@@ -68,10 +68,10 @@ _real = versions.installed
 
 
 def test_ranges_come_from_the_metadata_where_there_is_no_checkout():
-    assert versions.requirements(Path("nowhere.toml"))[0] == versions.requirements()[0]
-    _, required, optional = versions.requirements(Path("nowhere.toml"))
-    assert required["transformers"] == "<6,>=5.17"
-    assert optional["deepspeed"] == (">=0.18", "deepspeed")
+    python, required, optional = versions.requirements(Path("nowhere.toml"))
+    assert (python, required, optional) == versions.requirements(), "of the checkout; run `make setup` if pyproject.toml is newer than what is installed"
+    assert "transformers" in required
+    assert optional["deepspeed"][1] == "deepspeed"
     assert "pytest" not in required | optional
 
 

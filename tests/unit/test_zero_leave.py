@@ -43,7 +43,7 @@ def test_a_process_in_a_group_ends_with_the_code_of_its_error(tmp_path, body, co
     done = subprocess.run([sys.executable, "-c", PROGRAM.format(body=body), str(tmp_path / "store")], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == code, done.stderr
     assert said in done.stderr
-    assert done.stdout == "no newline, not flushed thread done\nhandler ran\n"
+    assert done.stdout.endswith("no newline, not flushed thread done\nhandler ran\n"), "torch 2.10's gloo says something before"
 
 
 def test_without_a_group_python_ends_the_process_as_ever():
