@@ -69,7 +69,8 @@ def prepare(folder: Path, case: SFTCase) -> dict[str, Any]:
     LlamaForCausalLM(LlamaConfig(**case.model, pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS)).save_pretrained(folder / "base")
     word_tokenizer(case.model["vocab_size"]).save_pretrained(folder / "base")
     count = case.batch * case.steps * (6 if case.setting == "packed" else 1)
-    words = chains(count + 128, case.tokens, case.model["vocab_size"])
+    held_out = max(8, 128 * 256 // max(256, case.max_length))  # about as many tokens whatever their rows' length
+    words = chains(count + held_out, case.tokens, case.model["vocab_size"])
     for name, part in (("train", words[:count]), ("held_out", words[count:])):
         lines = [json.dumps({"prompt": " ".join(row[: len(row) // 4]), "completion": " " + " ".join(row[len(row) // 4 :])}) for row in part]
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
@@ -94,18 +95,20 @@ def chains(count: int, tokens: tuple[int, int], vocabulary: int) -> list[list[st
     return made
 
 
-def held_out_loss(model: Any, folder: Path, batch: int = 8) -> float:
-    """Loss in nats per completion token on the rows held out: a plain forward pass of plain transformers, the same for both sides."""
+def held_out_loss(model: Any, folder: Path, tokens: int = 2048) -> float:
+    """Loss in nats per completion token on the rows held out, about `tokens` at a time: a plain forward pass of plain transformers, the same for both sides."""
     import torch
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
     rows = [json.loads(line) for line in (folder / "held_out.jsonl").read_text().splitlines()]
+    encoded = [encode(tokenizer, row) for row in rows]
+    batch = max(1, tokens // max(len(ids) for ids, _ in encoded))
     total, count = 0.0, 0
     model.eval()
     with torch.no_grad():
         for start in range(0, len(rows), batch):
-            ids, starts = zip(*(encode(tokenizer, row) for row in rows[start : start + batch]), strict=True)
+            ids, starts = zip(*encoded[start : start + batch], strict=True)
             inputs, labels = padded(ids, starts, tokenizer.pad_token_id, next(model.parameters()).device)
             logprobs = model(**inputs, use_cache=False).logits[:, :-1].float().log_softmax(-1)
             counted = labels[:, 1:] != -100

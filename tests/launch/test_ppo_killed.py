@@ -66,9 +66,9 @@ def test_trap_14_killed_at_every_point_a_run_ends_as_the_uninterrupted_one_to_th
     assert all(torch.equal(resumed[name], straight[name]) for name in straight)
 
 
-@pytest.mark.parametrize(("mode", "zero", "optimizer"), [("full", 3, "none"), ("lora", 2, "none"), ("full", 2, "cpu"), ("full", 3, "cpu")])
+@pytest.mark.parametrize(("mode", "zero", "optimizer"), [("lora", 2, "none"), ("full", 2, "cpu")])
 def test_killed_under_zero_a_run_ends_as_the_uninterrupted_one_to_the_bit(place, monkeypatch, mode, zero, optimizer):
-    """Each process saves its own share of the optimizer. AdamW steps twice for an optimizer step: once for the policy's group, once for the value function's."""
+    """Each process saves its own share of the optimizer; `make reliability` does this for every layout. AdamW steps twice for an optimizer step: once for the policy's group, once for the value function's."""
     monkeypatch.setattr(ppo_mortal, "environment", lambda *of: environment(*of) | {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": optimizer})
     whole, killed = (settings(place, f"zero-{mode}-{zero}-{optimizer}-{label}", TRAIN, adaptive_kl={"target": 1.0, "horizon": 100}, **MODES[mode]) for label in ("whole", "killed"))
     killed["name"] = whole["name"]

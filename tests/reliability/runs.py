@@ -57,21 +57,28 @@ def supervised(stage: str, world: int, zero: int, folder: Path, seed: int, quick
     return verdict(found, lines, checkpoints, ("adapters" if adapters else "full training") + (", dropout 0.1" if stage == "sft" else ""))
 
 
-def ppo(world: int, zero: int, folder: Path, seed: int, quick: bool, deaths: Deaths = PPO_DEATHS, damage: Damage | None = None) -> Measured:
-    """PPO in one layout, as `supervised`; with adapters on one backbone in every second one."""
+def ppo(
+    world: int, zero: int, folder: Path, seed: int, quick: bool, deaths: Deaths = PPO_DEATHS, damage: Damage | None = None, *, adapters: bool | None = None, offload: bool = False
+) -> Measured:
+    """PPO in one layout, as `supervised`; with adapters on one backbone in every second one, unless told. `offload`: the optimizer in main memory."""
     ready()
     ppo_runs.workspace(folder)
-    adapters = LAYOUTS.index((world, zero)) % 2 == 1
+    adapters = LAYOUTS.index((world, zero)) % 2 == 1 if adapters is None else adapters
     if adapters:
         ppo_runs.publish_reward(folder, "adapter", lora=True)
     mode = {"lora": ppo_runs.LORA, "scorers": [MORTAL, {"kind": "model", "checkpoint": "reward/adapter"}]} if adapters else {"scorers": [MORTAL]}
     pair = [
         ppo_runs.settings(folder, label, PPO_TRAIN, seed=seed, adaptive_kl={"target": 1.0, "horizon": 100}, **mode) | {"name": "same"} for label in ("whole", "killed")
     ]
-    run = partial(ppo_mortal.run_in_processes, world=world, zero_stage=zero)
+    run = partial(ppo_mortal.run_in_processes, world=world, zero_stage=zero, prepare=offloaded if offload else None)
     found = killed_and_whole(lambda values, death=None: run(values, death=death), pair, deaths[1:2] if quick else deaths, folder / "said.txt", damage)
     lines = [json.dumps(ppo_runs.metrics(values)).encode() for values in pair]  # without what a clock measured
     return verdict(found, lines, Registry(folder / "registry").list("ppo", "same"), "adapters" if adapters else "full training")
+
+
+def offloaded(rank: int) -> None:
+    """In a process that is about to run a stage under DeepSpeed: optimizer's state and gradients in main memory."""
+    os.environ["ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE"] = "cpu"
 
 
 def killed_and_whole(run: Callable[..., list[int]], pair: list[dict[str, Any]], deaths: Deaths, said: Path, damage: Damage | None = None) -> list[str]:
@@ -123,5 +130,12 @@ CASES = [
     *(
         Case(f"ppo killed and resumed: {layout_name(world, zero)}", "equal to the uninterrupted run, bit for bit", partial(ppo, world, zero), "real processes, SIGKILL at chosen points")
         for world, zero in LAYOUTS
+    ),
+    *(
+        Case(
+            f"ppo killed and resumed, full training: {layout_name(2, zero)}{', optimizer in main memory' * offload}", "equal to the uninterrupted run, bit for bit",
+            partial(ppo, 2, zero, adapters=False, offload=offload), "real processes, SIGKILL at chosen points",
+        )
+        for zero, offload in [(3, False), (2, True), (3, True)]
     ),
 ]  # fmt: skip

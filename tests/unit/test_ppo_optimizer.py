@@ -71,7 +71,8 @@ def test_a_run_that_could_learn_nothing_is_refused(text, message):
 
 
 def test_a_scorer_of_weight_0_beside_another_is_only_measured():
-    load_text("name: a\ninit_from: b\nprompts: p\nscorers: [{kind: length, target: 5, weight: 0}, {kind: length, target: 6}]\n", "ppo")
+    cfg = load_text("name: a\ninit_from: b\nprompts: p\nscorers: [{kind: length, target: 5, weight: 0}, {kind: length, target: 6}]\n", "ppo")
+    assert [(scorer.target, scorer.weight) for scorer in cfg.scorers] == [(5, 0.0), (6, 1.0)]
 
 
 def test_row_16_adams_betas_are_the_configs():
