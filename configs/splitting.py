@@ -53,6 +53,7 @@ def _ppo(cfg: PPOStage, zero: int, offload_optimizer: str) -> list[str]:
         "use value_function: copy": offload_optimizer != "none" and shared,
         "offload_optimizer_device nvme: PPO keeps the optimizer in memory; use cpu or none": offload_optimizer == "nvme",
         "ema_decay at ZeRO-3: the average would need the whole policy on every process; use a ZeRO-2 machine file": zero == 3 and cfg.ema_decay is not None,
+        "towards_start at ZeRO-3: the way back would need the whole policy on every process; use a ZeRO-2 machine file": zero == 3 and cfg.towards_start is not None,
         "lora.dora at ZeRO-3: it needs the norm of whole weights in every step; use a ZeRO-2 machine file": zero == 3 and cfg.lora is not None and cfg.lora.dora,
         "quantization at ZeRO-3: packed weights can't be split; use a ZeRO-2 machine file": zero == 3 and cfg.quantization is not None,
         "offload_frozen at ZeRO-3: frozen models are split over the processes already; set it to false, or offload_param_device: cpu in the machine "

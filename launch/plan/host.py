@@ -10,7 +10,7 @@ from __future__ import annotations
 from launch.plan.job import Job
 from launch.plan.jobs import Work
 from launch.plan.layout import Layout
-from launch.plan.spread import ADAMW, MASTER, STATE
+from launch.plan.spread import ADAMW, MASTER, START, STATE
 from launch.plan.timing import shape_of
 from launch.scale import ModelShape
 
@@ -18,7 +18,7 @@ PCIE = 25e9  # bytes/s of PCIe 4.0 x16, one direction
 
 
 def host_of(work: Work, layout: Layout) -> dict[str, int]:
-    """Part -> bytes of main memory per node; empty where nothing is offloaded."""
+    """Part -> bytes of main memory per node of what is offloaded or, as the starting weights of PPO, kept there; empty where nothing is."""
     job = work.job
     width, each = 2 if job.bf16 else 4, layout.processes / layout.nodes / layout.split
     whole, trained = _numbers(work)
@@ -36,6 +36,8 @@ def host_of(work: Work, layout: Layout) -> dict[str, int]:
         found["frozen models"] = each * width * frozen
     elif frozen and job.offload_frozen and job.gpu:
         found["frozen models"] = layout.processes / layout.nodes * width * frozen
+    if job.towards_start and job.gpu:
+        found[START] = layout.processes / layout.nodes * (2 if job.pure_bf16 else 4) * shape_of(job.config, job.lora, scores=False).trained
     return {part: int(size) for part, size in found.items()}
 
 

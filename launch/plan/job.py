@@ -42,7 +42,8 @@ class Job:
     heldout_adapters: tuple[Lora, ...] = ()
     offload_frozen: bool = False
     quantized: bool = False  # PPO: the shared backbone in 4 bits
-    ema: bool = False
+    ema: bool = False  # PPO: a running average of the policy
+    towards_start: bool = False  # PPO: the policy's first weights, in main memory
     gathers_once: bool = False  # PPO: weights that are split are whole for a rollout; else each layer's while it computes
     gpu: bool = True  # kernels of a GPU: fused ones keep less than their equivalents on a CPU
     vocabulary: int | None = None  # tokens of the tokenizer, where it is larger than the config's

@@ -95,7 +95,7 @@ def _ppo(cfg: Any, layout: Layout, sources: Sources, chain: Any, tokens: Any, li
         own_reference=cfg.lora is None or (cfg.reference is not None and cfg.reference != cfg.init_from), reward_models=reward_models,
         reward_adapters=tuple(reward_adapters.values()), heldout_models=heldout[1],
         heldout_adapters=tuple(lora for name, lora in heldout[0].items() if name not in reward_adapters), offload_frozen=cfg.offload_frozen, quantized=cfg.quantization is not None, ema=cfg.ema_decay is not None,
-        gathers_once=getattr(cfg.engine, "gather", "layer") != "layer", **mixed, **shared,
+        towards_start=cfg.towards_start is not None,        gathers_once=getattr(cfg.engine, "gather", "layer") != "layer", **mixed, **shared,
     )  # fmt: skip
     return Work("ppo", cfg, job, rows, train.iterations, train.rollout_batch_size * (rows.mean + new), prompt_in_front(cfg, chain))
 

@@ -15,6 +15,7 @@ from launch.plan.job import Job
 from launch.plan.layout import Layout
 from launch.plan.marks import marked
 from launch.plan.simulate import Simulation
+from stages.ppo.published import leads_back
 
 STATE = {"adafactor": 0.02, "sgd": 0.0, "adamw_bnb_8bit": 0.5, "paged_adamw_8bit": 0.5, "adamw_8bit": 0.5, "lion_8bit": 0.25}
 ADAMW = 2.0  # numbers of optimizer state per trained number, each as wide as the weight it is for
@@ -22,6 +23,7 @@ MASTER = 4  # bytes of the float32 weights that DeepSpeed's optimizer keeps
 PPO_BUCKET = 16 * 2**20  # bytes; stages/ppo/gradients.py
 FROZEN = ("reference", "reward model")
 GATHERED = "gathered weights"
+START = "starting weights"
 BUFFERS = "communication buffers"
 
 Around = Callable[[Any, list[Any]], AbstractContextManager[Callable[[], None]]]
@@ -54,8 +56,7 @@ def _whole(job: Job, layout: Layout, running: Simulation, model: Any, trained: l
     running.hold("optimizer", int(STATE.get(job.optimizer, ADAMW) * size_of(trained)))
     if layout.ddp:
         running.hold(BUFFERS, min(PPO_BUCKET, size_of(trained)) if job.stage == "ppo" else size_of(trained))
-    if job.ema:
-        running.hold("average", sum(4 * p.numel() for p in trained))
+    _published(job, running, model)
 
     def step() -> None:
         running.begin("optimizer")
@@ -80,8 +81,7 @@ def _split(job: Job, layout: Layout, running: Simulation, model: Any, trained: l
     sending = _Sending(running, buffers, always=sharded)
     for handle in [p.register_post_accumulate_grad_hook(sending.gradient) for p in trained] + [model.register_forward_pre_hook(sending.done)]:
         stack.callback(handle.remove)
-    if job.ema:
-        running.hold("average", 4 * numbers // (share if sharded else 1))
+    _published(job, running, model)
 
     def step() -> None:
         sending.done()
@@ -91,6 +91,14 @@ def _split(job: Job, layout: Layout, running: Simulation, model: Any, trained: l
         running.hold("gradients", -flat)
 
     return step
+
+
+def _published(job: Job, running: Simulation, model: Any) -> None:
+    """What PPO keeps of the policy to publish other weights than its own; the first ones lie in main memory. Both are refused at ZeRO-3."""
+    if job.ema:
+        running.hold("average", sum(4 * p.numel() for p in model.policy_parameters()))
+    if job.towards_start and not job.gpu:
+        running.hold(START, size_of(leads_back(model).values()))
 
 
 def _bucket(job: Job, layout: Layout) -> int:

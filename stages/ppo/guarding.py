@@ -10,7 +10,7 @@ from configs.schema import PPOStage
 from stages import models
 from stages.guard.verdict import GoneBadError, Guard, Skipped
 from stages.ppo import state
-from stages.ppo.ema import PolicyAverage
+from stages.ppo.published import PolicyAverage
 from stages.ppo.state import Position
 from stages.ppo.store import Store
 from stages.ppo.update import SIGNALS

@@ -9,9 +9,9 @@ from configs.errors import UserError
 from configs.schema import PPOStage
 from stages.ppo import evaluation, report, state
 from stages.ppo.build import PPOModels
-from stages.ppo.ema import PolicyAverage, averaged
 from stages.ppo.evaluation import EvaluationSet
 from stages.ppo.monitor import KL, OVER_OPTIMISATION, Observation, Rules, Scored, State, see, within_budget
+from stages.ppo.published import Published
 from stages.ppo.store import Store
 from stages.tokens import ModelTokens
 from stages.training import watchdog
@@ -35,10 +35,10 @@ class Watch:
 
     def __init__(
         self, cfg: PPOStage, accelerator: Any, built: PPOModels, tokens: ModelTokens, chosen: EvaluationSet | None, *,
-        store: Store, logs: report.Logs, saved: dict[str, Any] | None, average: PolicyAverage | None = None,
+        store: Store, logs: report.Logs, saved: dict[str, Any] | None, published: Published,
     ) -> None:  # fmt: skip
         self.cfg, self.accelerator, self.built, self.tokens, self.chosen = cfg, accelerator, built, tokens, chosen
-        self.store, self.folder, self.logs, self.average = store, store.folder, logs, average
+        self.store, self.folder, self.logs, self.published = store, store.folder, logs, published
         self.state: State | None = None
         if chosen is not None and cfg.evaluation is not None:
             self.rules, key = rules_of(cfg, chosen), f"{chosen.fingerprint} {cfg.evaluation.model_dump_json()}"
@@ -70,7 +70,7 @@ class Watch:
         return self._look(iteration) if due else ({}, "")
 
     def _look(self, iteration: int) -> tuple[dict[str, float], str]:
-        with watchdog.during("eval"), averaged(self.average):  # what is published is what is evaluated
+        with watchdog.during("eval"), self.published.in_place():  # what is published is what is evaluated
             return self._evaluate(iteration)
 
     def _evaluate(self, iteration: int) -> tuple[dict[str, float], str]:
@@ -99,8 +99,7 @@ class Watch:
         Raises:
             UserError: the last one is above the KL budget and none of the better ones can be read.
         """
-        if self.average is not None:
-            self.average.put_in_place()
+        self.published.put_in_place()
         if self.state is None:
             return Outcome(iteration, None, {"published_iteration": iteration})
         published = self._load_best(iteration)

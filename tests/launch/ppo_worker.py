@@ -19,7 +19,7 @@ MODES = {
     "generate": {"engine": "generate"},
     "continuous": {"lora": LORA, "scorers": [ADAPTER], "engine": "continuous"},
     "once": {"scorers": [WHOLE]},
-    "mortal": {"scorers": [{"kind": "python", "function": "tests.stage.ppo_runs:mortal"}], "ema_decay": 0.8},
+    "mortal": {"scorers": [{"kind": "python", "function": "tests.stage.ppo_runs:mortal"}], "ema_decay": 0.8, "towards_start": 0.3},
 }
 MIXED = ("mortal", "once")
 """Modes with demonstrations mixed in: 5 of them per optimizer step, or 15, which two processes can't share out equally."""

@@ -135,6 +135,7 @@ def test_a_save_of_other_shares_is_refused_with_both_named(tmp_path):
         (3, "nvme", {}, "offload_optimizer_device nvme"),
         (3, "none", {"offload_frozen": True}, "offload_frozen at ZeRO-3"),
         (3, "none", {"ema_decay": 0.9}, "ema_decay at ZeRO-3"),
+        (3, "none", {"towards_start": 0.2}, "towards_start at ZeRO-3"),
         (3, "none", {"lora": {"rank": 2, "alpha": 4, "dora": True}}, "lora.dora at ZeRO-3"),
         (0, "none", {}, "ZeRO stage 0"),
     ],

@@ -34,7 +34,7 @@ def largest_difference(a, b):
 @pytest.mark.parametrize("mode", [{}, {"lora": LORA}], ids=["full", "lora"])
 def test_row_25_a_run_with_the_mix_and_the_average_goes_on_to_the_bit(place, monkeypatch, mode):
     """It fails in iteration 4, one iteration after a save; the average and the demonstrations' positions go on from there."""
-    extras = {"ptx": ptx(place), "ema_decay": 0.9, "train": {"iterations": 5, "save_every": 2, "warmup_iterations": 2, "schedule": "cosine"}}
+    extras = {"ptx": ptx(place), "ema_decay": 0.9, "towards_start": 0.2, "train": {"iterations": 5, "save_every": 2, "warmup_iterations": 2, "schedule": "cosine"}}
     name = "lora" if mode else "full"
     whole, broken = (settings(place, f"{name}-{label}", **extras, **mode, **MORTAL) for label in ("whole", "broken"))
     expected = run(whole)
@@ -63,6 +63,31 @@ def test_row_25_what_is_published_is_the_average(place):
     expected = {name: 0.75 * start[name] + 0.25 * plain[name] for name in start}
     assert largest_difference(plain, start) > 1e-4
     assert largest_difference(average, expected) < 1e-6
+
+
+def test_row_25_what_is_published_lies_on_the_way_back(place):
+    """Of weights all trained ones move; of an adapter, which starts at nothing, what it adds is scaled. It is evaluated as it is published."""
+    start = weights(Registry(place / "registry").resolve("sft/one"))
+    plain = weights(run(settings(place, "there", ONE_STEP)))
+    back = weights(run(settings(place, "back", ONE_STEP, towards_start=0.25)))
+    assert largest_difference(plain, start) > 1e-4
+    assert largest_difference(back, {name: 0.25 * start[name] + 0.75 * plain[name] for name in start}) < 1e-6
+    plain, back = (weights(run(settings(place, f"lora-{share}", ONE_STEP, lora=LORA, **changes))) for share, changes in (("there", {}), ("half", {"towards_start": 0.5})))
+    assert any("lora_B" in name for name in back)
+    for name, tensor in back.items():
+        torch.testing.assert_close(tensor, 0.5 * plain[name] if "lora_B" in name else plain[name])
+
+
+def test_row_25_weights_on_the_way_back_are_what_is_evaluated(place):
+    """KL grows with the square of the way, near the start: half of it is left with much less than half of the KL. Rollouts are the policy's own."""
+    evaluated = {"evaluation": {"every": 1, "prompts": str(place / "held_out.jsonl"), "samples_per_prompt": 16}}
+    there, half = (settings(place, name, {"iterations": 2}, **evaluated, towards_start=back) for name, back in (("seen-there", None), ("seen-half", 0.5)))
+    for values in (there, half):
+        run(values)
+    (_, first, second), (_, half_first, half_second) = metrics(there), metrics(half)
+    assert 0 < half_first["evaluation/kl_k3"] < 0.5 * first["evaluation/kl_k3"]
+    assert 0 < half_second["evaluation/kl_k3"] < 0.5 * second["evaluation/kl_k3"]
+    assert half_second["objective/kl"] == second["objective/kl"]
 
 
 def test_row_25_the_mix_moves_the_policy_towards_the_demonstrations(place):

@@ -50,6 +50,7 @@ def stage(kind, tmp_path, **settings):
         ("ppo", {"lora": {"rank": 4}}, "cpu", [1, 2, 3]),
         ("ppo", {"value_function": "head"}, "cpu", [1, 2, 3]),
         ("ppo", {"ema_decay": 0.9}, "none", [3]),
+        ("ppo", {"towards_start": 0.2}, "none", [3]),
         ("ppo", {"offload_frozen": True}, "none", [3]),
     ],
 )  # fmt: skip

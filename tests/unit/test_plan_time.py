@@ -81,6 +81,19 @@ def test_offloaded_state_is_in_main_memory_of_the_node(tmp_path):
     assert host_of(work, layout) == {}
 
 
+def test_what_ppo_keeps_of_the_policy_to_publish_is_the_policy_s_alone(tmp_path):
+    """The average was counted for the value function too. The starting weights lie in main memory: on a CPU beside the rest, of a node of four GPUs four times."""
+    extras = ("ema_decay=0.9", "towards_start=0.2")
+    work, layout, _ = planned(ppo_file(tmp_path), "ppo", "cpu_ddp", "2xcpu", *extras)
+    weights = facts_of(work, layout).policy.parameters
+    found = estimate(work.job, work.cfg, layout)
+    assert (found.most("average"), found.most("starting weights")) == (4 * weights, 4 * weights)
+    assert host_of(work, layout) == {}
+    work, layout, _ = planned(ppo_file(tmp_path), "ppo", "gpu_ddp", "4x80GB", *extras)
+    assert estimate(work.job, work.cfg, layout).most("starting weights") == 0
+    assert host_of(work, layout) == {"starting weights": 4 * 4 * weights}
+
+
 def test_a_node_without_that_memory_does_not_fit(tmp_path, capsys):
     words = ["plan", str(sft_file(tmp_path)), "--gpus", "4x80GB", "--machine", "zero3_offload", "--json"]
     found = []

@@ -1,4 +1,4 @@
-"""Row 25: the PTX mix against a gradient computed otherwise, and the average of the policy by hand."""
+"""Row 25: the PTX mix against a gradient computed otherwise, the average of the policy and its way back to the start by hand."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from stages.ppo.ema import PolicyAverage, averaged
 from stages.ppo.order import stream
 from stages.ppo.ptx import Mix
+from stages.ppo.published import PolicyAverage, Published, start_of
 from stages.ppo.update import update_policy
 from tests.unit.ppo_samples import PAD, config
 from tests.unit.test_ppo_update import accelerator, experience_of, largest_difference, module_of, run, weights  # noqa: F401  (a fixture)
@@ -122,13 +122,49 @@ def test_row_25_the_average_by_hand():
         weight.grad = torch.full_like(weight, 4.0)
         optimizer.step()
         assert torch.equal(average.tensors[name], torch.full_like(weight, expected))
-    with averaged(average):
+    with Published(module, average).in_place():
         assert torch.equal(weight, torch.full_like(weight, 5.25))
     assert torch.equal(weight, torch.zeros_like(weight)), "training goes on from its own weights"
-    with averaged(None):
+    with Published(module).in_place():
         assert torch.equal(weight, torch.zeros_like(weight))
-    average.put_in_place()
+    Published(module, average).put_in_place()
     assert torch.equal(weight, torch.full_like(weight, 5.25))
+
+
+def test_row_25_the_way_back_by_hand():
+    """From 8 to 2, a quarter of the way back is 0.75 * 2 + 0.25 * 8 = 3.5; from an average of 6 it is 0.75 * 6 + 0.25 * 8 = 6.5."""
+    module = module_of()
+    weight, value = module.policy.lm_head.weight, next(iter(module.value_parameters()))
+    with torch.no_grad():
+        weight.fill_(8.0)
+        value.fill_(8.0)
+    start = start_of(module)
+    average = PolicyAverage(module, 0.9, torch.optim.SGD(module.parameters()))
+    name = next(n for n, p in module.named_parameters() if p is weight)
+    average.tensors[name].fill_(6.0)
+    with torch.no_grad():
+        weight.fill_(2.0)
+        value.fill_(2.0)
+    for made, expected in ((Published(module, None, start, 0.25), 3.5), (Published(module, average, start, 0.25), 6.5), (Published(module, None, start, 0.0), 2.0)):
+        with made.in_place():
+            assert torch.equal(weight, torch.full_like(weight, expected))
+            assert torch.equal(value, torch.full_like(value, 2.0)), "the value function is not published"
+        assert torch.equal(weight, torch.full_like(weight, 2.0))
+
+
+def test_row_25_the_way_back_scales_what_an_adapter_adds():
+    """B A with both factors moved: 0.6 of the way is 0.6 of the product, which 0.6 of each factor's way is not."""
+    a, b = torch.nn.Parameter(torch.randn(2, 5)), torch.nn.Parameter(torch.zeros(5, 2))
+    named = {"policy.q.lora_A.default.weight": a, "policy.q.lora_B.default.weight": b}
+    module = SimpleNamespace(policy_parameters=lambda: list(named.values()), named_parameters=lambda: named.items())
+    start = start_of(module)
+    with torch.no_grad():
+        a.add_(torch.randn(2, 5))
+        b.add_(torch.randn(5, 2))
+    trained = (b @ a).detach().clone()
+    with Published(module, None, start, 0.4).in_place():
+        torch.testing.assert_close(b @ a, 0.6 * trained)
+    assert torch.equal(b @ a, trained)
 
 
 def test_row_25_the_average_is_of_the_policy_alone_and_follows_every_step(accelerator):  # noqa: F811
