@@ -35,6 +35,8 @@ def cases(folder: Path, label: str) -> dict[str, dict[str, Any]]:
         "lora": {"lora": LORA, "scorers": [ADAPTER], "evaluation": watched["evaluation"] | {"scorers": [ENSEMBLE]}},
         "head": {"value_function": "head"},
         "layer": {"engine": {"gather": "layer"}, **watched},
+        # Its metric, which grows with KL, has a policy published that has moved.
+        "averaged": {"ema_decay": 0.8, "towards_start": 0.3, "evaluation": watched["evaluation"] | {"metric": "evaluation/kl_k3_se"}},
     }
     return {kind: settings(folder, f"{kind}-{label}", TRAIN, **changes) for kind, changes in kinds.items()}
 
