@@ -122,8 +122,8 @@ class PPOStage(StageConfig):
     )
     towards_start: float | None = Field(
         default=None, gt=0, lt=1,
-        description="Publish weights so far (0 to 1) on the way back from the policy (or its average) to where it started: KL falls faster than the score. Evaluations are of "
-        "what is published; rollouts, and adaptive_kl, see the policy itself. Null publishes it as trained.",
+        description="Publish weights that lie this share of the way back from the policy (or its average) to where it started: KL to the start falls faster than the score. "
+        "Evaluations are of what is published; rollouts, and adaptive_kl, see the policy itself. Null publishes it as trained.",
     )  # fmt: skip
 
     @model_validator(mode="before")

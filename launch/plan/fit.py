@@ -60,7 +60,7 @@ def _fit_stage(stage: str, cfg: Any, chain: Any, sources: Sources, gpus: int, de
             chosen = _with(asked, name, processes, micro_batch_size=size)
             found = plan_stage(work_of(stage, chosen, layout, sources, chain), layout, knobs=False)
             if not found.fits_node:  # with and without recomputed activations alike; at the largest micro-batch it is least
-                short = f"{name}: a node would hold {sum(found.host.values()) / GIB:.1f} GiB of what is offloaded and has {device.node_memory / GIB:.1f} (--node-memory)"
+                short = f"{name}: a node would hold {sum(found.host.values()) / GIB:.1f} GiB of what lies in main memory and has {device.node_memory / GIB:.1f} (--node-memory)"
                 refusals += [short] if short not in refusals else []
                 continue
             fits.append(replace(found, largest_micro_batch=planned.largest_micro_batch))

@@ -20,7 +20,7 @@ PCIE = 25e9  # bytes/s of PCIe 4.0 x16, one direction
 def host_of(work: Work, layout: Layout) -> dict[str, int]:
     """Part -> bytes of main memory per node of what is offloaded or, as the starting weights of PPO, kept there; empty where nothing is."""
     job = work.job
-    width, each = 2 if job.bf16 else 4, layout.processes / layout.nodes / layout.split
+    width, each = _width(job), layout.processes / layout.nodes / layout.split
     whole, trained = _numbers(work)
     found: dict[str, float] = {}
     if layout.offload_parameters:
@@ -31,23 +31,29 @@ def host_of(work: Work, layout: Layout) -> dict[str, int]:
         found["optimizer"] = each * (4 * STATE.get(job.optimizer, ADAMW) + (MASTER if layout.zero else 0)) * trained
         if layout.zero in (1, 2):
             found["buffers"] = layout.processes / layout.nodes * width * _largest(job)
+    frozen_width = 2 if job.bf16 else 4
     frozen = sum(shape.parameters for shape in _frozen(work))
     if frozen and layout.offload_parameters:
-        found["frozen models"] = each * width * frozen
+        found["frozen models"] = each * frozen_width * frozen
     elif frozen and job.offload_frozen and job.gpu:
-        found["frozen models"] = layout.processes / layout.nodes * width * frozen
+        found["frozen models"] = layout.processes / layout.nodes * frozen_width * frozen
     if job.towards_start and job.gpu:
-        found[START] = layout.processes / layout.nodes * (2 if job.pure_bf16 else 4) * shape_of(job.config, job.lora, scores=False).trained
+        found[START] = layout.processes / layout.nodes * 4 * shape_of(job.config, job.lora, scores=False).trained
     return {part: int(size) for part, size in found.items()}
 
 
 def moved(work: Work, layout: Layout) -> int:
     """Bytes that a process sends over PCIe in an optimizer step, both ways: gradients out and weights in, and offloaded weights in for every pass."""
     job = work.job
-    width = 2 if job.bf16 else 4
+    width = _width(job)
     whole, trained = _numbers(work)
     passes = (3 if job.checkpointing else 2) * job.accumulation if layout.offload_parameters else 0
     return int((2 * width * trained * layout.offload_optimizer + passes * width * whole) / layout.split)
+
+
+def _width(job: Job) -> int:
+    """Bytes of a trained model's weight where it is used."""
+    return 2 if job.bf16 and job.pure_bf16 else 4
 
 
 def _numbers(work: Work) -> tuple[int, int]:

@@ -29,7 +29,7 @@ class Job:
     evaluates: bool = False  # PPO: samples held-out prompts before it trains
     lora: Lora | None = None
     bf16: bool = False  # arithmetic in bf16; else float32
-    pure_bf16: bool = False  # weights and gradients in bf16 too, as DeepSpeed has them; else bf16 is an autocast over float32 weights
+    pure_bf16: bool = False  # weights and gradients in bf16 too, as DeepSpeed has them, but for PPO's; else bf16 is an autocast over float32 weights
     checkpointing: bool = False
     attn_implementation: str | None = None
     loss_chunk: int | str | None = "auto"  # SFT: tokens whose logits are alive at once; None is TRL's own loss

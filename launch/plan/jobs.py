@@ -52,7 +52,7 @@ def work_of(stage: str, cfg: Any, layout: Layout, sources: Sources, chain: Any =
     positions = getattr(config.get_text_config(), "max_position_embeddings", None) or cfg.max_length
     limit = min(cfg.max_length, positions)
     shared = {
-        "config": config, "lora": planned_lora(stage, cfg, sources), "bf16": _bf16(cfg, layout), "pure_bf16": layout.zero > 0, "checkpointing": _checkpointing(cfg),
+        "config": config, "lora": planned_lora(stage, cfg, sources), "bf16": _bf16(cfg, layout), "pure_bf16": layout.zero > 0 and stage != "ppo", "checkpointing": _checkpointing(cfg),
         "attn_implementation": _attention(cfg), "gpu": layout.device.gpu, "vocabulary": len(tokens.tokenizer) if tokens else None,
     }  # fmt: skip
     check_batches({stage: cfg}, layout.processes)

@@ -115,7 +115,7 @@ def offloaded(plans: Sequence[Planned]) -> list[str]:
         node = plans[0].layout.device.node_memory
         short = [p.work.stage for p in plans if node and sum(p.host.values()) > node]
         against = f"the node has {gib(node)}" + (f", too little for {', '.join(short)}" if short else "") if node else "whether the node has as much is not known: give --node-memory"
-        found.append(f"main memory per node is what offloaded state takes, by rule and not measured; page-locked memory may take up to twice as much; {against}")
+        found.append(f"main memory per node is what offloaded state takes, and PPO's starting weights, by rule and not measured; page-locked memory may take up to twice as much; {against}")
     return found
 
 

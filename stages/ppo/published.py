@@ -12,12 +12,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from configs.errors import UserError
+from configs.schema import PPOStage
 from stages.ppo.modules import PolicyAndValue
+from stages.training.resume import depends_on
 
 
 def policy_weights(module: PolicyAndValue) -> dict[str, Any]:
@@ -51,14 +55,35 @@ class PolicyAverage:
 def leads_back(module: PolicyAndValue) -> dict[str, Any]:
     """The policy's weights that go back towards where they started.
 
-    Of a low-rank update B A only B, which starts at 0: the update is then scaled as B is, where a way back of both factors would be no straight line.
+    Of a low-rank update only the factor that starts at 0 (B; of an embedding A): the update is then scaled as it is, where a way back of both factors would be no
+    straight line.
     """
-    return {name: p for name, p in policy_weights(module).items() if not re.search(r"\.lora_(embedding_)?A\.", name)}
+    return {name: p for name, p in policy_weights(module).items() if not re.search(r"\.lora_(A|embedding_B)\.", name)}
 
 
 def start_of(module: PolicyAndValue) -> dict[str, Tensor]:
-    """Those weights as they are, in main memory; to be taken before a run that goes on loads its save."""
-    return {name: p.detach().cpu().clone() for name, p in leads_back(module).items()}
+    """Those weights as they are, in main memory."""
+    return {name: _copied(p) for name, p in leads_back(module).items()}
+
+
+def beginning(cfg: PPOStage, module: PolicyAndValue, save_from: Path | None, identity: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights that `towards_start` leads back to, before the save `save_from` is loaded over them; empty where it is not asked for.
+
+    Raises:
+        UserError: the run that is continued began with other weights than `init_from` has now.
+    """
+    if cfg.towards_start is None:
+        return {}
+    if save_from is not None and (was := depends_on(save_from).get("parents", identity["parents"])) != identity["parents"]:
+        raise UserError(
+            f"towards_start leads back to the weights that the run began with, and {cfg.init_from} (or another parent) is not what {save_from.name} was made from: "
+            f"{was} then, {identity['parents']} now. Name that checkpoint as init_from again, or leave towards_start out"
+        )
+    return start_of(module)
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
 
 
 class Published:
@@ -69,7 +94,8 @@ class Published:
 
     def __init__(self, module: PolicyAndValue, average: PolicyAverage | None = None, start: Mapping[str, Tensor] | None = None, back: float = 0.0) -> None:
         self.parameters, self.average, self.start, self.back = policy_weights(module), average, start or {}, back
-        assert self.start.keys() <= self.parameters.keys(), f"the start has other weights: {sorted(self.start.keys() - self.parameters.keys())[:3]}"
+        if back:
+            assert self.start.keys() == leads_back(module).keys(), f"the start has other weights: {sorted(self.start.keys() ^ leads_back(module).keys())[:3]}"
 
     @property
     def is_the_policy(self) -> bool:
@@ -83,7 +109,7 @@ class Published:
             return
         for name, parameter in self.parameters.items():
             trained = self.average.tensors[name] if self.average is not None else parameter.float()
-            if name in self.start and self.back:
+            if self.back and name in self.start:
                 trained = trained.lerp(self.start[name].to(trained), self.back)
             parameter.copy_(trained)
 
@@ -93,7 +119,7 @@ class Published:
         if self.is_the_policy:
             yield
             return
-        own = {name: p.detach().clone() for name, p in self.parameters.items()}
+        own = {name: _copied(p) for name, p in self.parameters.items()}
         self.put_in_place()
         try:
             yield

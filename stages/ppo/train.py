@@ -36,7 +36,7 @@ from stages.ppo.modules import POLICY
 from stages.ppo.optimizer import set_learning_rate
 from stages.ppo.prompts import check_scorers_read, load_evaluation, load_prompts, row_limit
 from stages.ppo.ptx import Mix, load_mix
-from stages.ppo.published import PolicyAverage, Published, start_of
+from stages.ppo.published import PolicyAverage, Published, beginning
 from stages.ppo.told import Told
 from stages.ppo.update import MAX_GAP, SamplerDiffersError, update_policy
 from stages.ppo.watch import Outcome, Watch
@@ -115,12 +115,12 @@ def train(
     output = ready.output_folder(cfg, "ppo")
     folder = output / "resume"
     save_from = resume.choose_save(folder, cfg, identity)
-    beginning = start_of(built.trained) if cfg.towards_start else {}
+    began_with = beginning(cfg, built.trained, save_from, identity)
     optimizer, position, store = equip(cfg, accelerator, built, folder, save_from, zero, identity)
     average = PolicyAverage(built.trained, cfg.ema_decay, optimizer) if cfg.ema_decay is not None else None
     if average is not None and save_from and (kept := state.load_extra(save_from, "ema")) is not None:
         average.load(kept)  # without one it was switched on in between, and starts as the policy is now
-    published = Published(built.trained, average, beginning, cfg.towards_start or 0.0)
+    published = Published(built.trained, average, began_with, cfg.towards_start or 0.0)
     engine = build_engine(cfg, built, tokens, accelerator)
     logs = report.Logs(output, position.iteration if save_from else None, main=accelerator.is_main_process)
     watch = Watch(cfg, accelerator, built, tokens, chosen, store=store, logs=logs, saved=position.monitor, published=published)

@@ -42,6 +42,8 @@ class Watch:
         self.state: State | None = None
         if chosen is not None and cfg.evaluation is not None:
             self.rules, key = rules_of(cfg, chosen), f"{chosen.fingerprint} {cfg.evaluation.model_dump_json()}"
+            if not published.is_the_policy:  # what was evaluated and kept before a change of these is not what is now
+                key += f" ema_decay {cfg.ema_decay} towards_start {cfg.towards_start}"
             self.state = State.from_json(saved).under(self.rules) if saved is not None and saved["key"] == key else State(key)
 
     @property

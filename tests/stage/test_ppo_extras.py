@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from configs.errors import UserError
 from configs.schema import PPOStage
+from stages.ppo import evaluation
 from stages.ppo.modules import POLICY, is_of
 from stages.ppo.ptx import load_mix
 from stages.registry import Registry
@@ -88,6 +89,30 @@ def test_row_25_weights_on_the_way_back_are_what_is_evaluated(place):
     assert 0 < half_first["evaluation/kl_k3"] < 0.5 * first["evaluation/kl_k3"]
     assert 0 < half_second["evaluation/kl_k3"] < 0.5 * second["evaluation/kl_k3"]
     assert half_second["objective/kl"] == second["objective/kl"]
+
+
+def test_row_25_an_earlier_best_is_published_as_it_was_evaluated(place, monkeypatch):
+    """The second of three evaluations is the best: what is published went back a quarter of the way once, as in a run that ends there."""
+    scripted = iter([0.0, 2.0, 1.0])
+    inner = evaluation.metrics_of
+    monkeypatch.setattr(evaluation, "metrics_of", lambda *of: inner(*of) | {"evaluation/scripted": next(scripted)})
+    watched = {"every": 1, "prompts": str(place / "held_out.jsonl"), "metric": "evaluation/scripted"}
+    longer = weights(run(settings(place, "longer", ONE_STEP | {"iterations": 2, "schedule": "constant"}, towards_start=0.25, evaluation=watched)))
+    there = weights(run(settings(place, "ends-there", ONE_STEP | {"schedule": "constant"}, towards_start=0.25)))
+    assert all(torch.equal(longer[name], there[name]) for name in there)
+
+
+def test_row_25_a_run_goes_back_to_the_weights_that_it_began_with_or_not_at_all(place, monkeypatch):
+    """Another checkpoint under init_from may be allowed by config; its weights are no start of this run."""
+    ppo_runs.publish_policy(place, "two")
+    values = settings(place, "began", {"iterations": 3, "save_every": 1}, towards_start=0.2, **MORTAL)
+    monkeypatch.setattr(ppo_runs, "calls", 0)
+    monkeypatch.setenv("PPO_TEST_DIES_AT", "raise:3")
+    with pytest.raises(KeyboardInterrupt):
+        run(values)
+    monkeypatch.delenv("PPO_TEST_DIES_AT")
+    with pytest.raises(UserError, match=r"towards_start leads back to the weights that the run began with, and sft/two.* is not what checkpoint-\d was made from"):
+        run(values | {"init_from": "sft/two", "allow_changed": ["config"]})
 
 
 def test_row_25_the_mix_moves_the_policy_towards_the_demonstrations(place):

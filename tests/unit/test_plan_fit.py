@@ -84,7 +84,7 @@ def test_fit_says_where_the_node_is_too_small_and_not_the_gpus(tmp_path, capsys,
     error = capsys.readouterr().err
     assert "ppo does not fit on 2 x" in error
     assert "the least it needs" not in error
-    assert "zero2_offload: a node would hold 0.0 GiB of what is offloaded and has 0.0 (--node-memory)" in error
+    assert "zero2_offload: a node would hold 0.0 GiB of what lies in main memory and has 0.0 (--node-memory)" in error
     assert main([*words, "--node-memory", "8GB"]) == 0
 
 

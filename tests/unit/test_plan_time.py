@@ -92,6 +92,16 @@ def test_what_ppo_keeps_of_the_policy_to_publish_is_the_policy_s_alone(tmp_path)
     work, layout, _ = planned(ppo_file(tmp_path), "ppo", "gpu_ddp", "4x80GB", *extras)
     assert estimate(work.job, work.cfg, layout).most("starting weights") == 0
     assert host_of(work, layout) == {"starting weights": 4 * 4 * weights}
+    work, layout, _ = planned(ppo_file(tmp_path), "ppo", "zero2_offload", "4x80GB", *extras)
+    assert host_of(work, layout)["starting weights"] == 4 * 4 * weights
+
+
+def test_ppo_s_weights_are_float32_under_zero_too(tmp_path):
+    """PPO gives DeepSpeed no bf16 section and computes under autocast; 2 bytes a weight were planned of the 4 that there are."""
+    for stage, file, width in (("ppo", ppo_file(tmp_path), 4), ("sft", sft_file(tmp_path), 2)):
+        work, layout, _ = planned(file, stage, "zero2", "4x80GB", "train.precision=bf16")
+        weights = facts_of(work, layout).policy.parameters
+        assert estimate(work.job, work.cfg, layout).most("parameters") == width * weights
 
 
 def test_a_node_without_that_memory_does_not_fit(tmp_path, capsys):

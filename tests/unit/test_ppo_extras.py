@@ -152,10 +152,11 @@ def test_row_25_the_way_back_by_hand():
         assert torch.equal(weight, torch.full_like(weight, 2.0))
 
 
-def test_row_25_the_way_back_scales_what_an_adapter_adds():
-    """B A with both factors moved: 0.6 of the way is 0.6 of the product, which 0.6 of each factor's way is not."""
+@pytest.mark.parametrize(("zero", "other"), [("lora_B.default.weight", "lora_A.default.weight"), ("lora_embedding_A.default", "lora_embedding_B.default")])
+def test_row_25_the_way_back_scales_what_an_adapter_adds(zero, other):
+    """B A with both factors moved: 0.6 of the way is 0.6 of the product, which 0.6 of each factor's way is not. Of an embedding it is A that starts at 0."""
     a, b = torch.nn.Parameter(torch.randn(2, 5)), torch.nn.Parameter(torch.zeros(5, 2))
-    named = {"policy.q.lora_A.default.weight": a, "policy.q.lora_B.default.weight": b}
+    named = {f"policy.q.{other}": a, f"policy.q.{zero}": b}
     module = SimpleNamespace(policy_parameters=lambda: list(named.values()), named_parameters=lambda: named.items())
     start = start_of(module)
     with torch.no_grad():

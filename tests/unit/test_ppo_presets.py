@@ -21,7 +21,7 @@ NPLUS = {
     "kl_coef": 0.05, "adaptive_kl": None, "missing_eos": "replace", "missing_eos_penalty": 1, "reward_at": "post_eos", "center_scores": True,
     "scale_scores": False, "score_clip": None, "gamma": 1, "gae_lambda": 0.95, "bootstrap_cut_off": False, "whiten_advantages": True,
     "whiten_rewards": False, "clip_range": 0.2, "clip_range_high": None, "dual_clip": None, "value_clip_range": 0.2, "vf_coef": 0.1,
-    "value_function": "auto", "ptx": None, "ema_decay": None, "sampling.temperature": 0.7, "sampling.stop_at_eos": True,
+    "value_function": "auto", "ptx": None, "ema_decay": None, "towards_start": None, "sampling.temperature": 0.7, "sampling.stop_at_eos": True,
     "train.num_ppo_epochs": 4, "train.num_minibatches": 1, "train.learning_rate": 3e-6, "train.value_learning_rate": None,
     "train.schedule": "linear", "train.learning_rate_floor": 0, "train.warmup_iterations": 0, "train.adam_beta1": 0.9, "train.adam_beta2": 0.999,
     "train.adam_epsilon": 1e-5, "train.weight_decay": 0.01, "train.max_grad_norm": None, "train.value_warmup_iterations": 0,
@@ -30,14 +30,14 @@ OPENRLHF = {
     "kl_coef": 0.01, "adaptive_kl": None, "missing_eos": "none", "reward_at": "last_token", "center_scores": True, "scale_scores": True,
     "score_clip": 10, "gamma": 1, "gae_lambda": 1, "bootstrap_cut_off": False, "whiten_advantages": True, "whiten_rewards": False,
     "clip_range": 0.2, "clip_range_high": None, "dual_clip": None, "value_clip_range": 0.5, "vf_coef": 1, "value_function": "auto",
-    "ptx": None, "ema_decay": None, "sampling.temperature": 1, "sampling.stop_at_eos": True, "train.num_ppo_epochs": 1,
+    "ptx": None, "ema_decay": None, "towards_start": None, "sampling.temperature": 1, "sampling.stop_at_eos": True, "train.num_ppo_epochs": 1,
     "train.num_minibatches": 8, "train.learning_rate": 5e-7, "train.value_learning_rate": 9e-6, "train.schedule": "cosine",
     "train.learning_rate_floor": 0.1, "train.warmup_iterations": 3, "train.adam_beta1": 0.9, "train.adam_beta2": 0.95,
     "train.adam_epsilon": 1e-8, "train.weight_decay": 0, "train.max_grad_norm": 1, "train.value_warmup_iterations": 0,
 }  # fmt: skip
 INSTRUCTGPT = {
     "kl_coef": 0.02, "adaptive_kl": None, "center_scores": True, "scale_scores": False, "gamma": 1, "clip_range": 0.2, "clip_range_high": None,
-    "dual_clip": None, "value_function": "auto", "ptx": None, "ema_decay": 0.992, "sampling.temperature": 1, "train.num_ppo_epochs": 1,
+    "dual_clip": None, "value_function": "auto", "ptx": None, "ema_decay": 0.992, "towards_start": None, "sampling.temperature": 1, "train.num_ppo_epochs": 1,
     "train.num_minibatches": 8, "train.value_learning_rate": 9e-6, "train.schedule": "constant", "train.warmup_iterations": 10,
     "train.adam_beta1": 0.9, "train.adam_beta2": 0.95,
 }  # fmt: skip
