@@ -21,20 +21,15 @@ from torch import Tensor
 from configs.errors import UserError
 from configs.schema import PPOStage
 from stages.ppo.modules import PolicyAndValue
+from stages.ppo.state import policy_tensors
 from stages.training.resume import depends_on
 
 
-def policy_weights(module: PolicyAndValue) -> dict[str, Any]:
-    """The trained parameters of the policy, by name; with adapters its adapter's alone."""
-    trained = {id(p) for p in module.policy_parameters()}
-    return {name: p for name, p in module.named_parameters() if id(p) in trained}
-
-
 class PolicyAverage:
-    """The average of the policy's trained tensors, in float32; it starts as the policy does."""
+    """The average of the policy's trained tensors, in float32; it starts as the policy does. With adapters it holds the adapter alone."""
 
     def __init__(self, module: PolicyAndValue, decay: float, optimizer: torch.optim.Optimizer) -> None:
-        self.decay, self.parameters = decay, policy_weights(module)
+        self.decay, self.parameters = decay, policy_tensors(module)
         self.tensors = {name: p.detach().float().clone() for name, p in self.parameters.items()}
         optimizer.register_step_post_hook(lambda stepped, *_: self.update(getattr(stepped, "called_off", None)))
 
@@ -58,7 +53,7 @@ def leads_back(module: PolicyAndValue) -> dict[str, Any]:
     Of a low-rank update only the factor that starts at 0 (B; of an embedding A): the update is then scaled as it is, where a way back of both factors would be no
     straight line.
     """
-    return {name: p for name, p in policy_weights(module).items() if not re.search(r"\.lora_(A|embedding_B)\.", name)}
+    return {name: p for name, p in policy_tensors(module).items() if not re.search(r"\.lora_(A|embedding_B)\.", name)}
 
 
 def start_of(module: PolicyAndValue) -> dict[str, Tensor]:
@@ -93,7 +88,7 @@ class Published:
     """
 
     def __init__(self, module: PolicyAndValue, average: PolicyAverage | None = None, start: Mapping[str, Tensor] | None = None, back: float = 0.0) -> None:
-        self.parameters, self.average, self.start, self.back = policy_weights(module), average, start or {}, back
+        self.parameters, self.average, self.start, self.back = policy_tensors(module), average, start or {}, back
         if back:
             assert self.start.keys() == leads_back(module).keys(), f"the start has other weights: {sorted(self.start.keys() ^ leads_back(module).keys())[:3]}"
 
