@@ -174,12 +174,12 @@ class RewardModelScorer:
         if self.max_length is not None and longest > self.max_length:
             raise UserError(f"reward model {self.name}: a row has {longest} tokens, the model reads {self.max_length}; shorten prompts or completions")
         assert all(rows), "a row without any token cannot be scored"
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
         precision = torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None)
         with dropout_off(self.model), torch.no_grad(), precision:
             for start in range(0, len(order), self.batch_size):
                 chosen = order[start : start + self.batch_size]
-                ids, mask = _pad_right([rows[i] for i in chosen], self._width(len(rows[chosen[-1]])), self.pad_id, device)
+                ids, mask = _pad_right([rows[i] for i in chosen], self._width(len(rows[chosen[0]])), self.pad_id, device)
                 scores[chosen] = last_token_scores(self.model, ids, mask, self.head)
         return scores
 

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 STEPS = 16  # sizes between a power of two and the next one that have a program
 LEAST = 8  # rows; fewer are no faster
 LEAST_WORK = 2**22  # multiplications of one product; from a million on oneDNN is faster at all, from here on by half
+LEAST_GRADIENT_WORK = 2**25  # of a weight's gradient, of which a factor has to be copied first
 
 
 def whole(rows: int) -> int:
@@ -64,12 +65,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _multiply(x, weight, bias)
 
 
-def _suited(x: Tensor, other: Tensor, columns: int) -> bool:
+def _suited(x: Tensor, other: Tensor, columns: int, least: int | None = None) -> bool:
     """Of a product of all elements of `x` [..., K], each taken `columns` times. A function of shapes, types and machine alone: the same call takes the same way in every run."""
     if x.dtype is not torch.float32 or other.dtype is not torch.float32 or x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or not faster():
         return False
     rows = x.numel() // x.shape[-1]
-    return rows >= LEAST and rows == whole(rows) and x.numel() * columns >= LEAST_WORK
+    return rows >= LEAST and rows == whole(rows) and x.numel() * columns >= (LEAST_WORK if least is None else least)
 
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -98,14 +99,18 @@ class _Linear(torch.autograd.Function):
 
 def weight_gradient(rows: Tensor, grad: Tensor) -> Tensor:
     """grad [N, M] transposed times rows [N, K]: [M, K]."""
-    return _multiply(grad.t(), rows.t(), None) if _suited(rows, grad, grad.shape[1]) else grad.t() @ rows
+    if not _suited(rows, grad, grad.shape[1], LEAST_GRADIENT_WORK):
+        return grad.t() @ rows
+    # oneDNN takes its first factor contiguous, and both are transposed: what is copied is the narrower one.
+    if rows.shape[1] < grad.shape[1]:
+        return _multiply(rows.t(), grad.t(), None).t()
+    return _multiply(grad.t(), rows.t(), None)
 
 
 def add_weight_gradient(total: Tensor, rows: Tensor, grad: Tensor) -> None:
     """Add `weight_gradient(rows, grad)` to `total` [M, K], in place."""
-    if _suited(rows, grad, grad.shape[1]):
-        # Transposed twice: what is copied to be contiguous is then [N, K] and not [N, M].
-        total += _multiply(rows.t(), grad.t(), None).t()
+    if _suited(rows, grad, grad.shape[1], LEAST_GRADIENT_WORK):
+        total += weight_gradient(rows, grad)
     else:
         total.addmm_(grad.t(), rows)
 

@@ -133,7 +133,7 @@ def _forward(module: PolicyAndValue, reference: Reference, tokens: Tokens, cfg: 
     width = tokens.mask.shape[1]
     old, ref, entropy = (torch.zeros(tokens.mask.shape, device=accelerator.device) for _ in range(3))
     values = torch.zeros((len(tokens.mask), width + 1), device=accelerator.device)
-    order = torch.argsort(tokens.attention_mask.sum(dim=1), stable=True)
+    order = torch.argsort(tokens.attention_mask.sum(dim=1), descending=True, stable=True)
     for rows in order.split(cfg.train.micro_batch_size):
         part = cut(tokens, rows)
         size = part.mask.shape[1]

@@ -107,7 +107,7 @@ def _kl(
     """KL to the reference of each completion, k1 and k3, nats at the sampling temperature, in micro-batches of rows of similar length."""
     tokens = padded(prompt_ids, completion_ids, pad_id, accelerator.device)
     k1, k3 = torch.zeros(len(prompt_ids), dtype=torch.float64), torch.zeros(len(prompt_ids), dtype=torch.float64)
-    for rows in torch.argsort(tokens.attention_mask.sum(dim=1), stable=True).split(cfg.train.micro_batch_size):
+    for rows in torch.argsort(tokens.attention_mask.sum(dim=1), descending=True, stable=True).split(cfg.train.micro_batch_size):
         part = cut(tokens, rows)
         watchdog.beat()
         with accelerator.autocast():

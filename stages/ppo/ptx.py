@@ -47,7 +47,7 @@ class Mix:
         Processes' gradients are summed afterwards. Returns the loss over all processes, [], nats per token, at temperature 1 as in SFT.
         """
         total = sum(sum(map(bool, self.rows[n]["completion_mask"][1:])) for n in numbers)
-        by_length = sorted(numbers, key=lambda n: len(self.rows[n]["input_ids"]))
+        by_length = sorted(numbers, key=lambda n: len(self.rows[n]["input_ids"]), reverse=True)
         mine = by_length[accelerator.process_index :: accelerator.num_processes]
         loss_sum = torch.zeros((), device=accelerator.device, dtype=torch.float64)
         for number in range(passes(len(numbers), accelerator, micro_batch_size)):
@@ -55,7 +55,7 @@ class Mix:
             if not part and not module.lockstep:
                 break
             # A process that has none left goes on with one that counts for nothing, where the others wait for its passes.
-            loss = self._loss(module, accelerator, part or by_length[:1]) * bool(part)
+            loss = self._loss(module, accelerator, part or by_length[-1:]) * bool(part)
             module.backward(self.coef / total * loss, "policy")
             loss_sum += loss.detach()
         return accelerator.reduce(loss_sum, reduction="sum") / total

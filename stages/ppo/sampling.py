@@ -122,7 +122,7 @@ def sample(
     assert len(prompt_ids) == len(seeds), "one seed per prompt"
     if model.training:
         raise AssertionError("sampling needs the model in eval mode: dropout would make log-probs irreproducible")
-    order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
+    order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]), reverse=True)
     results: list[Sample | None] = [None] * len(prompt_ids)
     for start in range(0, len(order), sampling.generate_batch_size):
         batch = order[start : start + sampling.generate_batch_size]

@@ -70,8 +70,11 @@ def minibatches(count: int, num_minibatches: int, *, seed: int, iteration: int, 
 
 
 def micro_batches(experience: Experience, rows: Tensor, *, rank: int, world: int, size: int) -> list[Tensor]:
-    """This process's share of a minibatch, in micro-batches of rows of similar length, equally many on every process."""
-    by_length = rows[torch.argsort(experience.lengths().cpu()[rows], stable=True)]
+    """This process's share of a minibatch, in micro-batches of rows of similar length, equally many on every process.
+
+    The longest come first: what a later one takes fits where an earlier one's was, and memory that does not suffice is found out at once.
+    """
+    by_length = rows[torch.argsort(experience.lengths().cpu()[rows], descending=True, stable=True)]
     mine = by_length[rank::world]
     return list(mine.split(size))
 

@@ -59,12 +59,31 @@ def test_other_types_and_autocast_are_left_to_torch(taken):
 def test_a_product_of_few_multiplications_is_left_to_torch(least, products, taken, monkeypatch):
     """x [8, 24] and a layer of 24 to 40: its output, its two gradients, a product and a sum of gradients are 8 * 24 * 40 multiplications each."""
     monkeypatch.setattr(onednn, "LEAST_WORK", least)
+    monkeypatch.setattr(onednn, "LEAST_GRADIENT_WORK", least)
     layer, x, total = nn.Linear(24, 40, bias=False), torch.randn(8, 24, requires_grad=True), torch.zeros(40, 24)
     onednn.linear(x, layer.weight).sum().backward()
     onednn.product(x.detach(), layer.weight.detach())
     onednn.add_weight_gradient(total, x.detach(), torch.ones(8, 40))
     assert len(taken) == products
     torch.testing.assert_close(total, layer.weight.grad)
+
+
+@pytest.mark.parametrize(("width", "features", "copied"), [(24, 40, (24, 8)), (40, 24, (24, 8)), (24, 24, (24, 8))])
+def test_of_a_weights_gradient_the_narrower_factor_is_the_one_that_is_copied(width, features, copied, taken):
+    rows, grad, total = torch.randn(8, width), torch.randn(8, features), torch.ones(features, width)
+    found = onednn.weight_gradient(rows, grad)
+    onednn.add_weight_gradient(total, rows, grad)
+    assert taken == [copied, copied]
+    torch.testing.assert_close(found, grad.t() @ rows)
+    torch.testing.assert_close(total, 1 + grad.t() @ rows)
+
+
+def test_the_gradient_of_a_small_weight_is_left_to_torch_where_its_products_are_not(taken, monkeypatch):
+    monkeypatch.setattr(onednn, "LEAST_GRADIENT_WORK", 8 * 24 * 40 + 1)
+    layer, x = nn.Linear(24, 40, bias=False), torch.randn(8, 24, requires_grad=True)
+    onednn.linear(x, layer.weight).sum().backward()
+    assert taken == [(8, 24), (8, 40)]
+    assert torch.equal(layer.weight.grad, torch.ones(8, 40).t() @ x.detach())
 
 
 def test_only_plain_linear_layers_change_and_only_where_it_is_faster(taken, monkeypatch):

@@ -157,6 +157,8 @@ def test_row_14_every_process_has_as_many_micro_batches_and_together_they_have_e
     assert sorted(torch.cat(shares[0] + shares[1]).tolist()) == list(range(8))
     lengths = [experience.lengths()[torch.cat(s)] for s in shares]
     assert (lengths[0] - lengths[1]).abs().max() <= experience.lengths().sort().values.diff().max(), "lengths are shared out evenly"
+    assert len(experience.lengths().unique()) > 1
+    assert all(torch.equal(each, each.sort(descending=True).values) for each in lengths), "the longest come first"
 
 
 def test_row_16_trap_15_the_gradient_norm_is_clipped_without_deepspeed(accelerator):
