@@ -79,6 +79,24 @@ def test_row_25_what_is_published_lies_on_the_way_back(place):
         torch.testing.assert_close(tensor, 0.5 * plain[name] if "lora_B" in name else plain[name])
 
 
+def test_row_25_the_way_back_takes_dora_s_magnitudes_along(place):
+    """They started as the lengths of the base weight's rows; halfway are their means with those."""
+    start = weights(Registry(place / "registry").resolve("sft/one"))
+    there, back = (weights(run(settings(place, f"dora-{share}", ONE_STEP, lora=LORA | {"dora": True}, **changes))) for share, changes in (("there", {}), ("half", {"towards_start": 0.5})))
+    magnitudes = [name for name in back if "lora_magnitude_vector" in name]
+    assert magnitudes
+    moved = 0.0
+    for name, tensor in back.items():
+        if name in magnitudes:
+            layer = name.removeprefix("base_model.model.").split(".lora_magnitude_vector")[0]
+            lengths = torch.linalg.norm(start[f"{layer}.weight"], dim=1)
+            moved = max(moved, (there[name] - lengths).abs().max().item())
+            torch.testing.assert_close(tensor, 0.5 * (there[name] + lengths))
+        else:
+            torch.testing.assert_close(tensor, 0.5 * there[name] if "lora_B" in name else there[name])
+    assert moved > 1e-4
+
+
 def test_row_25_weights_on_the_way_back_are_what_is_evaluated(place):
     """KL grows with the square of the way, near the start: half of it is left with much less than half of the KL. Rollouts are the policy's own."""
     evaluated = {"evaluation": {"every": 1, "prompts": str(place / "held_out.jsonl"), "samples_per_prompt": 16}}

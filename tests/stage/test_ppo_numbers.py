@@ -90,6 +90,21 @@ def test_an_iteration_gone_bad_is_undone(place, monkeypatch, capsys, kind):
     assert all(torch.isfinite(tensor).all() for tensor in [*weights(checkpoint).values(), *steps.before[8]])
 
 
+def test_after_an_iteration_was_undone_the_way_back_still_leads_to_where_the_run_began(place, monkeypatch):
+    """Not to the save of iteration 3, whose weights were put in place."""
+    found = {}
+    for name, changes in (("there", {}), ("back", {"towards_start": 0.25})):
+        values = case(place, f"undone-{name}", **changes)
+        with monkeypatch.context() as patched:
+            Steps(patched, "gradient", {6, 7})
+            found[name] = weights(run(values))
+        assert lines_of(values)[3]["train/back_to_iteration"] == 3
+    start = weights(Registry(place / "registry").resolve("sft/one"))
+    assert max((found["there"][name] - start[name]).abs().max() for name in start) > 1e-3
+    for name in start:
+        torch.testing.assert_close(found["back"][name], 0.25 * start[name] + 0.75 * found["there"][name])
+
+
 @pytest.mark.parametrize("last", [False, True])
 def test_an_iteration_of_spikes_alone_is_passed_over(place, monkeypatch, capsys, last):
     """Both steps of iteration 4 (or 6, the last), fewer than max_skipped_in_row: the weights are as they were, nothing is gone back to, and what is due is evaluated."""
