@@ -51,26 +51,26 @@ def faster() -> bool:
 
 def product(rows: Tensor, weight: Tensor) -> Tensor:
     """rows [N, K] times weight [M, K] transposed: [N, M]. No gradient."""
-    if _suited(rows, weight, weight.shape[0]):
+    if _suited(rows, weight, weight.shape[0], LEAST_WORK):
         return _multiply(rows, weight, None)
     return rows @ weight.t()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """What F.linear gives, with gradients for all three: x [..., K], weight [M, K], bias [M]."""
-    if not _suited(x, weight, weight.shape[0]):
+    if not _suited(x, weight, weight.shape[0], LEAST_WORK):
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         return _Linear.apply(x, weight, bias)
     return _multiply(x, weight, bias)
 
 
-def _suited(x: Tensor, other: Tensor, columns: int, least: int | None = None) -> bool:
-    """Of a product of all elements of `x` [..., K], each taken `columns` times. A function of shapes, types and machine alone: the same call takes the same way in every run."""
+def _suited(x: Tensor, other: Tensor, columns: int, least: int) -> bool:
+    """Of a product of all elements of `x` [..., K], each taken `columns` times, at least `least` multiplications in all. A function of shapes, types and machine alone: the same call takes the same way in every run."""
     if x.dtype is not torch.float32 or other.dtype is not torch.float32 or x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or not faster():
         return False
     rows = x.numel() // x.shape[-1]
-    return rows >= LEAST and rows == whole(rows) and x.numel() * columns >= (LEAST_WORK if least is None else least)
+    return rows >= LEAST and rows == whole(rows) and x.numel() * columns >= least
 
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
